@@ -1,0 +1,283 @@
+"""The import direction of the packages, and what package code never does.
+
+Everything is read from the syntax tree, so an import inside a function, under `TYPE_CHECKING` or in
+a branch for another platform counts like any other. A module that the tables do not name fails:
+where it stands is a decision, and this file is where the decision is written down.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("hf_reasoncache", "triton_ops")
+MAX_LINES = 300
+BROAD = {"Exception", "BaseException"}
+
+CACHES = {"cache", "reason_alloc", "sliding_window", "shared_branch"}
+
+# Part of hf_reasoncache (a top-level module or package) -> the parts it may import besides itself.
+# "triton_ops" is the other package; "calibration.profile" is that one module, not its neighbours.
+PARTS: dict[str, set[str]] = {
+    "budgets": set(),
+    "protection": set(),
+    "risk": {"triton_ops"},
+    "scorers": {"triton_ops"},
+    "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
+    "attention": {"layers", "triton_ops"},
+    "branching": CACHES,
+    "calibration": {"scorers", "budgets"},
+    "evaluation": CACHES | {"branching"},
+}
+for _cache in CACHES:
+    # The caches turn settings into layers, so they know every policy, but of calibration only the
+    # result: a cache that reaches the hub would put the network between a user and their tokens.
+    PARTS[_cache] = {"attention", "layers", "scorers", "budgets", "protection", "risk"}
+    PARTS[_cache] |= {"calibration.profile"} | CACHES
+# "cli" and the package's own __init__ may import every part; nothing imports "cli".
+PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
+
+# Third-party modules, by the longest prefix of the importing module that is named here.
+LIBRARIES: dict[str, set[str]] = {
+    "triton_ops": {"torch", "triton"},
+    "hf_reasoncache": {"torch"},
+    "hf_reasoncache.attention": {"torch", "transformers"},
+    "hf_reasoncache.layers": {"torch", "transformers"},
+    "hf_reasoncache.branching": {"torch", "transformers"},
+    "hf_reasoncache.calibration": {"torch", "safetensors", "tqdm"},
+    "hf_reasoncache.calibration.collect": {"torch", "transformers", "datasets", "tqdm"},
+    "hf_reasoncache.calibration.hub": {"huggingface_hub", "safetensors", "tqdm"},
+    "hf_reasoncache.calibration.card": {"huggingface_hub"},
+    "hf_reasoncache.calibration.plot": {"matplotlib", "torch"},
+    "hf_reasoncache.evaluation": {
+        "torch",
+        "transformers",
+        "datasets",
+        "lm_eval",
+        "math_verify",
+        "tqdm",
+    },
+    "hf_reasoncache.cli": {"torch", "transformers", "typer", "rich", "tqdm"},
+    **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
+}
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file below the root; a package carries its `.__init__`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+FILES = {module_name(p): p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))}
+
+
+def imports(module: str, tree: ast.AST, known: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that `module` imports.
+
+    `from a import b` is `a.b` where that is a module in `known`, else `a`.
+    """
+    package = module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                name = f"{source}.{alias.name}"
+                yield node.lineno, name if {name, f"{name}.__init__"} & known else source
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func
+            called = function.attr if isinstance(function, ast.Attribute) else ""
+            called = function.id if isinstance(function, ast.Name) else called
+            if called in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def part_of(module: str) -> str:
+    """`hf_reasoncache.layers.pool` -> `layers`; the package itself -> `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def libraries_of(module: str) -> set[str]:
+    prefixes = [module.rsplit(".", n)[0] for n in range(module.count(".") + 1)]
+    return next(LIBRARIES[p] for p in prefixes if p in LIBRARIES)
+
+
+def import_violations(module: str, source: str, known: set[str]) -> list[str]:
+    """What `module` imports and may not, one sentence each."""
+    own, part = module.split(".")[0], part_of(module)
+    if own == "hf_reasoncache" and part not in PARTS:
+        return [f"{module}: `{part}` has no place in PARTS; decide who may import whom"]
+    found = []
+    for line, name in imports(module, ast.parse(source), known):
+        top, target = name.split(".")[0], part_of(name)
+        if module.endswith(".kernel") and "reference" in name.split("."):
+            allowed = False
+        elif top in sys.stdlib_module_names:
+            allowed = True
+        elif top not in PACKAGES:
+            allowed = top in libraries_of(module)
+        elif own == "triton_ops":
+            allowed = top == "triton_ops"
+        elif top == "triton_ops":
+            allowed = "triton_ops" in PARTS[part]
+        elif target == "cli":
+            allowed = part == "cli"
+        elif part in {"cli", "__init__"}:
+            allowed = True
+        elif target == "__init__":
+            allowed = False  # the public face imports every part, so this is a loop
+        else:
+            exact = ".".join(name.split(".")[1:3])
+            allowed = target == part or target in PARTS[part] or exact in PARTS[part]
+        if not allowed:
+            found.append(f"{module}:{line} may not import {name}")
+    return found
+
+
+def style_violations(module: str, source: str) -> list[str]:
+    """What package code never does, one sentence each."""
+    found = []
+    lines = len(source.splitlines())
+    if lines > MAX_LINES:
+        found.append(f"{module}: {lines} lines, limit {MAX_LINES}")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert):
+            found.append(f"{module}:{node.lineno} assert vanishes under -O; raise an exception")
+        elif isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            broad = any(isinstance(c, ast.Name) and c.id in BROAD for c in caught)
+            silent = all(
+                isinstance(s, (ast.Pass, ast.Continue))
+                or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+                for s in node.body
+            )
+            if node.type is None:
+                found.append(f"{module}:{node.lineno} bare except")
+            elif broad and silent:
+                found.append(f"{module}:{node.lineno} swallows every exception")
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_walk_sees_the_package(package: str) -> None:
+    assert f"{package}.__init__" in FILES
+    assert (ROOT / package / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports(module: str) -> None:
+    assert import_violations(module, FILES[module].read_text("utf-8"), set(FILES)) == []
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_style(module: str) -> None:
+    assert style_violations(module, FILES[module].read_text("utf-8")) == []
+
+
+# The rest holds the checks themselves to account, on sources that never were files.
+
+KNOWN = {
+    "hf_reasoncache.__init__",
+    "hf_reasoncache.cli",
+    "hf_reasoncache.cache",
+    "hf_reasoncache.layers.__init__",
+    "hf_reasoncache.layers.pool",
+    "hf_reasoncache.calibration.__init__",
+    "hf_reasoncache.calibration.hub",
+    "hf_reasoncache.calibration.profile",
+    "triton_ops.__init__",
+    "triton_ops.compact.__init__",
+    "triton_ops.compact.kernel",
+    "triton_ops.compact.reference",
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("triton_ops.compact.__init__", "import transformers"),
+        ("triton_ops.compact.__init__", "import numpy as np"),
+        ("triton_ops.compact.__init__", "from hf_reasoncache.layers import pool"),
+        ("triton_ops.compact.kernel", "from triton_ops.compact.reference import compact"),
+        ("triton_ops.compact.kernel", "from .reference import compact"),
+        ("triton_ops.compact.kernel", "from . import reference"),
+        ("hf_reasoncache.budgets.layers", "import triton_ops"),
+        ("hf_reasoncache.budgets.layers", "from transformers import Cache"),
+        ("hf_reasoncache.protection", "from .layers import pool"),
+        ("hf_reasoncache.scorers.base", "def f():\n    from transformers.cache_utils import Cache"),
+        (
+            "hf_reasoncache.scorers.base",
+            "import importlib\nimportlib.import_module('transformers')",
+        ),
+        ("hf_reasoncache.scorers.base", "from hf_reasoncache import layers"),
+        ("hf_reasoncache.layers.pool", "from ..cache import ReasonCache"),
+        ("hf_reasoncache.layers.pool", "from .. import cache"),
+        ("hf_reasoncache.layers.pool", "from hf_reasoncache import ReasonAllocCache"),
+        ("hf_reasoncache.layers.__init__", "from ..attention import register"),
+        ("hf_reasoncache.cache", "from hf_reasoncache.calibration.hub import pull"),
+        ("hf_reasoncache.cache", "from hf_reasoncache.calibration import hub"),
+        ("hf_reasoncache.cache", "import huggingface_hub"),
+        ("hf_reasoncache.calibration.profile", "import transformers"),
+        ("hf_reasoncache.calibration.profile", "from ..cache import ReasonCache"),
+        ("hf_reasoncache.evaluation.report", "from ..cli import app"),
+        ("hf_reasoncache.__init__", "from . import cli"),
+        ("hf_reasoncache.__init__", "import transformers"),
+        ("hf_reasoncache.undecided", ""),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, source: str) -> None:
+    assert len(import_violations(module, source, KNOWN)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("triton_ops.compact.__init__", "import os, torch\nfrom .reference import compact"),
+        ("triton_ops.compact.__init__", "import triton.language as tl\nfrom . import kernel"),
+        ("hf_reasoncache.budgets.layers", "import math\nimport torch.nn.functional as F"),
+        ("hf_reasoncache.scorers.snapkv", "from .base import Scorer\nimport triton_ops.compact"),
+        ("hf_reasoncache.layers.pool", "from ..scorers.base import Scorer\nimport transformers"),
+        ("hf_reasoncache.layers.__init__", "from . import pool\nfrom .pool import Pool"),
+        ("hf_reasoncache.cache", "from .calibration.profile import Profile"),
+        ("hf_reasoncache.cache", "from hf_reasoncache.calibration import profile"),
+        ("hf_reasoncache.shared_branch", "from .cache import ReasonCache"),
+        ("hf_reasoncache.calibration.collect", "import transformers\nfrom ..scorers import rkv"),
+        ("hf_reasoncache.evaluation.harness", "from ..branching.prefill import prefill"),
+        ("hf_reasoncache.cli", "import typer\nfrom .calibration.hub import push"),
+        ("hf_reasoncache.__init__", "from .cache import ReasonCache"),
+    ],
+)
+def test_a_right_import_is_not(module: str, source: str) -> None:
+    assert import_violations(module, source, KNOWN) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(x):\n    assert x",
+        "try:\n    f()\nexcept:\n    raise",
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "try:\n    f()\nexcept (ValueError, BaseException):\n    ...",
+        "x = 1\n" * (MAX_LINES + 1),
+    ],
+)
+def test_bad_style_is_found(source: str) -> None:
+    assert len(style_violations("m", source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "try:\n    f()\nexcept ValueError:\n    pass",
+        "try:\n    f()\nexcept Exception as error:\n    raise ValueError('no') from error",
+        "x = 1\n" * MAX_LINES,
+    ],
+)
+def test_good_style_is_not(source: str) -> None:
+    assert style_violations("m", source) == []
