@@ -12,6 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 LOWEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OVERLAY := .venv-lowest
 OVERLAY_STAMP := $(OVERLAY)/.installed
+WITH_OVERLAY := PYTHONPATH=$(CURDIR)/$(OVERLAY)
 OVERLAY_PACKAGES := transformers==$(LOWEST) tokenizers==0.22.2 huggingface_hub==1.33.0 \
 	httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18
 
@@ -55,10 +56,9 @@ $(OVERLAY_STAMP): $(STAMP) Makefile
 	@touch $@
 
 # The version is asked of the module that the tests will import, not of the installer.
-test-lowest: export PYTHONPATH := $(CURDIR)/$(OVERLAY)
 test-lowest: $(OVERLAY_STAMP)
-	@$(BIN)/python -c 'import sys, transformers as t; print("contract tests with transformers", t.__version__); sys.exit(t.__version__ != "$(LOWEST)" and "error: expected transformers $(LOWEST), got " + t.__file__)'
-	$(PYTEST) tests/contract
+	@$(WITH_OVERLAY) $(BIN)/python -c 'import sys, transformers as t; print("contract tests with transformers", t.__version__); sys.exit(t.__version__ != "$(LOWEST)" and "error: expected transformers $(LOWEST), got " + t.__file__)'
+	$(WITH_OVERLAY) $(PYTEST) tests/contract
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
