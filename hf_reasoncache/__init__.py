@@ -1,0 +1,13 @@
+"""Drop-in caches that let reasoning models think longer in less memory.
+
+Importing the package registers the attention implementations "reasoncache", "reasoncache_eager" and
+"reasoncache_fa2" with transformers.
+"""
+
+from hf_reasoncache.attention import register
+from hf_reasoncache.reason_alloc import ReasonAllocCache
+
+__all__ = ["ReasonAllocCache"]
+__version__ = "0.1.0"
+
+register()

@@ -1,0 +1,218 @@
+"""The "reasoncache" attention and mask functions: the way from a model's queries to a cache layer's pool.
+
+One pair per base implementation. With a foreign cache, or none, each behaves exactly as its base. With one of our
+caches, the first forward runs the base on the dense keys and values, and later forwards attend to the pool.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
+
+BASES = {
+    "reasoncache": "sdpa",
+    "reasoncache_eager": "eager",
+    "reasoncache_fa2": "flash_attention_2",
+}
+"""Attention implementations that our caches work with, and the base that each one extends."""
+
+
+@dataclass(eq=False)
+class LogicalMask:
+    """The mask of one forward over one of our caches, built only as far as somebody asks.
+
+    Memory of what was evicted lives in the layers, so the mask only knows the tokens as the model counts them.
+
+    Attributes
+    ----------
+    base : str
+        Name of the base implementation.
+    arguments : dict
+        What transformers passed to the mask function.
+    """
+
+    base: str
+    arguments: dict[str, Any]
+
+    @cached_property
+    def dense(self) -> Any:
+        """The base implementation's mask over all tokens seen."""
+        arguments = self.arguments | {"kv_length": int(self.arguments["kv_length"])}
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.base](**arguments)
+
+    @cached_property
+    def valid(self) -> torch.Tensor | None:
+        """BoolTensor[B, T]: which new tokens are real; None when all are.
+
+        A single new token is always real: generate pads prompts only.
+        """
+        padding, steps = self.arguments["attention_mask"], self.arguments["q_length"]
+        if padding is None or steps == 1:
+            return None
+        new = padding[:, -steps:].bool()
+        return None if bool(new.all()) else new
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the pattern is causality and padding only."""
+        return not self.arguments.get("use_vmap", False)
+
+    def to(self, *args: Any, **kwargs: Any) -> LogicalMask:
+        """Move to another device (accelerate does this to every argument of a layer)."""
+        padding = self.arguments["attention_mask"]
+        moved = None if padding is None else padding.to(*args, **kwargs)
+        return LogicalMask(self.base, self.arguments | {"attention_mask": moved})
+
+    def __getitem__(self, index: Any) -> LogicalMask:
+        """Return the mask itself: models slice off rows that a cache of static size would add."""
+        return self
+
+
+def mask_function(*, base: str, **arguments: Any) -> Any:
+    """Answer for a mask function of transformers.
+
+    Returns
+    -------
+    LogicalMask
+        If the mask is for one of our layers.
+    Tensor, BlockMask or None
+        Otherwise, whatever `base` answers.
+    """
+    if isinstance(arguments["kv_length"], LogicalLength):
+        return LogicalMask(base, arguments)
+    return ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments)
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *args: Any,
+    base: str,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend as transformers' attention functions do.
+
+    Parameters
+    ----------
+    module : Module
+        The attention module of the model.
+    query : Tensor[B, H_q, T, D]
+    key, value : GuardTensor or Tensor[B, H_kv, N, D]
+        Guarded if they come from one of our layers.
+    attention_mask
+        What `mask_function` returned.
+    base : str
+        Name of the base implementation.
+
+    Returns
+    -------
+    output : Tensor[B, T, H_q, D_v]
+    weights : Tensor or None
+        None whenever the pool is attended to.
+
+    Raises
+    ------
+    ValueError
+        If the model needs something of attention that the pool cannot give.
+    """
+    if not isinstance(key, GuardTensor):
+        mask = attention_mask.dense if isinstance(attention_mask, LogicalMask) else attention_mask
+        return _run_base(base, module, query, key, value, mask, *args, **kwargs)
+    layer = key.layer
+    if not isinstance(attention_mask, LogicalMask):
+        raise ValueError(
+            f"layer {layer.index}: expected a 2-D padding mask or none, got a mask that was prepared outside "
+            "the model; pass attention_mask with shape [batch, tokens]."
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError(
+            f"layer {layer.index}: expected full attention, got a sliding window of "
+            f"{kwargs['sliding_window']} on a layer that the config calls full_attention; this model is not "
+            "supported."
+        )
+    keys, values = layer.take_incoming()
+    settings = {
+        "scaling": _scaling(kwargs, query),
+        "softcap": kwargs.get("softcap"),
+        "s_aux": kwargs.get("s_aux"),
+    }
+    if layer.pool is None:
+        result = _run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
+        layer.store_first(query, keys, values, attention_mask.valid, **settings)
+        return result
+    if query.shape[2] > 1 and not attention_mask.is_plain:
+        raise ValueError(
+            f"layer {layer.index}: expected causal attention after the first forward, got a model-specific "
+            "mask pattern over several tokens; feed such a prompt in one forward."
+        )
+    return layer.attend(query, keys, values, attention_mask.valid, **settings), None
+
+
+def _scaling(kwargs: dict[str, Any], query: torch.Tensor) -> float:
+    scaling = kwargs.get("scaling")
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def _run_base(
+    base: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    unknown_to_sdpa = kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None
+    if base == "sdpa" and unknown_to_sdpa:
+        # sdpa drops sinks without a word and refuses softcap; the model's own eager code honours both.
+        base, mask = "eager", _additive(mask, query, key)
+    function: Callable[..., Any] = (
+        _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+    )
+    return function(module, query, key, value, mask, *args, **kwargs)
+
+
+def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
+    modeling = sys.modules[type(module).__module__]
+    function = getattr(modeling, "eager_attention_forward", None)
+    if function is None:
+        raise ValueError(
+            f"{type(module).__name__}: expected an eager_attention_forward in {modeling.__name__}, got none; "
+            "use attn_implementation='reasoncache'."
+        )
+    return function
+
+
+def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """Turn sdpa's mask (None or bool) into eager's (added to the logits)."""
+    steps, length = query.shape[2], key.shape[2]
+    if mask is None:
+        if steps == 1:
+            return None
+        # sdpa leaves the mask out when plain causality does, aligned at the first key.
+        mask = torch.ones(steps, length, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    return bias.masked_fill_(~mask, torch.finfo(query.dtype).min)
+
+
+def register() -> None:
+    """Register the attention and mask functions under the names in `BASES`; doing it again changes nothing."""
+    for name, base in BASES.items():
+        AttentionInterface.register(name, partial(attention_function, base=base))
+        AttentionMaskInterface.register(name, partial(mask_function, base=base))

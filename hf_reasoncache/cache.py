@@ -1,0 +1,129 @@
+"""What the caches share: layers from the model's config, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicIndexedLayer, DynamicLayer
+
+from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
+
+
+class ReasonCache(Cache):
+    """A cache whose full-attention layers are ours and whose other layers are transformers' own.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        The model's config.
+    make_layer : Callable[[int, int, int], PooledLayer]
+        Makes a layer from its index in the model, its rank among the full-attention layers, and their number.
+    offloading : bool
+        Must be False.
+
+    Raises
+    ------
+    ValueError
+        If the model is not supported.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        make_layer: Callable[[int, int, int], PooledLayer],
+        *,
+        offloading: bool = False,
+    ) -> None:
+        if offloading:
+            raise ValueError(
+                "offloading=True: expected the pools to stay on their layers' devices, got a request to move "
+                "them; use a smaller budget instead of offloading."
+            )
+        layers = supported_layers(config)
+        ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        for rank, index in enumerate(ours):
+            layers[index] = make_layer(index, rank, len(ours))
+        super().__init__(layers=layers)
+
+    def report(self) -> CacheReport:
+        """Return what is held now, and what it took."""
+        return CacheReport(
+            seen=self.get_seq_length(),
+            layers=tuple(
+                LayerReport.of(index, layer)
+                for index, layer in enumerate(self.layers)
+                if isinstance(layer, PooledLayer)
+            ),
+            other_bytes=sum(
+                storage_bytes(layer) for layer in self.layers if not isinstance(layer, PooledLayer)
+            ),
+        )
+
+    def held_positions(self, layer_idx: int) -> list[list[list[int]]]:
+        """Return the tokens that the last forward attended to in one layer.
+
+        Parameters
+        ----------
+        layer_idx : int
+            Index of a full-attention layer of the model.
+
+        Returns
+        -------
+        list[list[list[int]]]
+            For each row, for each KV head, the sorted positions held: columns of the padded sequence as generate
+            counts them. Padding is never listed.
+
+        Raises
+        ------
+        ValueError
+            If the layer is not one of ours.
+        """
+        layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
+        if not isinstance(layer, PooledLayer):
+            ours = [index for index, each in enumerate(self.layers) if isinstance(each, PooledLayer)]
+            raise ValueError(f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}.")
+        return layer.held_positions()
+
+
+def supported_layers(config: PretrainedConfig) -> list[CacheLayerMixin]:
+    """Return transformers' own layers for a model, or say why the model is not supported.
+
+    Raises
+    ------
+    ValueError
+        Naming the model type and the feature that is missing.
+    """
+    if not isinstance(config, PretrainedConfig):
+        raise ValueError(
+            f"config: expected a transformers config, got {type(config).__name__}; pass model.config."
+        )
+    decoder = config.get_text_config(decoder=True)
+    name = decoder.model_type
+
+    def refuse(feature: str) -> ValueError:
+        return ValueError(
+            f"{name}: expected a decoder with standard full-attention layers, got {feature}, which is not "
+            "supported; use DynamicCache for this model."
+        )
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise refuse("an encoder-decoder")
+    if getattr(decoder, "kv_lora_rank", None):
+        raise refuse("multi-head latent attention (kv_lora_rank)")
+    layers = DynamicCache(config=decoder).layers
+    if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
+        raise refuse("sparse attention with an indexer (DSA)")
+    if any(isinstance(layer, DummyLayer) for layer in layers) and shares_layers(decoder):
+        raise refuse("layers that reuse the keys and values of other layers")
+    if not any(type(layer) is DynamicLayer for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        raise refuse(f"no full-attention layer (only {', '.join(kinds)})")
+    return layers
+
+
+def shares_layers(decoder: PretrainedConfig) -> bool:
+    """Whether some layers read other layers' keys and values."""
+    modes = getattr(decoder, "kv_sharing_modes", None) or ()
+    return "reuse" in modes or bool(getattr(decoder, "num_kv_shared_layers", 0))

@@ -1,0 +1,1 @@
+"""Storage and life of one layer of a cache."""

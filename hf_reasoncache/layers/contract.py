@@ -1,0 +1,68 @@
+"""What a layer hands to transformers so that its attention function finds the way back.
+
+`Cache.update` sees keys and values but no queries and no padding; the attention function sees both but not the
+cache. The two objects here bridge that without patching any model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from hf_reasoncache.layers.pooled import PooledLayer
+
+_METADATA = frozenset(
+    {
+        torch.Tensor.shape.__get__,
+        torch.Tensor.dtype.__get__,
+        torch.Tensor.device.__get__,
+        torch.Tensor.ndim.__get__,
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.__len__,
+    }
+)
+
+
+class GuardTensor(torch.Tensor):
+    """The new keys or values of one layer, which only our attention function may use.
+
+    The tensor holds the tokens of this forward, not those in the pool. Any computation with it is an error, so
+    that a model whose attention implementation was not set fails at once instead of attending to too little.
+
+    Attributes
+    ----------
+    layer : PooledLayer
+        The cache layer it came from.
+    """
+
+    layer: PooledLayer
+
+    @staticmethod
+    def wrap(tensor: torch.Tensor, layer: PooledLayer) -> GuardTensor:
+        """Guard a tensor without copying it."""
+        guard = tensor.as_subclass(GuardTensor)
+        guard.layer = layer
+        return guard
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let metadata through and refuse everything else."""
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise ValueError(
+            "This cache needs its own attention implementation: expected the model to run 'reasoncache' (or "
+            f"'reasoncache_eager', 'reasoncache_fa2'), got one that computes {getattr(func, '__name__', func)} "
+            "on the cached keys or values. Load the model with attn_implementation='reasoncache', or call "
+            "model.set_attn_implementation('reasoncache') before generating. If that is set already, the model "
+            "changes keys and values after the cache and is not supported."
+        )
+
+
+class LogicalLength(int):
+    """Number of tokens seen, as `get_mask_sizes` returns it: tells our mask function that the layer is ours."""

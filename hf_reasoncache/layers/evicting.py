@@ -1,0 +1,288 @@
+"""A pooled layer with a budget: scores what it holds and evicts the rest, row by row.
+
+When: a row is due when a head has no room for the next token, and is served at the start of the next `update`,
+never between an attention and its logits. Until then a rejected draft can be cropped without a trace. Two
+forwards bring more tokens than the buffer holds and cannot wait, because the memory they need is the one to be
+saved: a prompt beyond the budget, and a later chunk beyond the buffer. They are cut right after their attention.
+
+Who: rows are independent. A row in a padded batch evicts at the same tokens as that row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hf_reasoncache.layers.draft import Chunk, Draft
+from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.layers.pool import HeldPositions, RaggedPool
+from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.query_log import QueryLog
+from hf_reasoncache.layers.row_budgets import RowBudgets
+from hf_reasoncache.layers.selection import gather_held, keep_top
+
+MASS_BLOCK = 64
+"""Prompt queries per pass while attention mass is accumulated; bounds the logits in memory."""
+
+
+class EvictingLayer(PooledLayer):
+    """One layer that holds a budget of tokens per KV head.
+
+    Invariants between two forwards: no head holds more than its budget plus `policy.buffer`; the capacities of
+    a row add up to exactly that; the newest `policy.window` columns and the protected prompt are held.
+
+    Attributes
+    ----------
+    budgets : RowBudgets or None
+        None until the prompt is complete.
+    evictions : int
+        Compactions so far, each row counted.
+    evicted : int
+        Tokens evicted so far, each row and head counted.
+    """
+
+    _STATE = ("budgets", "evictions", "evicted", "_tail")
+
+    def __init__(self, index: int, rank: int, policy: EvictionPolicy) -> None:
+        self.rank, self.policy = rank, policy
+        self.statistics = ("mass",) if policy.scorer.needs_mass else ()
+        super().__init__(index)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.budgets: RowBudgets | None = None
+        self.evictions = self.evicted = 0
+        self._log = QueryLog(self.policy.scorer.queries)
+        self._prompt_open = True
+        self._prompt_columns = 0
+        self._attended: HeldPositions | None = None
+        self._draft: Draft | None = None
+
+    # --------------------------------------------------------------------------------------- one forward
+
+    def _begin(self, steps: int) -> None:
+        self._attended = self._draft = None
+        if self.pool is None:
+            return
+        if self.budgets is None:
+            self._allocate()
+        if not (self._grows_prompt(steps) and self.policy.protect_prompt):
+            self._evict(self._due(1 if self.recording else steps), self.seen)
+
+    def _grows_prompt(self, steps: int) -> bool:
+        return self._prompt_open and steps > 1 and not self.recording
+
+    def store_first(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+        **settings: Any,
+    ) -> None:
+        """See `PooledLayer.store_first`; a prompt beyond the budget is cut here."""
+        batch, heads, steps, _ = keys.shape
+        self._note_first(batch, steps, valid)
+        stored = torch.full((batch,), steps) if valid is None else valid.sum(-1).cpu()
+        room = stored[:, None].expand(batch, heads).contiguous()
+        self.pool = RaggedPool(room, keys, values, self.statistics)
+        chunk = Chunk(query, keys, values, valid, settings)
+        if self.recording:
+            # A draft follows the prompt and may be cropped: the prompt ends where the next forward begins.
+            self._draft = Draft(chunk, self._save(deep=False), token_by_token=False)
+            self._prompt_open = False
+            self._store(chunk, self.seen)
+            return
+        self._store(chunk, self.seen)
+        self._allocate()
+        self._cut()
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+        **settings: Any,
+    ) -> torch.Tensor:
+        """See `PooledLayer.attend`."""
+        chunk, steps = Chunk(query, keys, values, valid, settings), query.shape[2]
+        if self.recording:
+            return self._attend_draft(chunk)
+        grows = self._grows_prompt(steps)
+        self._prompt_open = grows
+        self._make_room(steps)
+        out = self._step(chunk, self.seen)
+        if grows:
+            self._allocate()
+        if steps > 1:
+            self._cut()
+        return out
+
+    def _step(self, chunk: Chunk, end: int) -> torch.Tensor:
+        """Append, attend and take note of tokens whose last one is column `end - 1`."""
+        self._append(chunk.keys, chunk.values, chunk.valid, end)
+        self._log.append(chunk.query)
+        self._settings = chunk.settings
+        mass = self._mass_arguments(chunk.query)
+        return self._attend(chunk.query, chunk.valid, end=end, **chunk.settings, **mass)
+
+    def _store(self, chunk: Chunk, end: int) -> None:
+        """`_step` without the attention's result, for tokens whose result is known already."""
+        self._append(chunk.keys, chunk.values, chunk.valid, end)
+        self._log.append(chunk.query)
+        self._settings = chunk.settings
+        if not self.policy.scorer.needs_mass:
+            return
+        begin = end - chunk.steps
+        for first in range(0, chunk.steps, MASS_BLOCK):
+            block = chunk.columns(first, first + MASS_BLOCK)
+            mass = self._mass_arguments(block.query)
+            last = begin + first + block.steps
+            self._attend(block.query, block.valid, end=last, **block.settings, **mass)
+
+    def _mass_arguments(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What makes `decode_attention` accumulate the attention mass, if the scorer needs it."""
+        scorer = self.policy.scorer
+        if not scorer.needs_mass:
+            return {}
+        mass, steps = self._require_pool().fields["mass"], query.shape[2]
+        if scorer.mass_decay == 1.0:
+            return {"mass": mass}
+        mass.mul_(scorer.mass_decay**steps)
+        age = torch.arange(steps - 1, -1, -1, device=query.device)
+        return {"mass": mass, "mass_weight": scorer.mass_decay**age}
+
+    # ------------------------------------------------------------------------------------------ eviction
+
+    def _allocate(self) -> None:
+        """Fix the budgets of every row from the prompt that the pool holds."""
+        pool, policy = self._require_pool(), self.policy
+        batch, heads = pool.length.shape
+        self._prompt_columns = policy.prompt_length or self.seen
+        prompt = torch.zeros(batch, dtype=torch.long)
+        if policy.protect_prompt:
+            slots, offset = pool.slots(torch.arange(batch))
+            in_prompt = (pool.fields["positions"][slots] < self._prompt_columns) & (offset >= 0)
+            prompt = in_prompt[:, 0].sum(-1).cpu()
+        self.budgets = RowBudgets.equal(policy, self.rank, prompt, heads)
+
+    def _require_budgets(self) -> RowBudgets:
+        if self.budgets is None:
+            raise ValueError(f"layer {self.index}: expected budgets, got a layer without a prompt.")
+        return self.budgets
+
+    def _due(self, steps: int) -> torch.Tensor:
+        """Rows that must evict before `steps` new tokens, given the capacity they should have."""
+        return (self._require_pool().length + steps > self._require_budgets().capacity).any(-1).nonzero()[:, 0]
+
+    def _make_room(self, steps: int) -> None:
+        pool = self._require_pool()
+        if bool((pool.length + steps > pool.capacity).any()):
+            pool.relayout(torch.maximum(pool.capacity, pool.length + steps))
+
+    def _cut(self) -> None:
+        """Bring rows that a long forward has put over their capacity back to their budget."""
+        pool = self._require_pool()
+        rows = self._due(0)
+        if rows.numel():
+            held = pool.held()
+            self._attended = HeldPositions(held.positions.clone(), held.layout, held.length)
+        self._evict(rows, self.seen)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Give every head exactly the capacity it should have."""
+        pool = self._require_pool()
+        target = torch.maximum(self._require_budgets().capacity, pool.length)
+        if not torch.equal(target, pool.capacity):
+            pool.relayout(target)
+
+    def _evict(self, rows: torch.Tensor, columns: int) -> None:
+        """Compact `rows` to their budgets, when `columns` columns have been stored."""
+        if not rows.numel():
+            return
+        pool, policy = self._require_pool(), self.policy
+        held, slots, offset, at = gather_held(
+            pool,
+            rows,
+            first=self.first[rows],
+            columns=columns,
+            queries=self._log.last(),
+            scaling=self._settings["scaling"],
+            layer=self.index,
+        )
+        protected = at >= columns - policy.window
+        if policy.protect_prompt:
+            protected |= at < self._prompt_columns
+        scores = policy.scorer.score(held).masked_fill(protected, torch.inf)
+        scores = scores.masked_fill(~held.valid, -torch.inf)
+        self.budgets = self._require_budgets().resplit(rows, scores, held.valid, columns)
+        keep = keep_top(scores, self.budgets.heads[rows]) & held.valid
+        self.evictions += rows.numel()
+        self.evicted += int((held.valid & ~keep).sum())
+        pool.compact(rows, slots, offset, keep)
+        self._tail = 0
+        self._fit()
+
+    # ---------------------------------------------------------------------------- drafts and other rows
+
+    def _save(self, *, deep: bool) -> dict[str, Any]:
+        """Remember the state that the next forward may have to be undone to."""
+        # Tensors of the state are replaced, never written to, except the pool's.
+        state = {name: getattr(self, name) for name in self._STATE}
+        return state | {"pool": self._require_pool().snapshot(deep=deep), "_log": self._log.clone()}
+
+    def _attend_draft(self, chunk: Chunk) -> torch.Tensor:
+        """Attend to a draft as if its tokens came one by one, evictions between them included."""
+        crosses = bool(self._due(chunk.steps).numel())
+        self._draft = Draft(chunk, self._save(deep=crosses), token_by_token=crosses)
+        if not crosses:
+            self._make_room(chunk.steps)
+            return self._step(chunk, self.seen)
+        return torch.cat([self._step(*token) for token in self._tokens(chunk, self.seen)], dim=1)
+
+    def _tokens(self, chunk: Chunk, end: int) -> Iterator[tuple[Chunk, int]]:
+        """Yield single tokens and their end column, evicting what is due before each."""
+        for index in range(chunk.steps):
+            column = end - chunk.steps + index
+            self._evict(self._due(1), column)
+            self._make_room(1)
+            yield chunk.columns(index, index + 1), column + 1
+
+    def _crop(self, columns: int) -> None:
+        draft, self._draft = self._draft, None
+        if draft is None or columns > draft.chunk.steps:
+            super()._crop(columns)
+            self._log.crop(columns)
+            self._prompt_columns = min(self._prompt_columns, self.seen)
+            return
+        self.seen -= columns
+        for name, value in draft.state.items():
+            setattr(self, name, value)
+        accepted = draft.chunk.columns(0, draft.chunk.steps - columns)
+        if draft.token_by_token:
+            for token, end in self._tokens(accepted, self.seen):
+                self._store(token, end)
+        elif accepted.steps:
+            self._make_room(accepted.steps)
+            self._store(accepted, self.seen)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """See `PooledLayer.select_rows`."""
+        super().select_rows(rows)
+        self._log.select_rows(rows)
+        self._draft = self._attended = None
+        if self.budgets is not None:
+            self.budgets = self.budgets.select_rows(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages this layer owns, the queries kept for scoring included."""
+        return super().nbytes + self._log.nbytes
+
+    def held_positions(self) -> list[list[list[int]]]:
+        """See `PooledLayer.held_positions`."""
+        return super().held_positions() if self._attended is None else self._attended.lists()

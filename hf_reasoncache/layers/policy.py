@@ -1,0 +1,77 @@
+"""The settings by which a layer evicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from hf_reasoncache.budgets.layers import layer_budgets
+from hf_reasoncache.scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class EvictionPolicy:
+    """What all evicting layers of a cache share.
+
+    Attributes
+    ----------
+    budget : int
+        Tokens per KV head that stay after a compaction, on average over the layers.
+    buffer : int
+        New tokens per head between two compactions.
+    window : int
+        Newest columns that are never evicted; counted inside the budget.
+    scorer : Scorer
+    head_budgets : bool
+        Whether the heads of a layer share its budget by demand (ReasonAlloc, level 2) instead of equally.
+    head_interval : int
+        Columns between two re-allocations of the head budgets (Delta of the paper).
+    protect_prompt : bool
+        Whether prompt tokens are never evicted.
+    prompt_length : int or None
+        Columns of the prompt; None takes the forwards before the first single-token one.
+    demand : tuple of float or None
+        Demand of each evicting layer (ReasonAlloc, level 1); None gives all layers the same budget.
+    """
+
+    budget: int
+    buffer: int
+    window: int
+    scorer: Scorer
+    head_budgets: bool
+    protect_prompt: bool
+    prompt_length: int | None = None
+    demand: tuple[float, ...] | None = None
+    head_interval: int = 128
+
+    def layer_budget(self, rank: int, prompt_tokens: int) -> int:
+        """Budget per head of one layer, for a row whose protected prompt has `prompt_tokens` tokens.
+
+        Parameters
+        ----------
+        rank : int
+            Index of the layer among the evicting layers.
+        prompt_tokens : int
+            0 when the prompt is not protected.
+
+        Raises
+        ------
+        ValueError
+            If the budget cannot hold the prompt and the window.
+        """
+        floor = prompt_tokens + self.window
+        if floor > self.budget:
+            raise ValueError(
+                f"budget too small: expected budget >= {floor} ({prompt_tokens} protected prompt tokens and a "
+                f"window of {self.window}), got budget={self.budget}. Raise the budget, shorten the prompt, or "
+                "pass protect_prompt=False."
+            )
+        if self.demand is None:
+            return self.budget
+        return _layer_budgets(self.demand, self.budget, floor)[rank]
+
+
+@lru_cache(maxsize=256)
+def _layer_budgets(demand: tuple[float, ...], budget: int, floor: int) -> list[int]:
+    # Every layer asks for the same split, once per row and prompt.
+    return layer_budgets(demand, budget, floor=floor)

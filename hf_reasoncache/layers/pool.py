@@ -1,0 +1,245 @@
+"""The ragged key/value pool of one layer: storage that knows no policy.
+
+Every (row, KV head) owns a stretch of one flat buffer and uses a prefix of it. Tokens are appended in place;
+evicted tokens leave holes that are filled from the end, so slot order says nothing about age and whoever needs
+age reads `positions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from triton_ops.compact import compact
+from triton_ops.layout import RaggedLayout
+
+
+@dataclass(frozen=True, eq=False)
+class HeldPositions:
+    """Which positions every head holds, without the tokens.
+
+    Attributes
+    ----------
+    positions : IntTensor[slots]
+    layout : RaggedLayout
+    length : LongTensor[B, H_kv]
+    """
+
+    positions: torch.Tensor
+    layout: RaggedLayout
+    length: torch.Tensor
+
+    def lists(self) -> list[list[list[int]]]:
+        """Sorted positions per row and KV head."""
+        return [
+            [
+                sorted(self.positions[start : start + used].tolist())
+                for start, used in zip(starts, lengths, strict=True)
+            ]
+            for starts, lengths in zip(
+                self.layout.start.tolist(), self.length.tolist(), strict=True
+            )
+        ]
+
+
+class RaggedPool:
+    """Keys, values, positions and per-slot statistics of one layer.
+
+    Invariants: `0 <= length <= capacity` for every head; the used slots of a head are its first `length` ones;
+    every slot holds finite numbers, used or not.
+
+    Attributes
+    ----------
+    fields : dict[str, Tensor[slots, ...]]
+        "keys", "values", "positions" (int32 columns of the padded sequence) and the statistics. What is done
+        to one is done to all.
+    layout : RaggedLayout
+    length : LongTensor[B, H_kv]
+        On the CPU: the shape of the work is known without a synchronisation.
+    """
+
+    def __init__(
+        self, capacity: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, statistics: Sequence[str] = ()
+    ) -> None:
+        """Allocate an empty pool.
+
+        Parameters
+        ----------
+        capacity : LongTensor[B, H_kv]
+        keys, values : Tensor[..., D], Tensor[..., D_v]
+            Give head sizes, dtype and device; not stored.
+        statistics : sequence of str
+            Names of float32 numbers to keep per slot.
+        """
+        self.layout = RaggedLayout(capacity)
+        self.length = torch.zeros_like(capacity)
+        slots, device = self.layout.slots, keys.device
+        self.fields = {
+            # Zeros, not empty: attention reads unused slots with weight 0, and 0 * NaN is NaN.
+            "keys": torch.zeros(slots, keys.shape[-1], dtype=keys.dtype, device=device),
+            "values": torch.zeros(slots, values.shape[-1], dtype=values.dtype, device=device),
+            "positions": torch.full((slots,), -1, dtype=torch.int32, device=device),
+        }
+        for name in statistics:
+            self.fields[name] = torch.zeros(slots, dtype=torch.float32, device=device)
+
+    @property
+    def capacity(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: slots owned by each head."""
+        return self.layout.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages, positions and statistics included."""
+        return sum(field.untyped_storage().nbytes() for field in self.fields.values())
+
+    def append(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        columns: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        **statistics: torch.Tensor,
+    ) -> None:
+        """Append tokens to every head; statistics not given start at zero.
+
+        Parameters
+        ----------
+        keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
+        columns : LongTensor[T]
+            Position of each token.
+        keep : BoolTensor[B, H_kv, T], optional
+            Tokens to store (padding is not); all by default.
+        **statistics : Tensor[B, H_kv, T]
+
+        Raises
+        ------
+        ValueError
+            If a head has fewer free slots than tokens to store.
+        """
+        batch, heads, steps, _ = keys.shape
+        added = torch.full_like(self.length, steps) if keep is None else keep.sum(-1).cpu()
+        if bool((self.length + added > self.capacity).any()):
+            raise ValueError(
+                f"RaggedPool.append: expected room for {int(added.max())} tokens in every head, got "
+                f"{int((self.capacity - self.length).min())} free slots; relayout the pool first."
+            )
+        positions = columns.to(torch.int32).expand(batch, heads, steps)
+        new = {"keys": keys, "values": values, "positions": positions, **statistics}
+        used = int(self.length.max())
+        if keep is None and self.layout.is_uniform and bool((self.length == used).all()):
+            shape = (batch, heads, -1)
+            for name, field in self.fields.items():
+                target = field.unflatten(0, shape)[:, :, used : used + steps]
+                if name in new:
+                    target.copy_(new[name])
+                else:
+                    target.zero_()
+        else:
+            tail = (self.layout.start + self.length).to(keys.device)[..., None]
+            if keep is None:
+                slots = (tail + torch.arange(steps, device=keys.device)).flatten()
+            else:
+                slots = (tail + keep.cumsum(-1) - 1)[keep]
+            for name, field in self.fields.items():
+                if name not in new:
+                    field[slots] = 0
+                elif keep is None:
+                    field[slots] = new[name].reshape(slots.shape[0], *field.shape[1:])
+                else:
+                    field[slots] = new[name][keep]
+        self.length = self.length + added
+
+    def slots(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of the tokens that some rows hold, in slot order.
+
+        Parameters
+        ----------
+        rows : LongTensor[R]
+            On the CPU.
+
+        Returns
+        -------
+        slots : LongTensor[R, H_kv, N]
+            On the pool's device; `N` is the largest number held; filler repeats the head's first slot.
+        offset : LongTensor[R, H_kv, N]
+            Slot counted from the head's first one, -1 for filler.
+        """
+        device = self.fields["positions"].device
+        length, start = self.length[rows], self.layout.start[rows]
+        offset = torch.arange(max(int(length.max()), 0)).expand(*length.shape, -1)
+        offset = offset.masked_fill(offset >= length[..., None], -1)
+        # A head without any capacity has its start at the end of the storage.
+        slots = (start[..., None] + offset.clamp_min(0)).clamp_max(max(self.layout.slots - 1, 0))
+        return slots.to(device), offset.to(device)
+
+    def compact(
+        self, rows: torch.Tensor, slots: torch.Tensor, offset: torch.Tensor, keep: torch.Tensor
+    ) -> None:
+        """Evict in place all tokens of `rows` that are not kept; see `triton_ops.compact`."""
+        compact(self.fields.values(), slots, offset, keep)
+        self.length = self.length.index_put((rows,), keep.sum(-1).cpu())
+
+    def drop_newest(self, count: int) -> None:
+        """Take back the last `count` appended tokens of every head.
+
+        Right only when no compaction came in between: a compaction moves the newest tokens.
+        """
+        self.length = (self.length - count).clamp_min(0)
+
+    def relayout(self, capacity: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Move into a new storage with other capacities or other rows.
+
+        Parameters
+        ----------
+        capacity : LongTensor[B', H_kv]
+            At least the length of each head.
+        rows : LongTensor[B'], optional
+            Row of this pool that each new row copies; the same rows by default.
+        """
+        rows = torch.arange(self.length.shape[0]) if rows is None else rows
+        slots, offset = self.slots(rows)
+        old, used = self.fields, offset >= 0
+        layout = RaggedLayout(capacity)
+        target = (layout.start.to(slots.device)[..., None] + offset)[used]
+        source = slots[used]
+        self.fields = {}
+        for name, field in old.items():
+            fill = -1 if name == "positions" else 0
+            self.fields[name] = field.new_full((layout.slots, *field.shape[1:]), fill)
+            self.fields[name][target] = field[source]
+        self.layout, self.length = layout, self.length[rows]
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep, repeat or reorder rows: new row `i` is a copy of row `rows[i]`."""
+        if self.layout.is_uniform:
+            index, batch = rows.to(self.fields["positions"].device), self.length.shape[0]
+            self.fields = {
+                name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
+                for name, field in self.fields.items()
+            }
+            self.layout, self.length = RaggedLayout(self.capacity[rows]), self.length[rows]
+        else:
+            self.relayout(self.capacity[rows], rows)
+
+    def snapshot(self, *, deep: bool) -> RaggedPool:
+        """Return a pool that later appends to this one leave as it is.
+
+        Parameters
+        ----------
+        deep : bool
+            True shares no storage and survives compactions too; False copies the statistics only.
+        """
+        twin = object.__new__(RaggedPool)
+        twin.layout, twin.length = self.layout, self.length
+        shared = () if deep else ("keys", "values", "positions")
+        twin.fields = {
+            name: field if name in shared else field.clone() for name, field in self.fields.items()
+        }
+        return twin
+
+    def held(self) -> HeldPositions:
+        """Return which positions are held; a view that the next change invalidates."""
+        return HeldPositions(self.fields["positions"], self.layout, self.length)

@@ -1,0 +1,101 @@
+"""How many tokens every head of every row keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from hf_reasoncache.budgets.heads import head_budgets
+from hf_reasoncache.layers.policy import EvictionPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class RowBudgets:
+    """Budgets of one layer; rows are independent, and changes give a new object.
+
+    Invariant: a row's head budgets add up to `H_kv` times the budget of its layer.
+
+    Attributes
+    ----------
+    policy : EvictionPolicy
+    heads : LongTensor[B, H_kv]
+        Tokens per head after a compaction, on the CPU.
+    floor : LongTensor[B]
+        Protected prompt tokens and the window: what no head may go below.
+    last_split : LongTensor[B]
+        Columns stored when the row's heads were last re-allocated.
+    """
+
+    policy: EvictionPolicy
+    heads: torch.Tensor
+    floor: torch.Tensor
+    last_split: torch.Tensor
+
+    @staticmethod
+    def equal(policy: EvictionPolicy, rank: int, prompt: torch.Tensor, heads: int) -> RowBudgets:
+        """Give all heads of a row the budget of layer `rank`.
+
+        Parameters
+        ----------
+        policy : EvictionPolicy
+        rank : int
+            Index of the layer among the evicting layers.
+        prompt : LongTensor[B]
+            Protected prompt tokens of each row.
+        heads : int
+            KV heads.
+
+        Raises
+        ------
+        ValueError
+            If the budget cannot hold the prompt and the window.
+        """
+        per_head = torch.tensor([policy.layer_budget(rank, count) for count in prompt.tolist()])
+        return RowBudgets(
+            policy=policy,
+            heads=per_head[:, None].expand(-1, heads).contiguous(),
+            floor=prompt + policy.window,
+            last_split=torch.full_like(prompt, -policy.head_interval),
+        )
+
+    @property
+    def capacity(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: what a head may hold between two compactions."""
+        return self.heads + self.policy.buffer
+
+    def resplit(
+        self, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor, columns: int
+    ) -> RowBudgets:
+        """Re-allocate the heads of those `rows` whose last allocation is old enough.
+
+        Parameters
+        ----------
+        rows : LongTensor[R]
+        scores : Tensor[R, H_kv, N]
+            +inf for protected tokens.
+        valid : BoolTensor[R, H_kv, N]
+        columns : int
+            Columns stored so far.
+        """
+        old_enough = columns - self.last_split[rows] >= self.policy.head_interval
+        stale = old_enough.nonzero()[:, 0]
+        if not self.policy.head_budgets or not stale.numel():
+            return self
+        chosen, at = rows[stale], stale.to(scores.device)
+        total = self.heads[chosen].sum(-1)
+        split = head_budgets(scores[at], valid[at], total, floor=self.floor[chosen]).cpu()
+        return replace(
+            self,
+            heads=self.heads.index_put((chosen,), split),
+            last_split=self.last_split.index_fill(0, chosen, columns),
+        )
+
+    def select_rows(self, rows: torch.Tensor) -> RowBudgets:
+        """Keep, repeat or reorder rows."""
+        return replace(
+            self,
+            heads=self.heads[rows],
+            floor=self.floor[rows],
+            last_split=self.last_split[rows],
+        )

@@ -1,0 +1,130 @@
+"""ReasonAlloc (arXiv 2606.11164): layer budgets from a profile, head budgets online, tokens by any scorer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.scorers import RKV
+from hf_reasoncache.scorers.base import Scorer
+
+
+class ReasonAllocCache(ReasonCache):
+    """A cache that keeps a budget of tokens, for `model.generate(past_key_values=...)`.
+
+    The model must run the "reasoncache" attention (or "reasoncache_eager", "reasoncache_fa2").
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        `model.config`.
+    budget : int or None
+        Resident tokens per KV head on average over the model, prompt included, after a compaction; between two,
+        up to `buffer` more. None keeps everything: an exact cache that is faster than `DynamicCache`.
+    profile : sequence of float, optional
+        Demand of each full-attention layer (the paper's Reasoning Wave). By default all layers get `budget`.
+    scorer : Scorer
+        Decides which tokens a head keeps; R-KV by default, as in the paper.
+    head_budgets : bool
+        Whether the heads of a layer share its budget by demand, re-allocated every 128 tokens.
+    buffer : int
+        Tokens between two compactions.
+    window : int
+        Newest tokens that are never evicted (the observation window); counted inside the budget.
+    protect_prompt : bool
+        Never evict the prompt, which is all that comes before the first single-token forward.
+    prompt_length : int, optional
+        Columns of the prompt, padding included. Needed only with assisted decoding, whose first forward brings the
+        first draft together with the prompt: without it, the accepted part of that draft is protected as well.
+    offloading : bool
+        Not supported.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, the profile does not fit the model, or the model is not supported; and in
+        the first forward, before any token is generated, if the budget cannot hold the protected prompt.
+
+    Examples
+    --------
+    >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="reasoncache")
+    >>> cache = ReasonAllocCache(model.config, budget=1024)
+    >>> out = model.generate(**inputs, past_key_values=cache, max_new_tokens=16384)
+    >>> print(cache.report())
+
+    Notes
+    -----
+    From the paper: the robustified layer budgets (exponent 0.5, bounds 0.25 and 2), head budgets from the pooled
+    top scores every 128 steps. Ours: the layout of the heads in a ragged pool, the exact form of the bounds, the
+    correction that makes scores comparable between heads of different length, independence of batch rows.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        budget: int | None,
+        profile: Sequence[float] | None = None,
+        scorer: Scorer | None = None,
+        head_budgets: bool = True,
+        buffer: int = 128,
+        window: int = 8,
+        protect_prompt: bool = True,
+        prompt_length: int | None = None,
+        offloading: bool = False,
+    ) -> None:
+        scorer = RKV() if scorer is None else scorer
+        if not isinstance(scorer, Scorer):
+            raise ValueError(
+                f"scorer: expected an object of hf_reasoncache.scorers, got {scorer!r}; pass an instance such "
+                "as RKV()."
+            )
+        _require_int("window", window, low=1)
+        _require_int("buffer", buffer, low=1)
+        if budget is not None:
+            _require_int("budget", budget, low=window + 1)
+        if prompt_length is not None:
+            _require_int("prompt_length", prompt_length, low=1)
+        demand = None if profile is None else _checked_demand(profile)
+
+        def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
+            if demand is not None and len(demand) != layers:
+                raise ValueError(
+                    f"profile: expected {layers} demands, one per full-attention layer of this model, got "
+                    f"{len(demand)}; use a profile that was calibrated on this model."
+                )
+            if budget is None:
+                return PooledLayer(index)
+            policy = EvictionPolicy(
+                budget=budget,
+                buffer=buffer,
+                window=window,
+                scorer=scorer,
+                head_budgets=head_budgets,
+                protect_prompt=protect_prompt,
+                prompt_length=prompt_length,
+                demand=demand,
+            )
+            return EvictingLayer(index, rank, policy)
+
+        super().__init__(config, make_layer, offloading=offloading)
+
+
+def _require_int(name: str, value: object, *, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
+
+
+def _checked_demand(profile: Sequence[float]) -> tuple[float, ...]:
+    demand = tuple(float(value) for value in profile)
+    if not demand or not all(math.isfinite(value) and value >= 0 for value in demand):
+        raise ValueError(f"profile: expected finite demands >= 0, one per layer, got {profile!r}.")
+    if not any(demand):
+        raise ValueError("profile: expected at least one demand above 0, got only zeros.")
+    return demand

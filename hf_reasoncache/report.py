@@ -1,0 +1,127 @@
+"""What a cache holds, as numbers and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.pooled import PooledLayer
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One full-attention layer.
+
+    Attributes
+    ----------
+    index : int
+        Index in the model.
+    held : list[list[int]]
+        Tokens held, per row and KV head.
+    capacity : list[list[int]]
+        Slots allocated, per row and KV head.
+    kv_bytes : int
+        Bytes of the key and value storages.
+    other_bytes : int
+        Bytes of positions, statistics, and queries kept for scoring.
+    evictions : int
+        Compactions, each row counted.
+    evicted : int
+        Tokens evicted, each row and head counted.
+    """
+
+    index: int
+    held: list[list[int]]
+    capacity: list[list[int]]
+    kv_bytes: int
+    other_bytes: int
+    evictions: int
+    evicted: int
+
+    @staticmethod
+    def of(index: int, layer: PooledLayer) -> LayerReport:
+        """Describe a layer as it is now."""
+        pool = layer.pool
+        kv_bytes = 0 if pool is None else sum(
+            pool.fields[name].untyped_storage().nbytes() for name in ("keys", "values")
+        )
+        evicts = isinstance(layer, EvictingLayer)
+        return LayerReport(
+            index=index,
+            held=[] if pool is None else pool.length.tolist(),
+            capacity=[] if pool is None else pool.capacity.tolist(),
+            kv_bytes=kv_bytes,
+            other_bytes=layer.nbytes - kv_bytes,
+            evictions=layer.evictions if evicts else 0,
+            evicted=layer.evicted if evicts else 0,
+        )
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """All layers of a cache; `print` it for a table.
+
+    Attributes
+    ----------
+    seen : int
+        Tokens seen, padding included.
+    layers : tuple of LayerReport
+        The full-attention layers.
+    other_bytes : int
+        Bytes held by layers that are transformers' own (sliding windows and the like).
+    """
+
+    seen: int
+    layers: tuple[LayerReport, ...]
+    other_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values in the full-attention layers."""
+        return sum(layer.kv_bytes for layer in self.layers)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything the cache holds."""
+        return self.kv_bytes + self.other_bytes + sum(layer.other_bytes for layer in self.layers)
+
+    @property
+    def evictions(self) -> int:
+        """Compactions over all layers and rows."""
+        return sum(layer.evictions for layer in self.layers)
+
+    @property
+    def evicted(self) -> int:
+        """Tokens evicted over all layers, rows and heads."""
+        return sum(layer.evicted for layer in self.layers)
+
+    @property
+    def mean_held(self) -> float:
+        """Tokens held per KV head, on average."""
+        counts = [count for layer in self.layers for row in layer.held for count in row]
+        return sum(counts) / len(counts) if counts else 0.0
+
+    def __str__(self) -> str:
+        """Format for a terminal of 80 columns."""
+        lines = [
+            f"seen {self.seen} tokens, hold {self.mean_held:.1f} per KV head on average",
+            f"keys and values {self.kv_bytes:,} bytes, all storages {self.total_bytes:,} bytes",
+            f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
+            "layer   held per head: min  mean   max     KV bytes",
+        ]
+        for layer in self.layers:
+            counts = [count for row in layer.held for count in row] or [0]
+            lines.append(
+                f"{layer.index:5d} {min(counts):20d} {sum(counts) / len(counts):5.0f} {max(counts):5d} "
+                f"{layer.kv_bytes:12,}"
+            )
+        return "\n".join(lines)
+
+
+def storage_bytes(layer: Any) -> int:
+    """Bytes of the keys and values that a layer of transformers holds."""
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(x.untyped_storage().nbytes() for x in tensors if isinstance(x, torch.Tensor))

@@ -1,0 +1,46 @@
+"""With eviction off, a ReasonAllocCache changes no token of any generate mode."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_reasoncache import ReasonAllocCache
+from tests.models import BUILDERS, build, prompt
+
+MODES = {
+    "greedy": dict(do_sample=False),
+    "three_samples": dict(do_sample=True, num_return_sequences=3),
+    "four_beams": dict(do_sample=False, num_beams=4),
+    "chunked_prefill": dict(do_sample=False, prefill_chunk_size=5),
+    "prompt_lookup": dict(do_sample=False, prompt_lookup_num_tokens=4),
+    "assisted": dict(do_sample=False),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_tokens_equal_dynamic_cache(name, mode):
+    base = "eager" if name == "gpt_oss" else "sdpa"
+    model, arguments = build(name, base), dict(MODES[mode])
+    inputs = prompt()
+    if mode in ("prompt_lookup", "assisted"):
+        inputs = {key: value[:1] for key, value in inputs.items()}
+    if mode == "assisted":
+        # A few of the assistant's drafts are right: its weights are a disturbed copy.
+        assistant = build(name, base)
+        with torch.no_grad():
+            assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight) * 0.02)
+        arguments["assistant_model"] = assistant
+
+    def run(cache):
+        torch.manual_seed(7)
+        return model.generate(
+            **inputs, **arguments, past_key_values=cache, max_new_tokens=40, use_cache=True
+        )
+
+    expected = run(DynamicCache(config=model.config))
+    model.set_attn_implementation("reasoncache")
+    assert torch.equal(run(DynamicCache(config=model.config)), expected), "foreign cache"
+    cache = ReasonAllocCache(model.config, budget=None)
+    assert torch.equal(run(cache), expected)
+    assert cache.report().evicted == 0

@@ -1,0 +1,80 @@
+"""Tiny random models of the architectures that the contract covers."""
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 97
+SHAPE = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    # Larger than usual, so that random attention is peaked and a wrong mask changes the output.
+    initializer_range=0.2,
+)
+HYBRID = ["full_attention", "sliding_attention", "full_attention"]
+
+BUILDERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=16)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
+    "qwen2_sliding": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=12, layer_types=HYBRID)
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, head_dim=16, sliding_window=None)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=12, layer_types=HYBRID
+        )
+    ),
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **SHAPE,
+            head_dim=16,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            sliding_window=12,
+            layer_types=HYBRID,
+        )
+    ),
+}
+
+
+def build(name: str, attention: str = "reasoncache", seed: int = 0) -> torch.nn.Module:
+    """A random model in eval mode; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    model = BUILDERS[name]().eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    model.generation_config.eos_token_id = None
+    model.set_attn_implementation(attention)
+    return model
+
+
+def prompt(batch: int = 2, tokens: int = 21, padding: tuple[int, ...] = (0, 7), seed: int = 1):
+    """Left-padded random prompts: dict of input_ids and attention_mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(padding[:batch]):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,90 @@
+"""Attention of one query token, or a small chunk, over a ragged pool of keys and values."""
+
+from __future__ import annotations
+
+import torch
+
+from triton_ops.decode_attention.reference import decode_attention_reference
+from triton_ops.layout import RaggedLayout
+
+__all__ = ["decode_attention"]
+
+
+def decode_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    layout: RaggedLayout,
+    length: torch.Tensor,
+    *,
+    query_positions: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    mass: torch.Tensor | None = None,
+    mass_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend to the tokens that each head holds.
+
+    Parameters
+    ----------
+    query : Tensor[B, H_kv, G, T, D]
+        Post-RoPE queries, the `G` query heads of a group beside the KV head that they read.
+    keys, values : Tensor[slots, D], Tensor[slots, D_v]
+        The pool. Unused slots must hold finite numbers; they get no weight.
+    positions : IntTensor[slots]
+        Logical position of each slot, read only when `query_positions` is given.
+    layout : RaggedLayout
+    length : LongTensor[B, H_kv]
+        Slots in use of each head, on the CPU. A head that holds nothing yields a finite, meaningless row.
+    query_positions : LongTensor[B, T] or None
+        A query sees the keys at its own position and before. None: every query sees every held token, which
+        is the case of a single new token.
+    scaling : float
+        Factor on the logits.
+    softcap : float, optional
+        Logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+    s_aux : Tensor[H_kv * G], optional
+        One learned logit per query head that takes part in the softmax and carries no value (GPT-OSS sinks).
+    mass : Tensor[slots], optional
+        float32; every slot's attention probability, summed over queries and group, is added in place.
+    mass_weight : Tensor[T], optional
+        Weight of each query in `mass`; ones by default.
+
+    Returns
+    -------
+    Tensor[B, T, H_kv * G, D_v]
+        In the layout that transformers' attention functions return.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit together.
+    """
+    batch, kv_heads, _, steps, head_size = query.shape
+    if keys.shape[-1] != head_size or tuple(length.shape) != (batch, kv_heads):
+        raise ValueError(
+            f"decode_attention: query {tuple(query.shape)} needs keys [slots, {head_size}] and length "
+            f"[{batch}, {kv_heads}], got {tuple(keys.shape)} and {tuple(length.shape)}; check that the "
+            "query heads are grouped as [B, H_kv, G, T, D]."
+        )
+    if steps > 1 and query_positions is None:
+        raise ValueError(
+            f"decode_attention: {steps} queries per row need query_positions [{batch}, {steps}] for "
+            "causality, got None."
+        )
+    return decode_attention_reference(
+        query,
+        keys,
+        values,
+        positions,
+        layout,
+        length,
+        query_positions=query_positions,
+        scaling=scaling,
+        softcap=softcap,
+        s_aux=s_aux,
+        mass=mass,
+        mass_weight=mass_weight,
+    )

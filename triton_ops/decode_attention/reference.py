@@ -1,0 +1,132 @@
+"""`decode_attention` in plain PyTorch: its definition, and the CPU path.
+
+One batched call per bucket of equal capacity. The group's queries are packed as rows of one matrix, so keys
+are read once per KV head and never repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from triton_ops.layout import Bucket, RaggedLayout
+
+
+def decode_attention_reference(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    layout: RaggedLayout,
+    length: torch.Tensor,
+    *,
+    query_positions: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    mass: torch.Tensor | None,
+    mass_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `triton_ops.decode_attention.decode_attention`."""
+    batch, kv_heads, group, steps, head_size = query.shape
+    packed = query.reshape(batch * kv_heads, group * steps, head_size)
+    used = length.flatten()
+    if not layout.is_uniform:
+        packed, used = packed[layout.order], used[layout.order]
+    explicit = softcap is not None or s_aux is not None or mass is not None
+
+    outputs = []
+    for bucket in layout.buckets:
+        heads = slice(bucket.first, bucket.first + bucket.count)
+        longest = max(int(used[heads].max()), 1)
+        q = packed[heads]
+        k = bucket.view(keys)[:, :longest]
+        v = bucket.view(values)[:, :longest]
+        visible = _visible(
+            bucket, used[heads], longest, positions, query_positions, layout, kv_heads, group
+        )
+        if explicit:
+            sink = None if s_aux is None else _sink(s_aux, bucket, layout, kv_heads, group, steps)
+            out, weights = _explicit(q, k, v, visible, scaling, softcap, sink)
+            if mass is not None:
+                if mass_weight is not None:
+                    weights = weights * mass_weight.repeat(group)[:, None]
+                bucket.view(mass)[:, :longest] += weights.sum(1)
+        else:
+            bias = None if visible is None else _additive(visible, q.dtype)
+            out = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=bias, scale=scaling
+            )[0]
+        outputs.append(out)
+
+    result = outputs[0] if layout.is_uniform else torch.cat(outputs)[layout.rank]
+    result = result.view(batch, kv_heads * group, steps, values.shape[-1])
+    return result.transpose(1, 2).contiguous()
+
+
+def _visible(
+    bucket: Bucket,
+    used: torch.Tensor,
+    longest: int,
+    positions: torch.Tensor,
+    query_positions: torch.Tensor | None,
+    layout: RaggedLayout,
+    kv_heads: int,
+    group: int,
+) -> torch.Tensor | None:
+    """Which slots each packed query sees: BoolTensor `[count, 1 or G * T, longest]`, None for all."""
+    ragged = bool((used != longest).any())
+    if not ragged and query_positions is None:
+        return None
+    device = positions.device
+    visible = torch.arange(longest, device=device) < used.to(device)[:, None, None]
+    if query_positions is None:
+        return visible
+    rows = layout.order[bucket.first : bucket.first + bucket.count] // kv_heads
+    asking = query_positions[rows.to(device)].repeat(1, group)
+    held = bucket.view(positions)[:, None, :longest]
+    return visible & (held <= asking[..., None])
+
+
+def _sink(
+    s_aux: torch.Tensor,
+    bucket: Bucket,
+    layout: RaggedLayout,
+    kv_heads: int,
+    group: int,
+    steps: int,
+) -> torch.Tensor:
+    """Sink logit of every packed query: Tensor `[count, G * T, 1]`."""
+    heads = layout.order[bucket.first : bucket.first + bucket.count] % kv_heads
+    return s_aux.view(kv_heads, group)[heads.to(s_aux.device)].repeat_interleave(steps, 1)[..., None]
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # The smallest finite number, not -inf: a row that sees nothing must not become NaN.
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[None]
+
+
+def _explicit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sink: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention with its weights `[count, G * T, longest]` in float32."""
+    logits = torch.bmm(q, k.transpose(1, 2)).float() * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    if sink is None:
+        weights = logits.softmax(-1)
+    else:
+        weights = torch.cat([logits, sink.float()], dim=-1).softmax(-1)[..., :-1]
+    if visible is not None:
+        # A query that sees nothing (padding) would otherwise spread its weight over the filler.
+        weights = weights.masked_fill(~visible, 0.0)
+    return torch.bmm(weights.to(v.dtype), v), weights

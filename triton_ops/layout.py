@@ -1,0 +1,85 @@
+"""Where the heads of a ragged pool lie in its flat storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Heads of equal capacity, neighbours in storage, hence one strided view without a copy.
+
+    Attributes
+    ----------
+    first, count : int
+        The bucket's heads are `layout.order[first : first + count]`.
+    begin, capacity : int
+        Slots `begin` to `begin + count * capacity` of the storage.
+    """
+
+    first: int
+    count: int
+    begin: int
+    capacity: int
+
+    def view(self, field: torch.Tensor) -> torch.Tensor:
+        """View a per-slot tensor `[slots, ...]` as `[count, capacity, ...]`."""
+        end = self.begin + self.count * self.capacity
+        return field[self.begin : end].unflatten(0, (self.count, self.capacity))
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedLayout:
+    """Capacity and start of every (row, KV head) in a flat storage.
+
+    Heads are stored in order of capacity, so that heads of equal capacity form one `Bucket`. A pool whose
+    heads have few different capacities is attended to in few batched calls.
+
+    Attributes
+    ----------
+    capacity : LongTensor[B, H_kv]
+        Slots each head owns. Lives on the CPU: the shape of the work must be known without a synchronisation.
+    """
+
+    capacity: torch.Tensor
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """LongTensor[B * H_kv]: flat head indices in storage order."""
+        return self.capacity.flatten().argsort(stable=True)
+
+    @cached_property
+    def rank(self) -> torch.Tensor:
+        """LongTensor[B * H_kv]: the inverse of `order`."""
+        return self.order.argsort()
+
+    @cached_property
+    def start(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: first slot of each head."""
+        sizes = self.capacity.flatten()[self.order]
+        return (sizes.cumsum(0) - sizes)[self.rank].view_as(self.capacity)
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The distinct capacities, smallest first."""
+        capacities, counts = self.capacity.flatten()[self.order].unique_consecutive(
+            return_counts=True
+        )
+        buckets, first, begin = [], 0, 0
+        for capacity, count in zip(capacities.tolist(), counts.tolist(), strict=True):
+            buckets.append(Bucket(first, count, begin, capacity))
+            first, begin = first + count, begin + count * capacity
+        return tuple(buckets)
+
+    @cached_property
+    def slots(self) -> int:
+        """Total number of slots."""
+        return int(self.capacity.sum())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all heads have one capacity, so that storage order is (row, head) order."""
+        return len(self.buckets) == 1
