@@ -31,7 +31,10 @@ def test_problems_depend_on_the_seed_alone(family: str, task: str) -> None:
     problems = make_problems(task, 12, SEED, family)
     assert problems == make_problems(task, 12, SEED, family)
     assert problems[:5] == make_problems(task, 5, SEED, family)
-    assert len({problem.prompt for problem in problems + make_problems(task, 12, SEED - 1, family)}) == 24
+    assert (
+        len({problem.prompt for problem in problems + make_problems(task, 12, SEED - 1, family)})
+        == 24
+    )
 
 
 def test_seeds_for_training_and_testing_are_disjoint() -> None:
@@ -44,7 +47,9 @@ def test_solutions_are_accepted_and_long(family: str, task: str) -> None:
     outcomes = [check(problem, problem.solution) for problem in problems]
     assert all(outcome.correct and outcome.finished for outcome in outcomes)
     assert all(all(marks) for outcome in outcomes for marks in outcome.followed.values())
-    assert statistics.mean(outcome.length for outcome in outcomes) >= (300 if family == "qwen3" else 150)
+    assert statistics.mean(outcome.length for outcome in outcomes) >= (
+        300 if family == "qwen3" else 150
+    )
     assert max(outcome.length for outcome in outcomes) < problems[0].max_new_tokens
     assert len({problem.answer for problem in problems}) > 5
 
@@ -68,21 +73,31 @@ def test_a_wrong_or_missing_answer_is_rejected(family: str, task: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("directive", ["EACH", "ODD", "EVEN", "FIVE", "FINAL"])
 @pytest.mark.parametrize("how", ["left out", "wrong word"])
-def test_a_broken_instruction_is_noticed_and_no_other(family: str, directive: str, how: str) -> None:
+def test_a_broken_instruction_is_noticed_and_no_other(
+    family: str, directive: str, how: str
+) -> None:
     problem = make_problems("instr", 1, SEED, family)[0]
     words = problem.solution.split()
     place = words.index(directive)
-    broken = words[:place] + words[place + 2 :] if how == "left out" else [*words[: place + 1], "ok", *words[place + 2 :]]
+    broken = (
+        words[:place] + words[place + 2 :]
+        if how == "left out"
+        else [*words[: place + 1], "ok", *words[place + 2 :]]
+    )
     before = check(problem, problem.solution).followed
     after = check(problem, " ".join(broken)).followed
     assert after[directive].count(False) == 1
     assert len(after[directive]) == len(before[directive])
-    assert all(after[other] == before[other] for other in problem.instructions if other != directive)
+    assert all(
+        after[other] == before[other] for other in problem.instructions if other != directive
+    )
 
 
 def test_what_follows_the_end_is_ignored() -> None:
     problem = make_problems("walk", 1, SEED)[0]
-    assert check(problem, problem.solution + " <pad> <pad> ANS 1") == check(problem, problem.solution)
+    assert check(problem, problem.solution + " <pad> <pad> ANS 1") == check(
+        problem, problem.solution
+    )
     assert read_answer("<eos> ANS 1") is None
 
 
@@ -90,7 +105,7 @@ def test_what_follows_the_end_is_ignored() -> None:
     "arguments", [("sums", 1, SEED, "llama"), ("walk", 1, SEED, "gpt"), ("walk", -1, SEED, "llama")]
 )
 def test_unknown_requests_are_refused(arguments: tuple) -> None:
-    with pytest.raises(ValueError, match="expected one of|negative"):
+    with pytest.raises(ValueError, match=r"expected one of|negative"):
         make_problems(*arguments)
 
 
@@ -127,6 +142,9 @@ def test_models_answer_a_padded_batch(family: str) -> None:
     assert 0 in batch["attention_mask"][:, 0]
     output = model.generate(**batch, do_sample=False, max_new_tokens=problems[0].max_new_tokens)
     completions = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :])
-    outcomes = [check(problem, completion) for problem, completion in zip(problems, completions)]
+    outcomes = [
+        check(problem, completion)
+        for problem, completion in zip(problems, completions, strict=True)
+    ]
     assert sum(outcome.correct for outcome in outcomes) >= len(problems) - 1
     assert all(outcome.finished for outcome in outcomes)

@@ -1,4 +1,4 @@
-"""Tiny trained reasoners: tasks with long chains of thought, a checker, and models of a few megabytes that solve them.
+"""Tiny trained reasoners: tasks with long chains of thought, a checker, and models for them.
 
 Importing this package needs neither torch nor transformers; `tokenizer`, `train` and `evaluate` do.
 """

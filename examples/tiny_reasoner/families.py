@@ -1,8 +1,9 @@
 """The two families of problems, one for each trained model.
 
-``llama`` is the easier one: every look-up is written out with its key (``a> c``) and reads a single fact. ``qwen3`` asks for more: an
-addend is the sum of three facts scattered over the prompt, the key of a transition is never written but composed from the node and the
-accumulator, and chains of thought are longer than 300 words.
+``llama`` is the easier one: every look-up is written out with its key (``a> c``) and reads a single
+fact. ``qwen3`` asks for more: an addend is the sum of three facts scattered over the prompt, the
+key of a transition is never written but composed from the node and the accumulator, and chains of
+thought are longer than 300 words.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ class Family:
     letters: str
     marks: tuple[str, ...]
     compact: bool
-    """Three facts per addend and unwritten transition keys (True), or one fact and written keys (False)."""
+    """Three facts per addend and unwritten transition keys; else one fact and written keys."""
     chain: ChainShape
     walk: WalkShape
     instr: WalkShape
     max_new_tokens: dict[str, int]
-    """Per task, a generous limit on a completion: about 1.3 times the longest reference solution."""
+    """Per task, a generous limit: at least 1.25 times the longest reference solution."""
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from .families import TASKS, get_family
 from .generators import Writer, is_triggered
 
-#: Seeds of streams a model is trained on. (The weights of ``llama`` predate this module; their streams cannot be drawn here at all.)
+#: Seeds of training runs; `make_problems` never draws from their streams, whatever its seed.
 TRAINING_SEEDS = range(1000)
 #: Seeds for every choice: defaults, thresholds, which of two methods to keep.
 DEVELOPMENT_SEEDS = range(1000, 2000)
@@ -59,7 +60,7 @@ class Outcome:
     finished: bool
     """There is an answer."""
     followed: dict[str, list[bool]]
-    """Per directive, one entry for every place of the chain of thought that called for its word. ``FINAL`` always has one entry."""
+    """Per directive, one entry for every place that called for its word; ``FINAL`` has just one."""
     length: int
     """Words of the completion, without ``<eos>`` and ``<pad>``."""
 
@@ -91,7 +92,9 @@ def make_problems(task: str, count: int, seed: int, family: str = DEFAULT_FAMILY
     writer = Writer(dialect, random.Random(f"{family}/{task}/{seed}"))
     problems = []
     for _ in range(count):
-        draft = writer.chain(dialect.chain) if task == "chain" else writer.walk(getattr(dialect, task))
+        draft = (
+            writer.chain(dialect.chain) if task == "chain" else writer.walk(getattr(dialect, task))
+        )
         problems.append(
             Problem(
                 task=task,
@@ -123,12 +126,14 @@ def check(problem: Problem, completion: str) -> Outcome:
     problem
         What was asked.
     completion
-        What the model wrote after the prompt; anything from the first ``<eos>`` or ``<pad>`` on is ignored.
+        What the model wrote after the prompt; anything from the first ``<eos>`` or ``<pad>`` on is
+        ignored.
 
     Returns
     -------
     Outcome
-        An instruction is judged at the places the completion itself reaches: a chain of thought that breaks off early has fewer of them.
+        An instruction is judged at the places the completion itself reaches: a chain of thought
+        that breaks off early has fewer of them.
     """
     words = _content(completion)
     answer = read_answer(completion)
@@ -150,7 +155,7 @@ def _followed(instructions: dict[str, str], words: list[str]) -> dict[str, list[
     followed: dict[str, list[bool]] = {directive: [] for directive in instructions}
     end = words.index("</think>") if "</think>" in words else len(words)
     starts = [place for place, word in enumerate(words[:end]) if word.startswith("#")]
-    for start, stop in zip(starts, [*starts[1:], end]):
+    for start, stop in pairwise([*starts, end]):
         step = words[start:stop]
         # A step reads "#k node addend accumulator ..." in both families.
         accumulator = step[3] if len(step) > 3 else ""
@@ -165,4 +170,4 @@ def _followed(instructions: dict[str, str], words: list[str]) -> dict[str, list[
 
 
 def _says(words: list[str], directive: str, word: str) -> bool:
-    return (directive, word) in zip(words, words[1:])
+    return (directive, word) in pairwise(words)

@@ -11,7 +11,8 @@ from .families import get_family
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a family.
 
-    It adds no special tokens: prompts spell out ``<bos>`` and ``<think>``. Batches are padded on the left, as generation needs them.
+    It adds no special tokens: prompts spell out ``<bos>`` and ``<think>``. Batches are padded on
+    the left, as generation needs them.
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
 """The words the tiny reasoners read and write.
 
-A word is a token: the tokenizers split at whitespace and look the word up. The order of a family's list is the order of the rows of its
-model's embedding, so a list may grow at its end but never change before it.
+A word is a token: the tokenizers split at whitespace and look the word up. The order of a family's
+list is the order of the rows of its model's embedding, so a list may grow at its end but never
+change before it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "ANS")
 DIGITS = tuple("0123456789")
 OPERATIONS = tuple(sign + digit for sign in "+-" for digit in DIGITS)
 MARKERS = (".", "?", "sum", "ok", "wait", "check", "start", "until", "RULE", "DO")
-FILLER = tuple(
-    "so now then well we the let me see go on hmm it is this that next have to think about right and also good just"
-    " one more".split()
+# fmt: off
+FILLER = (
+    "so", "now", "then", "well", "we", "the", "let", "me", "see", "go", "on", "hmm", "it", "is",
+    "this", "that", "next", "have", "to", "think", "about", "right", "and", "also", "good", "just",
+    "one", "more",
 )
+SIGNAL_WORDS = (
+    "red", "blue", "green", "gold", "pink", "gray", "lime", "cyan", "rose", "sand", "jade", "ruby",
+    "opal", "iron", "salt", "mint",
+)
+# fmt: on
 DIRECTIVES = ("EACH", "ODD", "EVEN", "FIVE", "FINAL")
-SIGNAL_WORDS = tuple("red blue green gold pink gray lime cyan rose sand jade ruby opal iron salt mint".split())
 STEP_LABELS = tuple(f"#{step}" for step in range(1, 65))
 
 #: What a solver murmurs between two steps of its chain of thought.
@@ -63,7 +70,8 @@ def build_vocabulary(letters: Iterable[str], marks: Iterable[str]) -> tuple[str,
     letters
         The names of variables and nodes, one character each.
     marks
-        What may follow a name; ``a+`` (the addend of ``a``) is one word, so that every look-up has a key of one token.
+        What may follow a name; ``a+`` (the addend of ``a``) is one word, so that every look-up has
+        a key of one token.
 
     Returns
     -------
@@ -71,5 +79,14 @@ def build_vocabulary(letters: Iterable[str], marks: Iterable[str]) -> tuple[str,
         Distinct words; the first is ``<pad>``.
     """
     letters = tuple(letters)
-    words = (*SPECIAL, *DIGITS, *OPERATIONS, *MARKERS, *FILLER, *DIRECTIVES, *SIGNAL_WORDS, *STEP_LABELS)
+    words = (
+        *SPECIAL,
+        *DIGITS,
+        *OPERATIONS,
+        *MARKERS,
+        *FILLER,
+        *DIRECTIVES,
+        *SIGNAL_WORDS,
+        *STEP_LABELS,
+    )
     return tuple(dict.fromkeys((*words, *(letter + mark for mark in marks for letter in letters))))
