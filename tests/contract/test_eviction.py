@@ -1,0 +1,141 @@
+"""With eviction on: logits against the oracle, rows against themselves alone, assisted against plain."""
+
+import pytest
+import torch
+
+from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV, StreamingLLM
+from tests.models import VOCABULARY, build, prompt
+from tests.oracle import Recorder
+
+UNEQUAL = {
+    "llama": [1.0, 9.0, 4.0],
+    "qwen3": [5.0, 1.0, 2.0],
+    "qwen2_sliding": [1, 6],
+    "gemma3": [4, 1],
+    "gpt_oss": [1, 4],
+}
+
+
+def decode(recorder, logits, steps):
+    for _ in range(steps):
+        logits = recorder.forward(logits.argmax(-1, keepdim=True))
+    return logits
+
+
+@pytest.mark.parametrize("scorer", [RKV(), SnapKV(), H2O(), StreamingLLM(), Random()], ids=repr)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_logits_equal_oracle_over_compactions_and_turns(name, scorer):
+    model, inputs = build(name), prompt()
+    cache = ReasonAllocCache(
+        model.config, budget=40, buffer=8, window=4, profile=UNEQUAL[name], scorer=scorer
+    )
+    recorder = Recorder(model, cache, inputs["attention_mask"])
+    logits = decode(recorder, recorder.forward(inputs["input_ids"]), 60)
+    assert cache.report().evictions >= 12, "several compactions are part of this test"
+    held = {len(head) for i in range(3) for row in cache.held_positions(i) for head in row}
+    assert len(held) > 2, "unequal layer and head budgets are part of this test"
+    second = torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(5))
+    logits = recorder.forward(torch.cat([logits.argmax(-1, keepdim=True), second], dim=1))
+    decode(recorder, logits, 20)
+    recorder.check(1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_sliding", "gemma3", "gpt_oss"])
+def test_logits_equal_oracle_in_hybrid_models(name):
+    model, inputs = build(name), prompt()
+    cache = ReasonAllocCache(model.config, budget=40, buffer=8, window=4, profile=UNEQUAL[name])
+    recorder = Recorder(model, cache, inputs["attention_mask"])
+    decode(recorder, recorder.forward(inputs["input_ids"]), 60)
+    assert cache.report().evictions > 0
+    recorder.check(1e-4)
+
+
+@pytest.mark.parametrize("scorer", [RKV(), H2O()], ids=repr)
+def test_logits_equal_oracle_when_the_prompt_is_cut(scorer):
+    model, inputs = build("llama"), prompt(tokens=90, padding=(0, 33))
+    cache = ReasonAllocCache(
+        model.config, budget=24, buffer=8, window=4, scorer=scorer, protect_prompt=False
+    )
+    recorder = Recorder(model, cache, inputs["attention_mask"])
+    logits = recorder.forward(inputs["input_ids"])
+    assert (
+        max(count for layer in cache.report().layers for row in layer.held for count in row) <= 48
+    )
+    assert cache.held_positions(0)[0][0] == list(range(90)), "what the last forward attended to"
+    logits = decode(recorder, logits, 30)
+    long = torch.randint(3, VOCABULARY, (2, 50), generator=torch.Generator().manual_seed(5))
+    logits = recorder.forward(long)
+    decode(recorder, logits, 12)
+    recorder.check(1e-4)
+
+
+def test_logits_equal_oracle_in_chunked_prompts():
+    model, inputs = build("llama"), prompt(tokens=30, padding=(0, 11))
+    for protect in (True, False):
+        cache = ReasonAllocCache(
+            model.config, budget=40, buffer=8, window=4, profile=[1, 9, 4], protect_prompt=protect
+        )
+        recorder = Recorder(model, cache, inputs["attention_mask"])
+        for chunk in inputs["input_ids"].split(12, dim=1):
+            logits = recorder.forward(chunk)
+        decode(recorder, logits, 40)
+        assert cache.report().evictions > 0
+        recorder.check(1e-4)
+
+
+@pytest.mark.parametrize("scorer", [RKV(), SnapKV(), H2O(), Random()], ids=repr)
+def test_row_in_padded_batch_equals_row_alone(scorer):
+    model, inputs = build("llama"), prompt(batch=3, padding=(0, 7, 16))
+    settings = dict(budget=32, buffer=8, window=4, profile=[1.0, 9.0, 4.0], scorer=scorer)
+
+    def run(ids, mask):
+        cache = ReasonAllocCache(model.config, **settings)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=60
+        )
+        return out[:, ids.shape[1] :], [cache.held_positions(i) for i in range(3)]
+
+    tokens, held = run(**{"ids": inputs["input_ids"], "mask": inputs["attention_mask"]})
+    for row, pad in enumerate((0, 7, 16)):
+        alone, held_alone = run(
+            inputs["input_ids"][row : row + 1, pad:], inputs["attention_mask"][row : row + 1, pad:]
+        )
+        assert torch.equal(alone[0], tokens[row])
+        for layer in range(3):
+            shifted = [[position + pad for position in head] for head in held_alone[layer][0]]
+            assert shifted == held[layer][row]
+
+
+@pytest.mark.parametrize("scorer", [RKV(), H2O(mass_decay=0.9), Random()], ids=repr)
+@pytest.mark.parametrize("mode", ["assistant", "same_model", "prompt_lookup"])
+def test_assisted_equals_plain(mode, scorer):
+    model = build("llama")
+    inputs = {key: value[:1] for key, value in prompt().items()}
+    length = inputs["input_ids"].shape[1]
+    arguments = {}
+    if mode == "prompt_lookup":
+        arguments["prompt_lookup_num_tokens"] = 6
+    else:
+        assistant = build("llama")
+        if mode == "assistant":
+            with torch.no_grad():
+                assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight) * 0.02)
+        arguments["assistant_model"] = assistant
+
+    def run(**more):
+        cache = ReasonAllocCache(
+            model.config,
+            budget=32,
+            buffer=5,
+            window=4,
+            profile=[1, 9, 4],
+            scorer=scorer,
+            prompt_length=length,
+        )
+        out = model.generate(**inputs, **more, past_key_values=cache, max_new_tokens=70)
+        return out, cache.report().evictions
+
+    plain, evictions = run()
+    assert evictions > 20
+    assert torch.equal(plain, run(**arguments)[0])
