@@ -30,6 +30,7 @@ PARTS: dict[str, set[str]] = {
     "scorers": {"triton_ops"},
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
+    "report": {"layers"},
     "branching": CACHES,
     "calibration": {"scorers", "budgets"},
     "evaluation": CACHES | {"branching"},
@@ -38,7 +39,7 @@ for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = {"attention", "layers", "scorers", "budgets", "protection", "risk"}
-    PARTS[_cache] |= {"calibration.profile"} | CACHES
+    PARTS[_cache] |= {"report", "calibration.profile"} | CACHES
 # "cli" and the package's own __init__ may import every part; nothing imports "cli".
 PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
 
