@@ -1,0 +1,84 @@
+"""Attention that recent queries pay to the held keys: the signal of window-based scorers."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from triton_ops.window_scores import reference
+
+Group = Literal["max", "mean"]
+
+__all__ = ["Group", "window_scores"]
+
+
+def window_scores(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scaling: float,
+    *,
+    group: Group,
+    past_only: bool,
+) -> torch.Tensor:
+    """Average the attention probability of every key over the queries of an observation window.
+
+    Parameters
+    ----------
+    queries : Tensor[R, H, G, A, D]
+        The window's queries, grouped by the KV head they read; `A >= 1`.
+    keys : Tensor[R, H, N, D]
+        Held keys in any order; filler may hold anything, NaN included.
+    query_positions : LongTensor[R, A]
+        Position of each query; -1 marks a query the row never had, which takes no part.
+    key_positions : LongTensor[R, H, N]
+        Position of each key; -1 marks filler.
+    scaling : float
+        Factor on the logits.
+    group : {"max", "mean"}
+        "max" pools the *logits* of the query heads of a group before the softmax (R-KV, arXiv
+        2505.24133); "mean" gives every query head its own softmax and averages the probabilities
+        (SnapKV, arXiv 2404.14469, with one answer per KV head).
+    past_only : bool
+        True: every query attends to the keys older than the window's oldest query, and those alone;
+        the window's own keys get 0 (R-KV). False: each query attends causally to all keys (SnapKV).
+
+    Returns
+    -------
+    Tensor[R, H, N]
+        float32 (float64 for float64 keys) probabilities in [0, 1], 0 for filler and for rows whose
+        queries see no key. Without filler and with `past_only=False` they sum to 1 over `N`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit together or `group` is unknown.
+    """
+    if queries.dim() != 5 or keys.dim() != 4:
+        raise ValueError(
+            "window_scores expects queries [R, H, G, A, D] and keys [R, H, N, D], got "
+            f"{list(queries.shape)} and {list(keys.shape)}; group query heads by their KV head."
+        )
+    rows, heads, _, window, size = queries.shape
+    expected = {
+        "keys": (keys, [rows, heads, keys.shape[2], size]),
+        "query_positions": (query_positions, [rows, window]),
+        "key_positions": (key_positions, [rows, heads, keys.shape[2]]),
+    }
+    for name, (tensor, shape) in expected.items():
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"window_scores expects {name} {shape} for queries {list(queries.shape)}, "
+                f"got {list(tensor.shape)}."
+            )
+    if window == 0:
+        raise ValueError(
+            "window_scores expects at least one query, got A = 0; pass the last query."
+        )
+    if group not in get_args(Group):
+        raise ValueError(f"window_scores expects group in {get_args(Group)}, got {group!r}.")
+    return reference.window_scores(
+        queries, keys, query_positions, key_positions, scaling, group=group, past_only=past_only
+    )
