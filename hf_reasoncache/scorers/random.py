@@ -1,0 +1,50 @@
+"""Random eviction: the control every scorer has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_reasoncache.scorers._checks import at_least
+from hf_reasoncache.scorers.base import HeldTokens, Scorer
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Random(Scorer):
+    """A fixed random number per token: a hash of seed, layer, head and position.
+
+    With the prompt protected, random eviction matches the best scorers according to arXiv
+    2609.03430. Ours: the numbers come from a counter-based hash, not from a generator, so a token
+    keeps its number from one eviction to the next and has the same one alone and in a batch. Needs
+    no queries.
+
+    Attributes
+    ----------
+    seed : int
+        Non-negative; another seed is another ranking.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, "seed", self.seed, 0, "use 0 for the default ranking")
+
+    def score(self, held: HeldTokens) -> torch.Tensor:
+        """Return uniform numbers in [0, 1)."""
+        head = torch.arange(held.positions.shape[1], device=held.positions.device)
+        state = _mix(torch.full_like(head, self.seed & _MASK))
+        state = _mix(state ^ held.layer)
+        state = _mix(state ^ head)[None, :, None]
+        # 24 bits fill a float32 mantissa exactly: uniform in [0, 1), never rounded up to 1.
+        return (_mix(state ^ (held.positions & _MASK)) >> 8).float() / (1 << 24)
+
+
+def _mix(state: torch.Tensor) -> torch.Tensor:
+    """Scramble the low 32 bits of int64 numbers, one to one (the `lowbias32` integer hash)."""
+    # Products wrap modulo 2^64, which leaves the low 32 bits right.
+    state = ((state ^ (state >> 16)) * 0x7FEB352D) & _MASK
+    state = ((state ^ (state >> 15)) * 0x846CA68B) & _MASK
+    return state ^ (state >> 16)

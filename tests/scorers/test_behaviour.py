@@ -1,0 +1,158 @@
+"""What each policy is known for, on inputs made to show it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hf_reasoncache.scorers import H2O, RKV, TOVA, KeyDiff, LagKV, Random, SnapKV, StreamingLLM
+from hf_reasoncache.scorers.pooling import pool
+from tests.scorers.inputs import held_tokens
+
+
+def kept(scores: torch.Tensor, count: int) -> list[int]:
+    """Places of the `count` best tokens of row 0, head 0."""
+    return sorted(scores[0, 0].topk(count).indices.tolist())
+
+
+def test_streaming_llm_keeps_sinks_and_the_newest():
+    held = held_tokens([[30]], [30])
+    assert kept(StreamingLLM(sinks=4).score(held), 10) == [0, 1, 2, 3, *range(24, 30)]
+    assert kept(StreamingLLM(sinks=4).score(held), 3) == [0, 1, 2]
+    assert kept(StreamingLLM(sinks=0).score(held), 10) == list(range(20, 30))
+
+
+def test_h2o_gives_its_share_to_the_newest_and_the_rest_to_heavy_hitters():
+    held = held_tokens([[10]], [10])
+    mass = torch.tensor([5.0, 1, 9, 2, 3, 4, 8, 0, 0, 0]).expand(1, 1, 10)
+    held = dataclasses.replace(held, mass=mass)
+    assert kept(H2O(recent_ratio=0.3).score(held), 6) == [0, 2, 6, 7, 8, 9]
+    assert kept(H2O(recent_ratio=0.0).score(held), 3) == [0, 2, 6]
+    assert kept(H2O(recent_ratio=1.0).score(held), 4) == [6, 7, 8, 9]
+
+
+def test_h2o_recency_outranks_the_attention_of_other_heads():
+    held = held_tokens([[10, 10]], [10])
+    mass = torch.stack([torch.full((10,), 0.1), torch.full((10,), 50.0)]).unsqueeze(0)
+    scores = H2O(recent_ratio=0.5).score(dataclasses.replace(held, mass=mass))
+    assert scores[0, 0, 5:].min() > scores[0, 1, :5].max()
+
+
+def test_the_average_of_h2o_forgives_late_arrival():
+    held = held_tokens([[10]], [10])
+    # Every query pays each token it sees the same: the sum ranks by age, the average does not.
+    mass = torch.arange(10.0, 0.0, -1.0).expand(1, 1, 10)
+    held = dataclasses.replace(held, mass=mass)
+    assert kept(H2O(recent_ratio=0.0).score(held), 4) == [0, 1, 2, 3]
+    even = H2O(recent_ratio=0.0, average=True).score(held)
+    torch.testing.assert_close(even, torch.ones_like(even))
+
+
+def test_tova_listens_to_the_last_query_alone():
+    held = held_tokens([[12, 9]], [12])
+    louder = held.queries.clone()
+    louder[..., :-1, :] *= 100
+    assert torch.equal(TOVA().score(held), TOVA().score(dataclasses.replace(held, queries=louder)))
+
+
+def test_rkv_drops_the_oldest_of_three_repeats_first():
+    held = held_tokens([[20]], [40])
+    keys = torch.nn.functional.normalize(torch.randn(1, 1, 20, 64), dim=-1)
+    keys[0, 0, [5, 8]] = keys[0, 0, 11].clone()
+    held = dataclasses.replace(held, keys=keys, queries=torch.randn(1, 1, 2, 8, 64))
+    oldest, middle, newest = RKV(lam=0.0).score(held)[0, 0, [5, 8, 11]]
+    assert oldest < middle < newest
+
+
+def test_snapkv_lifts_the_neighbours_of_an_attended_token():
+    held = held_tokens([[30]], [38])
+    positions = torch.arange(30).expand(1, 1, 30)
+    keys = torch.zeros(1, 1, 30, 16)
+    keys[0, 0, 12, 0] = 10.0
+    queries = torch.zeros(1, 1, 2, 8, 16)
+    queries[..., 0] = 10.0
+    held = dataclasses.replace(held, positions=positions, keys=keys, queries=queries)
+    assert kept(SnapKV(kernel=5).score(held), 5) == [10, 11, 12, 13, 14]
+    assert kept(SnapKV(kernel=1).score(held), 1) == [12]
+
+
+def test_key_diff_keeps_the_odd_one():
+    held = held_tokens([[15]], [15])
+    keys = torch.ones(1, 1, 15, 16) + 0.1 * torch.randn(1, 1, 15, 16)
+    keys[0, 0, 6] *= -1
+    assert kept(KeyDiff().score(dataclasses.replace(held, keys=keys)), 1) == [6]
+
+
+def test_lag_kv_is_a_window_until_two_chunks_are_full():
+    held = held_tokens([[11]], [40])
+    assert kept(LagKV(sinks=2, lag=5).score(held), 6) == [0, 1, 7, 8, 9, 10]
+
+
+def test_lag_kv_survives_a_constant_channel():
+    held = held_tokens([[20]], [20])
+    keys = held.keys.clone()
+    keys[..., 3] = 1.0
+    assert LagKV(sinks=0, lag=4).score(dataclasses.replace(held, keys=keys)).isfinite().all()
+
+
+def test_random_is_a_property_of_the_token():
+    held = held_tokens([[40, 40]], [1000])
+    scores = Random().score(held)
+    fewer = dataclasses.replace(
+        held,
+        positions=held.positions[..., 10:],
+        valid=held.valid[..., 10:],
+        length=held.length + 5,
+    )
+    assert torch.equal(Random().score(fewer), scores[..., 10:])
+
+
+def test_random_depends_on_seed_layer_head_and_position():
+    positions = torch.arange(5000).expand(1, 2, 5000)
+    held = dataclasses.replace(
+        held_tokens([[1, 1]], [5000], layer=0), positions=positions, valid=positions >= 0
+    )
+    first = Random(seed=0).score(held)
+    for other in (
+        Random(seed=1).score(held)[0, 0],
+        Random(seed=0).score(dataclasses.replace(held, layer=1))[0, 0],
+        first[0, 1],
+        first[0, 0].roll(1),
+    ):
+        correlation = torch.corrcoef(torch.stack([first[0, 0], other]))[0, 1]
+        assert correlation.abs() < 0.06  # four standard errors
+
+
+def test_random_is_uniform():
+    positions = torch.arange(20000).expand(1, 2, 20000)
+    held = dataclasses.replace(
+        held_tokens([[1, 1]], [20000]), positions=positions, valid=positions >= 0
+    )
+    scores = Random(seed=7).score(held)
+    assert scores.min() >= 0.0
+    assert scores.max() < 1.0
+    filled = torch.histc(scores, bins=20, min=0, max=1)
+    assert (filled - 2000).abs().max() < 4 * 2000**0.5
+
+
+@pytest.mark.parametrize("kind", ["max", "mean"])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_pooling_looks_at_held_neighbours_only(kind, kernel):
+    scores = torch.randn(2, 3, 12)
+    valid = torch.arange(12) < torch.tensor([[12, 5, 1], [0, 7, 12]]).unsqueeze(-1)
+    scores[~valid] = torch.nan
+    pooled = pool(scores, valid, kernel, kind)
+    reduce = max if kind == "max" else lambda near: sum(near) / len(near)
+    for row, head, n in torch.cartesian_prod(*map(torch.arange, scores.shape)).tolist():
+        near = scores[row, head, max(0, n - kernel // 2) : n + kernel // 2 + 1]
+        near = near[~near.isnan()].tolist()
+        expected = reduce(near) if valid[row, head, n] else 0.0
+        assert pooled[row, head, n].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "kind", "words"), [(2, "max", "odd"), (3, "median", "median")])
+def test_pooling_faults(kernel, kind, words):
+    with pytest.raises(ValueError, match=words):
+        pool(torch.ones(1, 1, 4), torch.ones(1, 1, 4, dtype=torch.bool), kernel, kind)

@@ -1,0 +1,188 @@
+"""Every scorer through the same tests: its formula, row independence, ragged heads, faults."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+
+from hf_reasoncache.scorers import (
+    H2O,
+    RKV,
+    TOVA,
+    KeyDiff,
+    KeyNorm,
+    LagKV,
+    Random,
+    Scorer,
+    SnapKV,
+    StreamingLLM,
+    ValueNorm,
+)
+from tests.scorers import formulas
+from tests.scorers.inputs import head_of, held_tokens, row_alone
+
+# A scorer, and its formula for one head; None where the formula is tested on its own below.
+MATRIX = {
+    "rkv": (RKV(), formulas.rkv),
+    "rkv-other": (
+        RKV(lam=0.7, queries=3, kernel=1, threshold=0.2),
+        partial(formulas.rkv, lam=0.7, last=3, kernel=1, threshold=0.2),
+    ),
+    "snapkv": (SnapKV(), formulas.snapkv),
+    "snapkv-other": (
+        SnapKV(queries=3, kernel=3),
+        partial(formulas.snapkv, last=3, kernel=3),
+    ),
+    "tova": (TOVA(), partial(formulas.attention, last=1)),
+    "h2o": (H2O(), formulas.h2o),
+    "h2o-average": (
+        H2O(recent_ratio=0.25, average=True),
+        partial(formulas.h2o, recent_ratio=0.25, average=True),
+    ),
+    "h2o-decayed-average": (
+        H2O(recent_ratio=0.0, mass_decay=0.9, average=True),
+        partial(formulas.h2o, recent_ratio=0.0, decay=0.9, average=True),
+    ),
+    "streaming_llm": (StreamingLLM(), formulas.streaming_llm),
+    "key_norm": (KeyNorm(), formulas.key_norm),
+    "key_diff": (KeyDiff(), formulas.key_diff),
+    "lag_kv": (LagKV(sinks=2, lag=4), partial(formulas.lag_kv, sinks=2, lag=4)),
+    "value_norm": (ValueNorm(), formulas.value_norm),
+    "random": (Random(seed=5), None),
+}
+SCORERS = pytest.mark.parametrize("scorer", [pytest.param(s, id=n) for n, (s, _) in MATRIX.items()])
+
+# Heads of one token and of many, a row shorter than the observation window, and a long one.
+COUNTS = [[20, 1, 33], [5, 5, 3], [12, 13, 14]]
+LENGTHS = [60, 5, 14]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "formula"), [pytest.param(s, f, id=n) for n, (s, f) in MATRIX.items() if f]
+)
+def test_the_score_is_its_formula(scorer, formula):
+    held = held_tokens(COUNTS, LENGTHS)
+    scores = scorer.score(held)
+    for row, counts in enumerate(COUNTS):
+        for head, count in enumerate(counts):
+            got = scores[row, head, :count]
+            expected = torch.tensor(formula(head_of(held, row, head)), dtype=torch.float32)
+            # Infinity in a formula: above all others of the row, and the newest highest.
+            top = expected.isinf()
+            torch.testing.assert_close(got[~top], expected[~top], rtol=1e-5, atol=1e-6)
+            if top.any():
+                assert got[top].min() > held.mass[row].max()
+                assert (got[top].diff() > 0).all()
+
+
+@SCORERS
+def test_scores_are_finite_float32(scorer):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        held = held_tokens(COUNTS, LENGTHS, dtype=dtype)
+        scores = scorer.score(held)
+        assert scores.dtype == torch.float32
+        assert scores.shape == held.valid.shape
+        assert scores.isfinite().all()
+
+
+@SCORERS
+def test_a_row_in_a_batch_scores_as_alone(scorer):
+    held = held_tokens(COUNTS, LENGTHS)
+    together = scorer.score(held)
+    for row in range(len(COUNTS)):
+        single = row_alone(held, row)
+        alone = scorer.score(single)[single.valid]
+        # Sums over a wider row may round otherwise in the last bit, hence not torch.equal.
+        torch.testing.assert_close(together[row][held.valid[row]], alone, rtol=1e-5, atol=1e-7)
+
+
+@SCORERS
+def test_other_rows_do_not_matter(scorer):
+    held = held_tokens(COUNTS, LENGTHS)
+    other = held_tokens([COUNTS[0], COUNTS[1][::-1], [14, 1, 2]], [60, 9, 40])
+    mixed = dataclasses.replace(
+        held,
+        **{
+            name: torch.cat([getattr(held, name)[:1], getattr(other, name)[1:]])
+            for name in ("keys", "positions", "valid", "length", "queries", "query_positions")
+        },
+        mass=torch.cat([held.mass[:1], other.mass[1:]]),
+        load_values=lambda: torch.cat([held.values[:1], other.values[1:]]),
+    )
+    assert torch.equal(scorer.score(mixed)[0], scorer.score(held)[0])
+
+
+@SCORERS
+def test_scoring_twice_is_scoring_once(scorer):
+    held = held_tokens(COUNTS, LENGTHS)
+    before = {f.name: getattr(held, f.name) for f in dataclasses.fields(held)}
+    kept = {name: t.clone() for name, t in before.items() if isinstance(t, torch.Tensor)}
+    assert torch.equal(scorer.score(held), scorer.score(held))
+    assert all(torch.equal(getattr(held, name), tensor) for name, tensor in kept.items())
+
+
+@SCORERS
+def test_it_is_a_frozen_scorer(scorer):
+    assert isinstance(scorer, Scorer)
+    assert scorer.queries >= 0
+    assert 0 < scorer.mass_decay <= 1
+    assert hash(scorer) == hash(dataclasses.replace(scorer))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scorer.seed = 1
+
+
+@SCORERS
+def test_it_asks_for_what_it_needs_and_no_more(scorer):
+    held = held_tokens(COUNTS, LENGTHS)
+    full = scorer.score(held)
+    lean = dataclasses.replace(
+        held,
+        queries=held.queries[..., -scorer.queries :, :] if scorer.queries else None,
+        query_positions=held.query_positions[:, -scorer.queries :] if scorer.queries else None,
+        mass=held.mass if scorer.needs_mass else None,
+    )
+    assert torch.equal(scorer.score(lean), full)
+    if scorer.queries:
+        with pytest.raises(ValueError, match=f"last {scorer.queries} queries, got none"):
+            scorer.score(dataclasses.replace(held, queries=None))
+    if scorer.needs_mass:
+        with pytest.raises(ValueError, match="accumulated attention, got none"):
+            scorer.score(dataclasses.replace(held, mass=None))
+
+
+@pytest.mark.parametrize("scorer", [RKV(queries=8), SnapKV(queries=8)], ids=["rkv", "snapkv"])
+def test_missing_queries_are_as_if_never_asked_for(scorer):
+    held = held_tokens([[4, 3]], [5])
+    assert (held.query_positions < 0).any()
+    present = dataclasses.replace(
+        held, queries=held.queries[..., -5:, :], query_positions=held.query_positions[:, -5:]
+    )
+    torch.testing.assert_close(scorer.score(held), scorer.score(present))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: RKV(lam=1.5), r"lam in \[0, 1\], got 1.5"),
+        (lambda: RKV(lam=float("nan")), "got nan"),
+        (lambda: RKV(queries=0), "queries >= 1, got 0"),
+        (lambda: RKV(kernel=4), "odd kernel >= 1, got 4"),
+        (lambda: RKV(threshold=-0.5), "threshold"),
+        (lambda: SnapKV(queries=-1), "queries >= 1, got -1"),
+        (lambda: SnapKV(queries=2.5), "got 2.5"),
+        (lambda: SnapKV(kernel=0), "odd kernel >= 1, got 0"),
+        (lambda: H2O(recent_ratio=2), "recent_ratio"),
+        (lambda: H2O(mass_decay=1.1), "mass_decay"),
+        (lambda: H2O(mass_decay=0.0), "mass_decay > 0"),
+        (lambda: StreamingLLM(sinks=-1), "sinks >= 0, got -1"),
+        (lambda: LagKV(sinks=-4), "sinks >= 0, got -4"),
+        (lambda: LagKV(lag=1), "lag >= 2, got 1"),
+        (lambda: Random(seed=-1), "seed >= 0, got -1"),
+    ],
+)
+def test_nonsense_settings_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
