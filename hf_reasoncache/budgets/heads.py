@@ -1,0 +1,151 @@
+"""Online budgets: how many tokens each head of a layer keeps until the next eviction."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from hf_reasoncache.budgets.layers import expect_bounds
+from hf_reasoncache.budgets.robustify import robustify
+
+Comparable = Literal["length", "raw"]
+
+
+def head_budgets(
+    scores: torch.Tensor,
+    valid: torch.Tensor,
+    total: int | torch.Tensor,
+    *,
+    exponent: float = 0.5,
+    floor: int | torch.Tensor = 0,
+    low: float = 0.25,
+    high: float = 2.0,
+    comparable: Comparable = "length",
+) -> torch.Tensor:
+    """Split a layer's budget over its heads by where the best tokens of all heads are.
+
+    Level 2 of ReasonAlloc (arXiv 2606.11164): pool the utilities of a row over its heads, take the
+    `total`-th largest as the bar, count each head's tokens that reach it, and robustify the counts.
+    The upper bound, the floor, the length correction and the lattice are ours.
+
+    **The lattice.** Attention over heads of many different capacities is many small calls; over
+    heads of equal capacity it is one batched call. So the budgets are moved to `lo + k * unit` with
+    `unit = max(1, (mean - lo) // 4)` and `lo` the effective lower bound, by largest remainder: at
+    most about ten classes under the default bounds, a few in practice. The sum stays exact: what no
+    unit divides goes to one head, the one furthest below its share. Where the bounds are too narrow
+    for the lattice, the unit is 1.
+
+    Parameters
+    ----------
+    scores : Tensor[R, H, N]
+        Utility of each held token, higher is kept; +inf for protected tokens, which count in every
+        case.
+    valid : BoolTensor[R, H, N]
+        False marks filler.
+    total : int, or LongTensor[R]
+        Tokens of all heads of the row together (`T = B_l * H`).
+    exponent : float
+        Flattens the counts, see `robustify`.
+    floor : int, or LongTensor[R]
+        Tokens every head must be able to hold: protected prompt and observation window. It
+        overrides `low` and, where it exceeds it, `high`.
+    low, high : float
+        Bounds in multiples of the mean head budget `total / H`, with `0 <= low <= 1 <= high`.
+    comparable : {"length", "raw"}
+        "length" multiplies a score by its head's number of held tokens before pooling: for scores
+        normalised over each head's own tokens (R-KV), which shrink as a head holds more. "raw"
+        pools scores as they are: for attention mass and for scores without a normalisation.
+
+    Returns
+    -------
+    LongTensor[R, H]
+        On the device of `scores`; sums to `total` in every row. A budget is a capacity: it may
+        exceed what the head holds now. Rows do not influence each other.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, `comparable` is unknown, `low` and `high` do not enclose 1, or the
+        heads' floors exceed the total.
+    """
+    if scores.dim() != 3 or valid.shape != scores.shape:
+        raise ValueError(
+            "head_budgets expects scores and valid [R, H, N], got "
+            f"{list(scores.shape)} and {list(valid.shape)}."
+        )
+    if comparable not in get_args(Comparable):
+        raise ValueError(
+            f"head_budgets expects comparable in {get_args(Comparable)}, got {comparable!r}."
+        )
+    expect_bounds("head_budgets", low, high)
+    rows, heads, _ = scores.shape
+    budget = _per_row("total", total, rows)
+    least = _per_row("floor", floor, rows)
+    if bool((least * heads > budget).any() or (least < 0).any()):
+        raise ValueError(
+            "head_budgets expects 0 <= floor * heads <= total in every row, got floor = "
+            f"{least.tolist()}, heads = {heads} and total = {budget.tolist()}; raise the budget, "
+            "or protect fewer tokens."
+        )
+    demand = _reaching(scores, valid, budget, comparable).cpu()
+    mean = budget / heads
+    # Integers, as the lattice below starts at the lower one; 1e-9 as in `robustify`.
+    lower = torch.maximum((low * mean - 1e-9).ceil().long(), least)
+    upper = torch.maximum((high * mean + 1e-9).floor().long(), lower)
+    exact = robustify(demand, budget, exponent=exponent, low=lower[:, None], high=upper[:, None])
+    return _on_lattice(exact, budget, lower, upper).to(scores.device)
+
+
+def _per_row(name: str, value: int | torch.Tensor, rows: int) -> torch.Tensor:
+    tensor = torch.as_tensor(value, dtype=torch.long, device="cpu")
+    if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.shape[0] != rows):
+        raise ValueError(
+            f"head_budgets expects {name} as an integer or as [{rows}], got {list(tensor.shape)}."
+        )
+    return tensor.expand(rows)
+
+
+def _reaching(
+    scores: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor, comparable: str
+) -> torch.Tensor:
+    """Count each head's tokens among the `budget` best of its row: LongTensor `[R, H]`."""
+    utility = scores
+    if comparable == "length":
+        # Filler is masked below; until then its product may be anything.
+        utility = scores * valid.sum(-1, keepdim=True)
+    utility = utility.masked_fill(~valid, -torch.inf)
+    pooled = utility.flatten(1)
+    # A row that holds less than its budget keeps everything; its bar is its smallest utility.
+    rank = torch.minimum(budget, valid.flatten(1).sum(-1).cpu()).clamp(min=1)
+    bar = pooled.new_empty(len(pooled), 1, 1)
+    # Selection, 10 times cheaper than sorting, takes one rank per call; rows nearly always share
+    # it.
+    for shared in rank.unique().tolist():
+        chosen = (rank == shared).to(pooled.device)
+        best = pooled[chosen].kthvalue(pooled.shape[1] - shared + 1, dim=-1).values
+        bar[chosen] = best[:, None, None]
+    return ((utility >= bar) & valid).sum(-1)
+
+
+def _on_lattice(
+    budgets: torch.Tensor, total: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor
+) -> torch.Tensor:
+    """Move budgets `[R, H]` to `lower + k * unit`, but for one head per row; keep the sum."""
+    heads = budgets.shape[1]
+    spare = total - heads * lower
+    unit = (spare // heads // 4).clamp(min=1)
+    steps = (upper - lower) // unit
+    # Some head must have room for the remainder besides its units.
+    fits = heads * steps >= spare // unit + (spare % unit > 0)
+    unit = unit.where(fits, 1)
+    count, remainder = spare // unit, spare % unit
+    above = budgets - lower[:, None]
+    level = (
+        robustify(above, count, exponent=1.0, low=0, high=((upper - lower) // unit)[:, None])
+        * unit[:, None]
+    )
+    room = level + remainder[:, None] <= (upper - lower)[:, None]
+    shortfall = (above - level).masked_fill(~room, -torch.iinfo(torch.long).max)
+    level.scatter_add_(1, shortfall.argmax(-1, keepdim=True), remainder[:, None])
+    return lower[:, None] + level
