@@ -1,4 +1,5 @@
-"""What a tiny reasoner is trained on: problems that grow, after a warm-up of dense look-ups."""
+"""What a tiny reasoner is trained on: problems that grow, after a warm-up of dense
+look-ups and sums."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ from .vocabulary import DIRECTIVES
 
 IGNORED = -100
 """Label of what is not trained on: prompts, padding, words nobody could predict."""
+
+FIRST_READ = 2.0
+"""Weight of a fact where a chain of thought reads it for the first time."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class Curriculum:
         self.tokens = tokens
         self.difficulty = 0.0
         """From 0 (one or two facts) to 1 (somewhat beyond the evaluation problems)."""
-        self.lookup_share = 0.0
-        """Share of warm-up sequences."""
+        self.warmup_share = 0.0
+        """Share of dense look-ups and sums."""
         self._rng = random.Random(f"{family.name}/training/{seed}")
         self._writer = Writer(family, self._rng, noise)
         self._ids = {word: index for index, word in enumerate(family.vocabulary)}
@@ -74,7 +78,9 @@ class Curriculum:
     def draw(self) -> Draft:
         """Return one training sequence."""
         rng = self._rng
-        if rng.random() < self.lookup_share:
+        if rng.random() < self.warmup_share:
+            if rng.random() < 0.5:
+                return self._writer.sums(rng.randint(4, 24))
             compact = self.family.compact
             nodes = self._size(0, 2, 10) if compact else 0
             return self._writer.lookups(
@@ -150,7 +156,7 @@ def _weights(draft: Draft) -> list[float]:
         is_first_read = previous not in seen and (
             previous in DIRECTIVES or (len(previous) == 2 and previous[1] in ":+*<>=")
         )
-        weights.append(4.0 if is_question else 3.0 if is_first_read else 1.0)
+        weights.append(4.0 if is_question else FIRST_READ if is_first_read else 1.0)
         seen.add(previous)
         previous = word
     weights[0] = 10.0

@@ -28,13 +28,14 @@ class Definition:
     following: str | None
     sign: Sign
     number: int
+    term: str
+    """Sign and number as they are written."""
 
     @property
     def words(self) -> list[str]:
         """The line as it stands in prompt and solution."""
-        if self.following is None:
-            return [f"{self.name}:", str(self.number)]
-        return [f"{self.name}:", self.following, self.sign + str(self.number)]
+        following = [] if self.following is None else [self.following]
+        return [f"{self.name}:", *following, self.term]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Writer:
         solution += ["?", f"{heads[0]}?"]
         for head, link in zip(heads, links, strict=True):
             total = self._apply(total, "+", recorded[head])
-            solution += [f"{head}=", str(recorded[head]), str(total), ".", *link]
+            solution += [f"{head}=", self._term(recorded[head]), str(total), ".", *link]
         solution += ["</think>", "ANS", str(total), "<eos>"]
         truth = sum(
             -line.number if line.sign == "-" else line.number
@@ -137,13 +138,14 @@ class Writer:
             chains.append([names.pop() for _ in range(length)])
         signs = {name: rng.choice(("+", "-")) for chain in chains for name in chain}
         numbers = {name: rng.randint(0, 9) for chain in chains for name in chain}
-        return [
-            [
-                Definition(name, after, signs[name] if after else "+", numbers[name])
-                for name, after in pairwise([*chain, None])
-            ]
-            for chain in chains
-        ]
+
+        def define(name: str, after: str | None) -> Definition:
+            number = numbers[name]
+            if after is None:
+                return Definition(name, None, "+", number, self._term(number))
+            return Definition(name, after, signs[name], number, signs[name] + str(number))
+
+        return [[define(*pair) for pair in pairwise([*chain, None])] for chain in chains]
 
     def _trace(self, solution: list[str], chain: list[Definition], aloud: float) -> int:
         """Write one pass over a chain and return its value."""
@@ -152,7 +154,7 @@ class Writer:
             total = self._apply(total, line.sign, line.number)
             solution += [*line.words, str(total), "."]
             self._think_aloud(solution, aloud)
-        solution += [f"{chain[0].name}=", str(total)]
+        solution += [f"{chain[0].name}=", self._term(total)]
         return total
 
     def _recheck(
@@ -204,10 +206,10 @@ class Writer:
             accumulator = self._apply(accumulator, "+", addend)
             after = machine.after(name, accumulator)
             if self.family.compact:
-                solution += [f"#{step}", f"{name}*", str(addend), str(accumulator), after]
+                key, edge = f"{name}*", []
             else:
-                edge = name + (">" if machine.goes_right(accumulator) else "<")
-                solution += [f"#{step}", f"{name}+", str(addend), str(accumulator), edge, after]
+                key, edge = f"{name}+", [name + (">" if machine.goes_right(accumulator) else "<")]
+            solution += [f"#{step}", key, self._term(addend), str(accumulator), *edge, after]
             for directive in ("ODD", "EVEN", "FIVE", "EACH"):
                 if directive in instructions and is_triggered(directive, step, accumulator):
                     solution += [directive, instructions[directive]]
@@ -232,7 +234,7 @@ class Writer:
         queries
             Look-ups.
         nodes
-            Nodes of a compact machine, queried in the layout of a step: ``a* 5 2 c``.
+            Nodes of a compact machine, queried in the layout of a step: ``a* +5 2 c``.
         """
         rng = self.rng
         values = self._draw_values(keys)
@@ -255,7 +257,7 @@ class Writer:
         for _ in range(queries):
             if nodes and rng.random() < 0.5:
                 name, result = rng.choice(list(machine.nodes)), rng.randint(0, 9)
-                addend = str(machine.nodes[name].addend)
+                addend = self._term(machine.nodes[name].addend)
                 solution += [f"{name}*", addend, str(result), machine.after(name, result)]
                 supervised += [False, True, False, True]
             elif values:
@@ -266,6 +268,37 @@ class Writer:
                 solution.append(".")
                 supervised.append(False)
         return Draft(prompt, solution, "", supervised=supervised)
+
+    def sums(self, length: int) -> Draft:
+        """Write a running sum, the warm-up for arithmetic; only the results are supervised.
+
+        The words around a result are those of a step of a ``chain`` or a ``walk``, drawn at random.
+        """
+        rng = self.rng
+        letters = self.family.letters
+        total = rng.randint(0, 9)
+        solution = [str(total), "."]
+        supervised = [False, False]
+        for _ in range(length):
+            number = rng.randint(0, 9)
+            layout = rng.choice(("bare", "chain", "walk"))
+            if layout == "chain":
+                sign = rng.choice(("+", "-"))
+                before, term, after = [rng.choice(letters) + ":"], sign + str(number), ["."]
+                before.append(rng.choice(letters))
+            else:
+                sign, term = "+", self._term(number)
+                before, after = [], []
+                if layout == "walk":
+                    mark = "*" if self.family.compact else "+"
+                    before = [f"#{rng.randint(1, 64)}", rng.choice(letters) + mark]
+                    after = [rng.choice(letters), "."]
+            total = self._apply(total, sign, number)
+            step = [*before, term, str(total), *after]
+            self._think_aloud(step, 0.2)
+            solution += step
+            supervised += [place == len(before) + 1 for place in range(len(step))]
+        return Draft(["<bos>", "<think>"], solution, "", supervised=supervised)
 
     def _draw_values(self, keys: int) -> dict[str, str]:
         rng = self.rng
@@ -280,6 +313,13 @@ class Writer:
             else:
                 values[key] = rng.choice(self.family.letters) + ("?" if key[1] == "?" else "")
         return values
+
+    def _term(self, number: int) -> str:
+        """Write a number that is added: in a compact family always with its sign.
+
+        Then every sum takes a digit and a signed digit, and is learned once for all tasks.
+        """
+        return f"+{number}" if self.family.compact else str(number)
 
     def _apply(self, value: int, sign: str, number: int) -> int:
         result = (value + number) % 10 if sign == "+" else (value - number) % 10

@@ -4,8 +4,8 @@
 
 The schedule is a share of the minutes, so a slower machine sees fewer steps. A run that was stopped
 goes on where its last checkpoint was when the same command is given again. What matters, by
-experience: a warm-up of dense look-ups (without it retrieval never formed), wired offsets in
-layer 0 (`initialization`), one token per key, weights on rare words, problems that grow, and a
+experience: a warm-up of dense look-ups and sums (without it neither forms in time), wired offsets
+in layer 0 (`initialization`), one token per key, weights on rare words, problems that grow, and a
 decay of the learning rate. Needs torch 2.9 or newer, for its Muon optimizer.
 """
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .curriculum import IGNORED, Batch, Curriculum
+from .curriculum import FIRST_READ, IGNORED, Batch, Curriculum
 from .families import FAMILIES, Family, get_family
 from .initialization import ARCHITECTURES, build_model
 from .tokenizer import build_tokenizer
@@ -41,7 +41,7 @@ class Schedule:
     adam_rate: float = 3e-3
     warmup_steps: int = 50
     warmup_end: float = 0.15
-    """Until then most sequences are look-ups."""
+    """Until then most sequences are dense look-ups and sums."""
     growth_start: float = 0.08
     growth_end: float = 0.5
     """Between these two the problems grow to full size."""
@@ -52,7 +52,7 @@ class Schedule:
         grown = (progress - self.growth_start) / (self.growth_end - self.growth_start)
         return min(1.0, max(0.0, grown))
 
-    def lookup_share(self, progress: float) -> float:
+    def warmup_share(self, progress: float) -> float:
         """Return the share of warm-up sequences."""
         return 0.6 if progress < self.warmup_end else 0.1 * (1 - progress)
 
@@ -94,12 +94,12 @@ class Progress:
         logits: torch.Tensor,
         labels: torch.Tensor,
         weights: torch.Tensor,
-        is_lookup: torch.Tensor,
+        is_warmup: torch.Tensor,
     ) -> None:
         """Count the right predictions of a batch; each argument is over its labels ``[N, ...]``."""
         right = logits.argmax(-1) == labels
-        masks = {kind: members[labels] & ~is_lookup for kind, members in self.kinds.items()}
-        masks |= {"lookup": is_lookup, "first read": (weights == 3.0) & ~is_lookup}
+        masks = {kind: members[labels] & ~is_warmup for kind, members in self.kinds.items()}
+        masks |= {"warm-up": is_warmup, "first read": (weights == FIRST_READ) & ~is_warmup}
         for kind, mask in masks.items():
             self.counts[kind][0] += int(right[mask].sum())
             self.counts[kind][1] += int(mask.sum())
@@ -146,7 +146,7 @@ class Trainer:
             while self.elapsed < self.seconds:
                 progress = self.elapsed / self.seconds
                 curriculum.difficulty = self.schedule.difficulty(progress)
-                curriculum.lookup_share = self.schedule.lookup_share(progress)
+                curriculum.warmup_share = self.schedule.warmup_share(progress)
                 batch = next(batches)
                 loss = self.update(batch, self.schedule.rate(progress, self.step))
                 tokens += batch.input_ids.numel()
@@ -184,8 +184,8 @@ class Trainer:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.step += 1
-        is_lookup = (batch.weights.amax(1) == 1.0)[:, None].expand_as(chosen)[chosen]
-        self.meter.add(logits, labels, weights, is_lookup)
+        is_warmup = (batch.weights.amax(1) == 1.0)[:, None].expand_as(chosen)[chosen]
+        self.meter.add(logits, labels, weights, is_warmup)
         return losses.mean().item()
 
     def save(self, output: Path) -> None:
