@@ -52,6 +52,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.model = [[[] for _ in range(heads)] for _ in range(batch)]
         self.next_id, self.column, self.tail = 1, 0, 0
         self.deep = self.shallow = None
+        self.append_to_all(data.draw(st.integers(0, 5)), data.draw(st.booleans()), data)
 
     # ------------------------------------------------------------------------------------ helpers
 
@@ -88,7 +89,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -------------------------------------------------------------------------------------- rules
 
-    @rule(steps=st.integers(0, 4), given_mass=st.booleans(), data=st.data())
+    @rule(steps=st.integers(1, 4), given_mass=st.booleans(), data=st.data())
     def append_to_all(self, steps, given_mass, data):
         if bool((self.pool.length + steps > self.pool.capacity).any()):
             self.make_room(steps, data)
@@ -280,16 +281,63 @@ PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25
 TestPoolAgainstLists = PoolMachine.TestCase
 
 
-def test_select_rows_gives_independent_copies():
-    for capacity in (torch.full((2, 2), 4), torch.tensor([[4, 3], [5, 4]])):
-        pool = RaggedPool(capacity, torch.zeros(1, KEY_SIZE), torch.zeros(1, VALUE_SIZE), ("mass",))
-        ids = torch.arange(1, 13).view(2, 2, 3)
-        pool.append(token_keys(ids), token_values(ids), torch.arange(3))
-        pool.select_rows(torch.tensor([1, 1]))
-        slots, offset = pool.slots(torch.tensor([0]))
-        pool.compact(torch.tensor([0]), slots, offset, offset == 2)
-        assert [[len(head) for head in row] for row in contents(pool)] == [[1, 1], [3, 3]]
-        assert [t[0] for t in contents(pool)[1][0]] == [7, 8, 9]
+def small_pool(capacity):
+    """Heads `[[1, 2, 3], [4, 5, 6]], [[7, ...` with mass 1."""
+    pool = RaggedPool(capacity, torch.zeros(1, KEY_SIZE), torch.zeros(1, VALUE_SIZE), ("mass",))
+    ids = torch.arange(1, 13).view(2, 2, 3)
+    pool.append(token_keys(ids), token_values(ids), torch.arange(3), mass=torch.ones(2, 2, 3))
+    return pool
+
+
+UNIFORM_AND_RAGGED = pytest.mark.parametrize(
+    "capacity",
+    [torch.full((2, 2), 4), torch.tensor([[4, 3], [5, 4]])],
+    ids=["uniform", "ragged"],
+)
+
+
+@UNIFORM_AND_RAGGED
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_of_a_token_in_a_used_slot_start_at_zero(capacity, masked):
+    pool = small_pool(capacity)
+    rows = torch.arange(2)
+    slots, offset = pool.slots(rows)
+    pool.compact(rows, slots, offset, offset < 2)
+    ids = torch.arange(20, 24).view(2, 2, 1)
+    keep = torch.ones(2, 2, 1, dtype=torch.bool) if masked else None
+    pool.append(token_keys(ids), token_values(ids), torch.tensor([3]), keep)
+    assert all([t[2] for t in head] == [1.0, 1.0, 0.0] for row in contents(pool) for head in row)
+
+
+@UNIFORM_AND_RAGGED
+@pytest.mark.parametrize("deep", [False, True])
+def test_snapshot_survives_appends_and_mass(capacity, deep):
+    pool = small_pool(capacity)
+    pool.drop_newest(1)
+    before, snapshot = contents(pool), pool.snapshot(deep=deep)
+    ids = torch.arange(20, 24).view(2, 2, 1)
+    pool.append(token_keys(ids), token_values(ids), torch.tensor([3]))
+    pool.fields["mass"] += 1
+    assert contents(snapshot) == before
+
+
+@UNIFORM_AND_RAGGED
+def test_deep_snapshot_survives_compaction(capacity):
+    pool = small_pool(capacity)
+    before, snapshot = contents(pool), pool.snapshot(deep=True)
+    slots, offset = pool.slots(torch.arange(2))
+    pool.compact(torch.arange(2), slots, offset, offset == 2)
+    assert contents(snapshot) == before != contents(pool)
+
+
+@UNIFORM_AND_RAGGED
+def test_select_rows_gives_independent_copies(capacity):
+    pool = small_pool(capacity)
+    pool.select_rows(torch.tensor([1, 1]))
+    slots, offset = pool.slots(torch.tensor([0]))
+    pool.compact(torch.tensor([0]), slots, offset, offset == 2)
+    assert [[len(head) for head in row] for row in contents(pool)] == [[1, 1], [3, 3]]
+    assert [t[0] for t in contents(pool)[1][0]] == [7, 8, 9]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
