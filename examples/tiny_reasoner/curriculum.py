@@ -12,6 +12,7 @@ import torch
 from .families import ChainShape, Family, WalkShape
 from .generators import Draft, Writer
 from .vocabulary import DIRECTIVES
+from .warmup import write_lookups, write_sums
 
 IGNORED = -100
 """Label of what is not trained on: prompts, padding, words nobody could predict."""
@@ -80,11 +81,11 @@ class Curriculum:
         rng = self._rng
         if rng.random() < self.warmup_share:
             if rng.random() < 0.5:
-                return self._writer.sums(rng.randint(4, 24))
+                return write_sums(self._writer, rng.randint(4, 24))
             compact = self.family.compact
             nodes = self._size(0, 2, 10) if compact else 0
-            return self._writer.lookups(
-                self._size(2, 6, 14 if compact else 24), rng.randint(16, 40), nodes
+            return write_lookups(
+                self._writer, self._size(2, 6, 14 if compact else 24), rng.randint(16, 40), nodes
             )
         task = rng.choice(("chain", "walk", "instr"))
         if task == "chain":

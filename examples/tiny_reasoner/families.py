@@ -50,7 +50,7 @@ class Family:
     letters: str
     marks: tuple[str, ...]
     compact: bool
-    """Three facts per addend and unwritten transition keys; else one fact and written keys."""
+    """Three facts per addend, unwritten transition keys, signs on all that is added."""
     chain: ChainShape
     walk: WalkShape
     instr: WalkShape

@@ -14,8 +14,8 @@ from itertools import pairwise
 from typing import Literal
 
 from .families import ChainShape, Family, WalkShape
-from .machine import Machine, Node, draw_machine, draw_pieces
-from .vocabulary import DIGITS, DIRECTIVES, SIGNAL_WORDS, SMALL_TALK, THINKING_ALOUD
+from .machine import draw_machine
+from .vocabulary import SIGNAL_WORDS, SMALL_TALK, THINKING_ALOUD
 
 Sign = Literal["+", "-"]
 
@@ -111,13 +111,13 @@ class Writer:
             solution.append(".")
             if rng.random() < recheck:
                 recorded[head] = self._recheck(solution, chain_of[head], recorded[head], aloud)
-            self._think_aloud(solution, aloud)
+            self.think_aloud(solution, aloud)
             solution += link
         total = 0
         solution += ["?", f"{heads[0]}?"]
         for head, link in zip(heads, links, strict=True):
-            total = self._apply(total, "+", recorded[head])
-            solution += [f"{head}=", self._term(recorded[head]), str(total), ".", *link]
+            total = self.apply(total, "+", recorded[head])
+            solution += [f"{head}=", self.term(recorded[head]), str(total), ".", *link]
         solution += ["</think>", "ANS", str(total), "<eos>"]
         truth = sum(
             -line.number if line.sign == "-" else line.number
@@ -142,7 +142,7 @@ class Writer:
         def define(name: str, after: str | None) -> Definition:
             number = numbers[name]
             if after is None:
-                return Definition(name, None, "+", number, self._term(number))
+                return Definition(name, None, "+", number, self.term(number))
             return Definition(name, after, signs[name], number, signs[name] + str(number))
 
         return [[define(*pair) for pair in pairwise([*chain, None])] for chain in chains]
@@ -151,10 +151,10 @@ class Writer:
         """Write one pass over a chain and return its value."""
         total = 0
         for line in chain:
-            total = self._apply(total, line.sign, line.number)
+            total = self.apply(total, line.sign, line.number)
             solution += [*line.words, str(total), "."]
-            self._think_aloud(solution, aloud)
-        solution += [f"{chain[0].name}=", self._term(total)]
+            self.think_aloud(solution, aloud)
+        solution += [f"{chain[0].name}=", self.term(total)]
         return total
 
     def _recheck(
@@ -203,18 +203,18 @@ class Writer:
         solution: list[str] = []
         for step in range(shape.steps, 0, -1):
             addend = machine.nodes[name].addend
-            accumulator = self._apply(accumulator, "+", addend)
+            accumulator = self.apply(accumulator, "+", addend)
             after = machine.after(name, accumulator)
             if self.family.compact:
                 key, edge = f"{name}*", []
             else:
                 key, edge = f"{name}+", [name + (">" if machine.goes_right(accumulator) else "<")]
-            solution += [f"#{step}", key, self._term(addend), str(accumulator), *edge, after]
+            solution += [f"#{step}", key, self.term(addend), str(accumulator), *edge, after]
             for directive in ("ODD", "EVEN", "FIVE", "EACH"):
                 if directive in instructions and is_triggered(directive, step, accumulator):
                     solution += [directive, instructions[directive]]
             solution.append(".")
-            self._think_aloud(solution, aloud)
+            self.think_aloud(solution, aloud)
             name = after
         solution.append("</think>")
         if "FINAL" in instructions:
@@ -222,112 +222,22 @@ class Writer:
         solution += ["ANS", str(accumulator), "<eos>"]
         return Draft(prompt, solution, str(answer), instructions)
 
-    def lookups(self, keys: int, queries: int, nodes: int = 0) -> Draft:
-        """Write dense look-ups, the warm-up that makes retrieval form first.
-
-        Only the values looked up are supervised.
-
-        Parameters
-        ----------
-        keys
-            Facts of a key and a value.
-        queries
-            Look-ups.
-        nodes
-            Nodes of a compact machine, queried in the layout of a step: ``a* +5 2 c``.
-        """
-        rng = self.rng
-        values = self._draw_values(keys)
-        machine = Machine(
-            {
-                name: Node(draw_pieces(self.family, rng), *rng.choices(self.family.letters, k=2))
-                for name in rng.sample(self.family.letters, nodes)
-            },
-            self.family.compact,
-        )
-        facts = [[key, value] for key, value in values.items()] + machine.facts()
-        rng.shuffle(facts)
-        prompt = ["<bos>"]
-        for fact in facts:
-            prompt += [*fact, "."] if rng.random() < 0.5 else fact
-        prompt.append("<think>")
-
-        solution: list[str] = []
-        supervised: list[bool] = []
-        for _ in range(queries):
-            if nodes and rng.random() < 0.5:
-                name, result = rng.choice(list(machine.nodes)), rng.randint(0, 9)
-                addend = self._term(machine.nodes[name].addend)
-                solution += [f"{name}*", addend, str(result), machine.after(name, result)]
-                supervised += [False, True, False, True]
-            elif values:
-                key = rng.choice(list(values))
-                solution += [key, values[key]]
-                supervised += [False, True]
-            if rng.random() < 0.3:
-                solution.append(".")
-                supervised.append(False)
-        return Draft(prompt, solution, "", supervised=supervised)
-
-    def sums(self, length: int) -> Draft:
-        """Write a running sum, the warm-up for arithmetic; only the results are supervised.
-
-        The words around a result are those of a step of a ``chain`` or a ``walk``, drawn at random.
-        """
-        rng = self.rng
-        letters = self.family.letters
-        total = rng.randint(0, 9)
-        solution = [str(total), "."]
-        supervised = [False, False]
-        for _ in range(length):
-            number = rng.randint(0, 9)
-            layout = rng.choice(("bare", "chain", "walk"))
-            if layout == "chain":
-                sign = rng.choice(("+", "-"))
-                before, term, after = [rng.choice(letters) + ":"], sign + str(number), ["."]
-                before.append(rng.choice(letters))
-            else:
-                sign, term = "+", self._term(number)
-                before, after = [], []
-                if layout == "walk":
-                    mark = "*" if self.family.compact else "+"
-                    before = [f"#{rng.randint(1, 64)}", rng.choice(letters) + mark]
-                    after = [rng.choice(letters), "."]
-            total = self._apply(total, sign, number)
-            step = [*before, term, str(total), *after]
-            self._think_aloud(step, 0.2)
-            solution += step
-            supervised += [place == len(before) + 1 for place in range(len(step))]
-        return Draft(["<bos>", "<think>"], solution, "", supervised=supervised)
-
-    def _draw_values(self, keys: int) -> dict[str, str]:
-        rng = self.rng
-        marks = ":=?" if self.family.compact else ":+><=?"
-        pool = [letter + mark for letter in self.family.letters for mark in marks]
-        values = {}
-        for key in rng.sample([*pool, *DIRECTIVES], keys):
-            if key in DIRECTIVES:
-                values[key] = rng.choice(SIGNAL_WORDS)
-            elif key[1] in "+=":
-                values[key] = rng.choice(DIGITS)
-            else:
-                values[key] = rng.choice(self.family.letters) + ("?" if key[1] == "?" else "")
-        return values
-
-    def _term(self, number: int) -> str:
+    def term(self, number: int) -> str:
         """Write a number that is added: in a compact family always with its sign.
 
         Then every sum takes a digit and a signed digit, and is learned once for all tasks.
         """
         return f"+{number}" if self.family.compact else str(number)
 
-    def _apply(self, value: int, sign: str, number: int) -> int:
+    def apply(self, value: int, sign: str, number: int) -> int:
+        """Return a result modulo 10, off by chance where there is noise."""
         result = (value + number) % 10 if sign == "+" else (value - number) % 10
         if self.noise and self.rng.random() < self.noise:
             result = (result + self.rng.randint(1, 9)) % 10
         return result
 
-    def _think_aloud(self, solution: list[str], probability: float) -> None:
+    def think_aloud(self, solution: list[str], probability: float) -> None:
+        """Add filler to a solution, with this probability."""
         if self.rng.random() < probability:
             solution += self.rng.choice(THINKING_ALOUD)
 

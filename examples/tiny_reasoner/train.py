@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -62,7 +63,14 @@ class Schedule:
         return min(1.0, (step + 1) / self.warmup_steps) * decay
 
 
-def attend_causally(module, query, key, value, attention_mask, **kwargs):
+def attend_causally(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Attend in float32 under an autocast to bfloat16: on a CPU that is the faster one.
 
     No mask: sequences are padded on the right, where causal attention never looks.
@@ -126,7 +134,8 @@ class Trainer:
         self.elapsed = 0.0
         self.step = 0
         self.seed = seed
-        matrices, others = [], []
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
         for name, weight in model.named_parameters():
             (matrices if weight.ndim == 2 and ".layers." in name else others).append(weight)
         self.muon = torch.optim.Muon(matrices, lr=schedule.muon_rate, weight_decay=0.01)
