@@ -1,7 +1,8 @@
-"""The "reasoncache" attention and mask functions: the way from a model's queries to a cache layer's pool.
+"""The "reasoncache" attention and mask functions: from a model's queries to a layer's pool.
 
-One pair per base implementation. With a foreign cache, or none, each behaves exactly as its base. With one of our
-caches, the first forward runs the base on the dense keys and values, and later forwards attend to the pool.
+One pair per base implementation. With a foreign cache, or none, each behaves exactly as its base.
+With one of our caches, the first forward runs the base on the dense keys and values, and later
+forwards attend to the pool.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ BASES = {
 class LogicalMask:
     """The mask of one forward over one of our caches, built only as far as somebody asks.
 
-    Memory of what was evicted lives in the layers, so the mask only knows the tokens as the model counts them.
+    Memory of what was evicted lives in the layers, so the mask only knows the tokens as the model
+    counts them.
 
     Attributes
     ----------
@@ -134,29 +136,29 @@ def attention_function(
     layer = key.layer
     if not isinstance(attention_mask, LogicalMask):
         raise ValueError(
-            f"layer {layer.index}: expected a 2-D padding mask or none, got a mask that was prepared outside "
-            "the model; pass attention_mask with shape [batch, tokens]."
+            f"layer {layer.index}: expected a 2-D padding mask or none, got a mask that was "
+            "prepared outside the model; pass attention_mask with shape [batch, tokens]."
         )
     if kwargs.get("sliding_window") is not None:
         raise ValueError(
             f"layer {layer.index}: expected full attention, got a sliding window of "
-            f"{kwargs['sliding_window']} on a layer that the config calls full_attention; this model is not "
-            "supported."
+            f"{kwargs['sliding_window']} on a layer that the config calls full_attention; this "
+            "model is not supported."
         )
     keys, values = layer.take_incoming()
-    settings = {
+    settings: dict[str, Any] = {
         "scaling": _scaling(kwargs, query),
         "softcap": kwargs.get("softcap"),
         "s_aux": kwargs.get("s_aux"),
     }
-    if layer.pool is None:
+    if layer.rows is None:
         result = _run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
         layer.store_first(query, keys, values, attention_mask.valid, **settings)
         return result
     if query.shape[2] > 1 and not attention_mask.is_plain:
         raise ValueError(
-            f"layer {layer.index}: expected causal attention after the first forward, got a model-specific "
-            "mask pattern over several tokens; feed such a prompt in one forward."
+            f"layer {layer.index}: expected causal attention after the first forward, got a "
+            "model-specific mask pattern over several tokens; feed such a prompt in one forward."
         )
     return layer.attend(query, keys, values, attention_mask.valid, **settings), None
 
@@ -178,7 +180,8 @@ def _run_base(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     unknown_to_sdpa = kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None
     if base == "sdpa" and unknown_to_sdpa:
-        # sdpa drops sinks without a word and refuses softcap; the model's own eager code honours both.
+        # sdpa drops sinks without a word and refuses softcap; the model's own eager code honours
+        # both.
         base, mask = "eager", _additive(mask, query, key)
     function: Callable[..., Any] = (
         _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
@@ -191,13 +194,15 @@ def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
     function = getattr(modeling, "eager_attention_forward", None)
     if function is None:
         raise ValueError(
-            f"{type(module).__name__}: expected an eager_attention_forward in {modeling.__name__}, got none; "
-            "use attn_implementation='reasoncache'."
+            f"{type(module).__name__}: expected an eager_attention_forward in {modeling.__name__}, "
+            "got none; use attn_implementation='reasoncache'."
         )
     return function
 
 
-def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+def _additive(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
     """Turn sdpa's mask (None or bool) into eager's (added to the logits)."""
     steps, length = query.shape[2], key.shape[2]
     if mask is None:
@@ -212,7 +217,7 @@ def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor)
 
 
 def register() -> None:
-    """Register the attention and mask functions under the names in `BASES`; doing it again changes nothing."""
+    """Register the functions under the names in `BASES`; doing it again changes nothing."""
     for name, base in BASES.items():
         AttentionInterface.register(name, partial(attention_function, base=base))
         AttentionMaskInterface.register(name, partial(mask_function, base=base))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicIndexedLayer, DynamicLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
 
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
@@ -19,7 +20,8 @@ class ReasonCache(Cache):
     config : PretrainedConfig
         The model's config.
     make_layer : Callable[[int, int, int], PooledLayer]
-        Makes a layer from its index in the model, its rank among the full-attention layers, and their number.
+        Makes a layer from its index in the model, its rank among the full-attention layers, and
+        their number.
     offloading : bool
         Must be False.
 
@@ -38,8 +40,8 @@ class ReasonCache(Cache):
     ) -> None:
         if offloading:
             raise ValueError(
-                "offloading=True: expected the pools to stay on their layers' devices, got a request to move "
-                "them; use a smaller budget instead of offloading."
+                "offloading=True: expected the pools to stay on their layers' devices, got a "
+                "request to move them; use a smaller budget instead of offloading."
             )
         layers = supported_layers(config)
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
@@ -72,8 +74,8 @@ class ReasonCache(Cache):
         Returns
         -------
         list[list[list[int]]]
-            For each row, for each KV head, the sorted positions held: columns of the padded sequence as generate
-            counts them. Padding is never listed.
+            For each row, for each KV head, the sorted positions held: columns of the padded
+            sequence as generate counts them. Padding is never listed.
 
         Raises
         ------
@@ -82,12 +84,16 @@ class ReasonCache(Cache):
         """
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
         if not isinstance(layer, PooledLayer):
-            ours = [index for index, each in enumerate(self.layers) if isinstance(each, PooledLayer)]
-            raise ValueError(f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}.")
+            ours = [
+                index for index, each in enumerate(self.layers) if isinstance(each, PooledLayer)
+            ]
+            raise ValueError(
+                f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}."
+            )
         return layer.held_positions()
 
 
-def supported_layers(config: PretrainedConfig) -> list[CacheLayerMixin]:
+def supported_layers(config: PretrainedConfig) -> list[Any]:
     """Return transformers' own layers for a model, or say why the model is not supported.
 
     Raises
@@ -97,15 +103,16 @@ def supported_layers(config: PretrainedConfig) -> list[CacheLayerMixin]:
     """
     if not isinstance(config, PretrainedConfig):
         raise ValueError(
-            f"config: expected a transformers config, got {type(config).__name__}; pass model.config."
+            f"config: expected a transformers config, got {type(config).__name__}; pass "
+            "model.config."
         )
     decoder = config.get_text_config(decoder=True)
     name = decoder.model_type
 
     def refuse(feature: str) -> ValueError:
         return ValueError(
-            f"{name}: expected a decoder with standard full-attention layers, got {feature}, which is not "
-            "supported; use DynamicCache for this model."
+            f"{name}: expected a decoder with standard full-attention layers, got {feature}, which "
+            "is not supported; use DynamicCache for this model."
         )
 
     if getattr(config, "is_encoder_decoder", False):
@@ -115,7 +122,7 @@ def supported_layers(config: PretrainedConfig) -> list[CacheLayerMixin]:
     layers = DynamicCache(config=decoder).layers
     if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
         raise refuse("sparse attention with an indexer (DSA)")
-    if any(isinstance(layer, DummyLayer) for layer in layers) and shares_layers(decoder):
+    if shares_layers(decoder):
         raise refuse("layers that reuse the keys and values of other layers")
     if not any(type(layer) is DynamicLayer for layer in layers):
         kinds = sorted({type(layer).__name__ for layer in layers})

@@ -1,4 +1,4 @@
-"""ReasonAlloc (arXiv 2606.11164): layer budgets from a profile, head budgets online, tokens by any scorer."""
+"""ReasonAlloc (arXiv 2606.11164): layer budgets from a profile, head budgets online."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ class ReasonAllocCache(ReasonCache):
     config : PretrainedConfig
         `model.config`.
     budget : int or None
-        Resident tokens per KV head on average over the model, prompt included, after a compaction; between two,
-        up to `buffer` more. None keeps everything: an exact cache that is faster than `DynamicCache`.
+        Resident tokens per KV head on average over the model, prompt included, after a compaction;
+        between two, up to `buffer` more. None keeps everything: an exact cache that is faster than
+        `DynamicCache`.
     profile : sequence of float, optional
-        Demand of each full-attention layer (the paper's Reasoning Wave). By default all layers get `budget`.
+        Demand of each full-attention layer (the paper's Reasoning Wave). By default all layers get
+        `budget`.
     scorer : Scorer
         Decides which tokens a head keeps; R-KV by default, as in the paper.
     head_budgets : bool
@@ -40,16 +42,18 @@ class ReasonAllocCache(ReasonCache):
     protect_prompt : bool
         Never evict the prompt, which is all that comes before the first single-token forward.
     prompt_length : int, optional
-        Columns of the prompt, padding included. Needed only with assisted decoding, whose first forward brings the
-        first draft together with the prompt: without it, the accepted part of that draft is protected as well.
+        Columns of the prompt, padding included. Needed only with assisted decoding, whose first
+        forward brings the first draft together with the prompt: without it, the accepted part of
+        that draft is protected as well.
     offloading : bool
         Not supported.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, the profile does not fit the model, or the model is not supported; and in
-        the first forward, before any token is generated, if the budget cannot hold the protected prompt.
+        If an argument is out of range, the profile does not fit the model, or the model is not
+        supported; and in the first forward, before any token is generated, if the budget cannot
+        hold the protected prompt.
 
     Examples
     --------
@@ -60,9 +64,10 @@ class ReasonAllocCache(ReasonCache):
 
     Notes
     -----
-    From the paper: the robustified layer budgets (exponent 0.5, bounds 0.25 and 2), head budgets from the pooled
-    top scores every 128 steps. Ours: the layout of the heads in a ragged pool, the exact form of the bounds, the
-    correction that makes scores comparable between heads of different length, independence of batch rows.
+    From the paper: the robustified layer budgets (exponent 0.5, bounds 0.25 and 2), head budgets
+    from the pooled top scores every 128 steps. Ours: the layout of the heads in a ragged pool, the
+    exact form of the bounds, the correction that makes scores comparable between heads of different
+    length, independence of batch rows.
     """
 
     def __init__(
@@ -82,8 +87,8 @@ class ReasonAllocCache(ReasonCache):
         scorer = RKV() if scorer is None else scorer
         if not isinstance(scorer, Scorer):
             raise ValueError(
-                f"scorer: expected an object of hf_reasoncache.scorers, got {scorer!r}; pass an instance such "
-                "as RKV()."
+                f"scorer: expected an object of hf_reasoncache.scorers, got {scorer!r}; pass an "
+                "instance such as RKV()."
             )
         _require_int("window", window, low=1)
         _require_int("buffer", buffer, low=1)
@@ -96,8 +101,8 @@ class ReasonAllocCache(ReasonCache):
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
             if demand is not None and len(demand) != layers:
                 raise ValueError(
-                    f"profile: expected {layers} demands, one per full-attention layer of this model, got "
-                    f"{len(demand)}; use a profile that was calibrated on this model."
+                    f"profile: expected {layers} demands, one per full-attention layer of this "
+                    f"model, got {len(demand)}; use a profile that was calibrated on this model."
                 )
             if budget is None:
                 return PooledLayer(index)

@@ -45,18 +45,19 @@ class LayerReport:
     def of(index: int, layer: PooledLayer) -> LayerReport:
         """Describe a layer as it is now."""
         pool = layer.pool
-        kv_bytes = 0 if pool is None else sum(
-            pool.fields[name].untyped_storage().nbytes() for name in ("keys", "values")
+        kv_bytes = (
+            0
+            if pool is None
+            else sum(pool.fields[name].untyped_storage().nbytes() for name in ("keys", "values"))
         )
-        evicts = isinstance(layer, EvictingLayer)
         return LayerReport(
             index=index,
             held=[] if pool is None else pool.length.tolist(),
             capacity=[] if pool is None else pool.capacity.tolist(),
             kv_bytes=kv_bytes,
             other_bytes=layer.nbytes - kv_bytes,
-            evictions=layer.evictions if evicts else 0,
-            evicted=layer.evicted if evicts else 0,
+            evictions=layer.evictions if isinstance(layer, EvictingLayer) else 0,
+            evicted=layer.evicted if isinstance(layer, EvictingLayer) else 0,
         )
 
 
@@ -115,8 +116,8 @@ class CacheReport:
         for layer in self.layers:
             counts = [count for row in layer.held for count in row] or [0]
             lines.append(
-                f"{layer.index:5d} {min(counts):20d} {sum(counts) / len(counts):5.0f} {max(counts):5d} "
-                f"{layer.kv_bytes:12,}"
+                f"{layer.index:5d} {min(counts):20d} {sum(counts) / len(counts):5.0f} "
+                f"{max(counts):5d} {layer.kv_bytes:12,}"
             )
         return "\n".join(lines)
 

@@ -1,8 +1,9 @@
 """An independent oracle for caches that evict: one full forward that may not see what was not held.
 
-The recorder drives a model forward by forward and writes down, for every query, which keys its layer and head held
-at that moment. The oracle then runs all tokens at once, without any cache, under exactly those masks. It shares no
-code with the package: attention is written out, and the tokens are never evicted, only hidden.
+The recorder drives a model forward by forward and writes down, for every query, which keys its
+layer and head held at that moment. The oracle then runs all tokens at once, without any cache,
+under exactly those masks. It shares no code with the package: attention is written out, and the
+tokens are never evicted, only hidden.
 """
 
 import torch

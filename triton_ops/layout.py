@@ -35,13 +35,14 @@ class Bucket:
 class RaggedLayout:
     """Capacity and start of every (row, KV head) in a flat storage.
 
-    Heads are stored in order of capacity, so that heads of equal capacity form one `Bucket`. A pool whose
-    heads have few different capacities is attended to in few batched calls.
+    Heads are stored in order of capacity, so that heads of equal capacity form one `Bucket`. A pool
+    whose heads have few different capacities is attended to in few batched calls.
 
     Attributes
     ----------
     capacity : LongTensor[B, H_kv]
-        Slots each head owns. Lives on the CPU: the shape of the work must be known without a synchronisation.
+        Slots each head owns. Lives on the CPU: the shape of the work must be known without a
+        synchronisation.
     """
 
     capacity: torch.Tensor

@@ -49,9 +49,10 @@ def head_budgets(
         Flattens the counts, see `robustify`.
     floor : int, or LongTensor[R]
         Tokens every head must be able to hold: protected prompt and observation window. It
-        overrides `low` and, where it exceeds it, `high`.
+        overrides `low`.
     low, high : float
-        Bounds in multiples of the mean head budget `total / H`, with `0 <= low <= 1 <= high`.
+        Bounds in multiples of the mean head budget `total / H`, with `0 <= low <= 1 <= high`,
+        rounded to integers between which the mean lies.
     comparable : {"length", "raw"}
         "length" multiplies a score by its head's number of held tokens before pooling: for scores
         normalised over each head's own tokens (R-KV), which shrink as a head holds more. "raw"
@@ -89,10 +90,11 @@ def head_budgets(
             "or protect fewer tokens."
         )
     demand = _reaching(scores, valid, budget, comparable).cpu()
-    mean = budget / heads
-    # Integers, as the lattice below starts at the lower one; 1e-9 as in `robustify`.
-    lower = torch.maximum((low * mean - 1e-9).ceil().long(), least)
-    upper = torch.maximum((high * mean + 1e-9).floor().long(), lower)
+    mean = budget.double() / heads
+    # The mean's own integers keep bounds of 1 solvable when the heads do not divide the total.
+    lower = torch.minimum((low * mean - 1e-9).ceil(), mean.floor()).long()
+    upper = torch.maximum((high * mean + 1e-9).floor(), mean.ceil()).long()
+    lower = torch.maximum(lower, least)
     exact = robustify(demand, budget, exponent=exponent, low=lower[:, None], high=upper[:, None])
     return _on_lattice(exact, budget, lower, upper).to(scores.device)
 

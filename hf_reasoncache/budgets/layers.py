@@ -60,8 +60,8 @@ def layer_budgets(
 ) -> list[int]:
     """Split the budget of a model over its layers by their demand.
 
-    Exponent and bounds are those of ReasonAlloc (arXiv 2606.11164); the floor is ours. Where the
-    floor exceeds the upper bound, it is the upper bound.
+    Exponent and bounds are those of ReasonAlloc (arXiv 2606.11164); the floor is ours. It
+    overrides the lower bound and cannot exceed the upper one, as it may not exceed the mean.
 
     Parameters
     ----------
@@ -95,8 +95,9 @@ def layer_budgets(
             "fewer tokens."
         )
     lower = max(low * mean_budget, float(floor))
-    upper = max(high * mean_budget, float(floor))
-    return robustify(demand, mean_budget * len(demand), exponent=exponent, low=lower, high=upper)
+    return robustify(
+        demand, mean_budget * len(demand), exponent=exponent, low=lower, high=high * mean_budget
+    )
 
 
 def expect_bounds(caller: str, low: float, high: float) -> None:

@@ -11,7 +11,7 @@ import torch
 # No entry weighs less than this share of the largest: entries without demand then split evenly what
 # is left once all others are at their upper bound, and a row without any demand comes out uniform.
 _LEAST = 1e-12
-# Products such as 0.1 * 30 miss an integer by a rounding error; bounds are cut to integers beyond
+# Products such as 0.07 * 100 miss an integer by a rounding error; bounds are cut to integers beyond
 # it.
 _SLACK = 1e-9
 
@@ -82,7 +82,7 @@ def robustify(
     budget, lower, upper = _broadcast(tensor, total, low, high)
     largest = tensor.amax(-1, keepdim=True)
     share = (tensor / largest.where(largest > 0.0, 1.0)).pow(exponent).clamp(min=_LEAST)
-    integers = _largest_remainder(_fill(share, budget, lower, upper), budget, upper)
+    integers = _largest_remainder(_fill(share, budget, lower, upper), budget)
     if isinstance(demand, torch.Tensor):
         return integers.to(demand.device)
     return integers.tolist()
@@ -149,14 +149,12 @@ def _fill(
     return level.clamp(lower, upper)
 
 
-def _largest_remainder(
-    filled: torch.Tensor, budget: torch.Tensor, upper: torch.Tensor
-) -> torch.Tensor:
+def _largest_remainder(filled: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
     """Round down, then one more for the largest fractions until a row sums to `budget`."""
     down = filled.floor()
     missing = budget - down.sum(-1, keepdim=True)
-    fraction = (filled - down).where(down < upper, -1.0)
-    order = fraction.argsort(dim=-1, descending=True, stable=True)
+    # An entry at its upper bound has no fraction, so it is never among the `missing` ones.
+    order = (filled - down).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1]).expand_as(order)
     )

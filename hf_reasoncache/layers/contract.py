@@ -1,7 +1,7 @@
 """What a layer hands to transformers so that its attention function finds the way back.
 
-`Cache.update` sees keys and values but no queries and no padding; the attention function sees both but not the
-cache. The two objects here bridge that without patching any model.
+`Cache.update` sees keys and values but no queries and no padding; the attention function sees both
+but not the cache. The two objects here bridge that without patching any model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from hf_reasoncache.layers.pooled import PooledLayer
+    from hf_reasoncache.layers.guarded import GuardedLayer
 
 _METADATA = frozenset(
     {
@@ -29,19 +29,20 @@ _METADATA = frozenset(
 class GuardTensor(torch.Tensor):
     """The new keys or values of one layer, which only our attention function may use.
 
-    The tensor holds the tokens of this forward, not those in the pool. Any computation with it is an error, so
-    that a model whose attention implementation was not set fails at once instead of attending to too little.
+    The tensor holds the tokens of this forward, not those in the pool. Any computation with it is
+    an error, so that a model whose attention implementation was not set fails at once instead of
+    attending to too little.
 
     Attributes
     ----------
-    layer : PooledLayer
+    layer : GuardedLayer
         The cache layer it came from.
     """
 
-    layer: PooledLayer
+    layer: GuardedLayer
 
     @staticmethod
-    def wrap(tensor: torch.Tensor, layer: PooledLayer) -> GuardTensor:
+    def wrap(tensor: torch.Tensor, layer: GuardedLayer) -> GuardTensor:
         """Guard a tensor without copying it."""
         guard = tensor.as_subclass(GuardTensor)
         guard.layer = layer
@@ -56,13 +57,14 @@ class GuardTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise ValueError(
-            "This cache needs its own attention implementation: expected the model to run 'reasoncache' (or "
-            f"'reasoncache_eager', 'reasoncache_fa2'), got one that computes {getattr(func, '__name__', func)} "
-            "on the cached keys or values. Load the model with attn_implementation='reasoncache', or call "
-            "model.set_attn_implementation('reasoncache') before generating. If that is set already, the model "
-            "changes keys and values after the cache and is not supported."
+            "This cache needs its own attention implementation: expected the model to run "
+            "'reasoncache' (or 'reasoncache_eager', 'reasoncache_fa2'), got one that computes "
+            f"{getattr(func, '__name__', func)} on the cached keys or values. Load the model with "
+            "attn_implementation='reasoncache', or call "
+            "model.set_attn_implementation('reasoncache') before generating. If that is set "
+            "already, the model changes keys and values after the cache and is not supported."
         )
 
 
 class LogicalLength(int):
-    """Number of tokens seen, as `get_mask_sizes` returns it: tells our mask function that the layer is ours."""
+    """Number of tokens seen; its type tells our mask function that the layer is ours."""

@@ -48,8 +48,8 @@ class Chunk:
 class Draft:
     """A forward that may be taken back in part (assisted decoding).
 
-    Undoing puts `state` back and stores the accepted columns again, so that whatever the rejected ones caused,
-    evictions included, leaves no trace.
+    Undoing puts `state` back and stores the accepted columns again, so that whatever the rejected
+    ones caused, evictions included, leaves no trace.
 
     Attributes
     ----------

@@ -1,9 +1,10 @@
 """A pooled layer with a budget: scores what it holds and evicts the rest, row by row.
 
-When: a row is due when a head has no room for the next token, and is served at the start of the next `update`,
-never between an attention and its logits. Until then a rejected draft can be cropped without a trace. Two
-forwards bring more tokens than the buffer holds and cannot wait, because the memory they need is the one to be
-saved: a prompt beyond the budget, and a later chunk beyond the buffer. They are cut right after their attention.
+When: a row is due when a head has no room for the next token, and is served at the start of the
+next `update`, never between an attention and its logits. Until then a rejected draft can be cropped
+without a trace. Two forwards bring more tokens than the buffer holds and cannot wait, because the
+memory they need is the one to be saved: a prompt beyond the budget, and a later chunk beyond the
+buffer. They are cut right after their attention.
 
 Who: rows are independent. A row in a padded batch evicts at the same tokens as that row alone.
 """
@@ -30,8 +31,9 @@ MASS_BLOCK = 64
 class EvictingLayer(PooledLayer):
     """One layer that holds a budget of tokens per KV head.
 
-    Invariants between two forwards: no head holds more than its budget plus `policy.buffer`; the capacities of
-    a row add up to exactly that; the newest `policy.window` columns and the protected prompt are held.
+    Invariants between two forwards: no head holds more than its budget plus `policy.buffer`; the
+    capacities of a row add up to exactly that; the newest `policy.window` columns and the protected
+    prompt are held.
 
     Attributes
     ----------
@@ -60,7 +62,8 @@ class EvictingLayer(PooledLayer):
         self._attended: HeldPositions | None = None
         self._draft: Draft | None = None
 
-    # --------------------------------------------------------------------------------------- one forward
+    # ------------------------------------------------------------------------------------------ one
+    # forward
 
     def _begin(self, steps: int) -> None:
         self._attended = self._draft = None
@@ -82,7 +85,7 @@ class EvictingLayer(PooledLayer):
         valid: torch.Tensor | None,
         **settings: Any,
     ) -> None:
-        """See `PooledLayer.store_first`; a prompt beyond the budget is cut here."""
+        """See `GuardedLayer.store_first`; a prompt beyond the budget is cut here."""
         batch, heads, steps, _ = keys.shape
         self._note_first(batch, steps, valid)
         stored = torch.full((batch,), steps) if valid is None else valid.sum(-1).cpu()
@@ -90,7 +93,8 @@ class EvictingLayer(PooledLayer):
         self.pool = RaggedPool(room, keys, values, self.statistics)
         chunk = Chunk(query, keys, values, valid, settings)
         if self.recording:
-            # A draft follows the prompt and may be cropped: the prompt ends where the next forward begins.
+            # A draft follows the prompt and may be cropped: the prompt ends where the next forward
+            # begins.
             self._draft = Draft(chunk, self._save(deep=False), token_by_token=False)
             self._prompt_open = False
             self._store(chunk, self.seen)
@@ -107,7 +111,7 @@ class EvictingLayer(PooledLayer):
         valid: torch.Tensor | None,
         **settings: Any,
     ) -> torch.Tensor:
-        """See `PooledLayer.attend`."""
+        """See `GuardedLayer.attend`."""
         chunk, steps = Chunk(query, keys, values, valid, settings), query.shape[2]
         if self.recording:
             return self._attend_draft(chunk)
@@ -155,7 +159,7 @@ class EvictingLayer(PooledLayer):
         age = torch.arange(steps - 1, -1, -1, device=query.device)
         return {"mass": mass, "mass_weight": scorer.mass_decay**age}
 
-    # ------------------------------------------------------------------------------------------ eviction
+    # ------------------------------------------------------------------------------------- eviction
 
     def _allocate(self) -> None:
         """Fix the budgets of every row from the prompt that the pool holds."""
@@ -176,7 +180,11 @@ class EvictingLayer(PooledLayer):
 
     def _due(self, steps: int) -> torch.Tensor:
         """Rows that must evict before `steps` new tokens, given the capacity they should have."""
-        return (self._require_pool().length + steps > self._require_budgets().capacity).any(-1).nonzero()[:, 0]
+        return (
+            (self._require_pool().length + steps > self._require_budgets().capacity)
+            .any(-1)
+            .nonzero()[:, 0]
+        )
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
@@ -227,7 +235,8 @@ class EvictingLayer(PooledLayer):
         self._tail = 0
         self._fit()
 
-    # ---------------------------------------------------------------------------- drafts and other rows
+    # ----------------------------------------------------------------------------- drafts and other
+    # rows
 
     def _save(self, *, deep: bool) -> dict[str, Any]:
         """Remember the state that the next forward may have to be undone to."""
@@ -271,7 +280,7 @@ class EvictingLayer(PooledLayer):
             self._store(accepted, self.seen)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """See `PooledLayer.select_rows`."""
+        """See `GuardedLayer.select_rows`."""
         super().select_rows(rows)
         self._log.select_rows(rows)
         self._draft = self._attended = None

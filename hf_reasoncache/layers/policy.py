@@ -23,7 +23,8 @@ class EvictionPolicy:
         Newest columns that are never evicted; counted inside the budget.
     scorer : Scorer
     head_budgets : bool
-        Whether the heads of a layer share its budget by demand (ReasonAlloc, level 2) instead of equally.
+        Whether the heads of a layer share its budget by demand (ReasonAlloc, level 2) instead of
+        equally.
     head_interval : int
         Columns between two re-allocations of the head budgets (Delta of the paper).
     protect_prompt : bool
@@ -45,7 +46,8 @@ class EvictionPolicy:
     head_interval: int = 128
 
     def layer_budget(self, rank: int, prompt_tokens: int) -> int:
-        """Budget per head of one layer, for a row whose protected prompt has `prompt_tokens` tokens.
+        """Budget per head of one layer, for a row whose protected prompt has `prompt_tokens`
+        tokens.
 
         Parameters
         ----------
@@ -62,9 +64,9 @@ class EvictionPolicy:
         floor = prompt_tokens + self.window
         if floor > self.budget:
             raise ValueError(
-                f"budget too small: expected budget >= {floor} ({prompt_tokens} protected prompt tokens and a "
-                f"window of {self.window}), got budget={self.budget}. Raise the budget, shorten the prompt, or "
-                "pass protect_prompt=False."
+                f"budget too small: expected budget >= {floor} ({prompt_tokens} protected prompt "
+                f"tokens and a window of {self.window}), got budget={self.budget}. Raise the "
+                "budget, shorten the prompt, or pass protect_prompt=False."
             )
         if self.demand is None:
             return self.budget

@@ -1,8 +1,8 @@
 """The ragged key/value pool of one layer: storage that knows no policy.
 
-Every (row, KV head) owns a stretch of one flat buffer and uses a prefix of it. Tokens are appended in place;
-evicted tokens leave holes that are filled from the end, so slot order says nothing about age and whoever needs
-age reads `positions`.
+Every (row, KV head) owns a stretch of one flat buffer and uses a prefix of it. Tokens are appended
+in place; evicted tokens leave holes that are filled from the end, so slot order says nothing about
+age and whoever needs age reads `positions`.
 """
 
 from __future__ import annotations
@@ -47,21 +47,25 @@ class HeldPositions:
 class RaggedPool:
     """Keys, values, positions and per-slot statistics of one layer.
 
-    Invariants: `0 <= length <= capacity` for every head; the used slots of a head are its first `length` ones;
-    every slot holds finite numbers, used or not.
+    Invariants: `0 <= length <= capacity` for every head; the used slots of a head are its first
+    `length` ones; every slot holds finite numbers, used or not.
 
     Attributes
     ----------
     fields : dict[str, Tensor[slots, ...]]
-        "keys", "values", "positions" (int32 columns of the padded sequence) and the statistics. What is done
-        to one is done to all.
+        "keys", "values", "positions" (int32 columns of the padded sequence) and the statistics.
+        What is done to one is done to all.
     layout : RaggedLayout
     length : LongTensor[B, H_kv]
         On the CPU: the shape of the work is known without a synchronisation.
     """
 
     def __init__(
-        self, capacity: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, statistics: Sequence[str] = ()
+        self,
+        capacity: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        statistics: Sequence[str] = (),
     ) -> None:
         """Allocate an empty pool.
 
@@ -123,8 +127,9 @@ class RaggedPool:
         added = torch.full_like(self.length, steps) if keep is None else keep.sum(-1).cpu()
         if bool((self.length + added > self.capacity).any()):
             raise ValueError(
-                f"RaggedPool.append: expected room for {int(added.max())} tokens in every head, got "
-                f"{int((self.capacity - self.length).min())} free slots; relayout the pool first."
+                f"RaggedPool.append: expected room for {int(added.max())} tokens in every head, "
+                f"got {int((self.capacity - self.length).min())} free slots; relayout the pool "
+                "first."
             )
         positions = columns.to(torch.int32).expand(batch, heads, steps)
         new = {"keys": keys, "values": values, "positions": positions, **statistics}
@@ -163,7 +168,8 @@ class RaggedPool:
         Returns
         -------
         slots : LongTensor[R, H_kv, N]
-            On the pool's device; `N` is the largest number held; filler repeats the head's first slot.
+            On the pool's device; `N` is the largest number held; filler repeats the head's first
+            slot.
         offset : LongTensor[R, H_kv, N]
             Slot counted from the head's first one, -1 for filler.
         """

@@ -10,7 +10,8 @@ import torch
 class QueryLog:
     """Post-RoPE queries of the newest columns.
 
-    Keeping the tensors that the model made anyway costs nothing per step; they are joined once per eviction.
+    Keeping the tensors that the model made anyway costs nothing per step; they are joined once per
+    eviction.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ class QueryLog:
             columns -= self._chunks.popleft().shape[2]
 
     def last(self) -> torch.Tensor | None:
-        """Return the newest queries `[B, H_q, A <= size, D]`, oldest first; None when there is none."""
+        """Return the newest queries `[B, H_q, A <= size, D]`, oldest first, if there are any."""
         if not self._chunks:
             return None
         return torch.cat(list(self._chunks), dim=2)[:, :, -self.size :]

@@ -84,7 +84,13 @@ class RowBudgets:
             return self
         chosen, at = rows[stale], stale.to(scores.device)
         total = self.heads[chosen].sum(-1)
-        split = head_budgets(scores[at], valid[at], total, floor=self.floor[chosen]).cpu()
+        split = head_budgets(
+            scores[at],
+            valid[at],
+            total,
+            floor=self.floor[chosen],
+            comparable=self.policy.scorer.comparable,
+        ).cpu()
         return replace(
             self,
             heads=self.heads.index_put((chosen,), split),

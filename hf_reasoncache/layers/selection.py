@@ -77,8 +77,8 @@ def gather_held(
 def keep_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
     """Mark the highest scores of every head; of equal scores the later one wins.
 
-    Ties are common, since max-pooling copies a score to its neighbours, and an arbitrary choice among them would
-    make a row depend on its batch.
+    Ties are common, since max-pooling copies a score to its neighbours, and an arbitrary choice
+    among them would make a row depend on its batch.
 
     Parameters
     ----------

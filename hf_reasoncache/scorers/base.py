@@ -63,7 +63,7 @@ class HeldTokens:
 
     @cached_property
     def values(self) -> torch.Tensor:
-        """Values `[R, H_kv, N, D_v]` in the order of `keys`, gathered on first use."""
+        """Values `[R, H_kv, N, D_v]` in the order of `keys`, gathered on first use; filler 0."""
         return self.load_values()
 
     def window(self, last: int) -> tuple[torch.Tensor, torch.Tensor]:

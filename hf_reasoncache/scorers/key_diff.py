@@ -20,7 +20,8 @@ class KeyDiff(Scorer):
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Negative cosine similarity to the mean direction."""
-        unit = F.normalize(held.keys.float(), dim=-1).where(held.valid.unsqueeze(-1), 0.0)
-        # The sum points where the mean points, and the cosine asks for no more.
+        unit = F.normalize(held.keys.float(), dim=-1)
+        # Filler is zero and adds nothing. The sum points where the mean points, and the cosine asks
+        # for no more.
         anchor = F.normalize(unit.sum(2), dim=-1)
         return -(unit @ anchor.unsqueeze(-1)).squeeze(-1)

@@ -22,4 +22,4 @@ class ValueNorm(Scorer):
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """L2 norm of the value."""
-        return held.values.float().norm(dim=-1).where(held.valid, 0.0)
+        return held.values.float().norm(dim=-1)

@@ -154,13 +154,50 @@ def test_a_row_that_holds_less_than_its_total_is_counted_whole():
     assert head_budgets(scores, valid, 40, exponent=1.0)[0].tolist() == [32, 8]
 
 
-@pytest.mark.parametrize("high", [1.0, 1.02, 1.1])
-def test_bounds_too_narrow_for_the_lattice_are_kept(high):
-    scores, valid = example(1, 3, 7, 300)
-    total = 7 * 101 + 3
-    budgets = head_budgets(scores, valid, total + (7 - total % 7), high=high)
-    assert (budgets.sum(-1) == 7 * 102).all()
-    assert budgets.max() <= high * 102
+@given(
+    low=st.sampled_from([0.0, 0.25, 0.9, 1.0]), high=st.sampled_from([1.0, 1.03, 1.2]), **PROBLEMS
+)
+def test_bounds_too_narrow_for_the_lattice_are_kept(
+    seed, rows, heads, mean, odd, floor_share, low, high
+):
+    scores, valid = example(seed, rows, heads, 50)
+    total = mean * heads + odd
+    floor = int(total // heads * floor_share)
+    budgets = head_budgets(scores, valid, total, floor=floor, low=low, high=high)
+    assert (budgets.sum(-1) == total).all()
+    assert budgets.min() >= max(floor, min(math.ceil(low * total / heads), total // heads))
+    assert budgets.max() <= max(high * total / heads, math.ceil(total / heads))
+
+
+def best_tokens(counts, held):
+    """One row whose heads hold `counts` tokens of score 1 among many of score 0."""
+    scores = (torch.arange(held) < torch.tensor(counts)[:, None]).float()[None]
+    return scores, torch.ones_like(scores, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high", "expected"),
+    [
+        # Unit 3, four steps of it end 1 short of the bound 13: the remainder of 2 fits nowhere.
+        ([13, 13], 0.0, 1.0, [13, 13]),
+        # Unit 7: the first head lacks more of its 46 than the second, but has no room for 6.
+        ([46, 16], 0.0, 1.5, [42, 20]),
+        # The lower bound is 7, though 0.07 * 100 is 7.000000000000001.
+        ([200, 0], 0.07, 2.0, [193, 7]),
+    ],
+)
+def test_remainders_and_bounds_by_hand(counts, low, high, expected):
+    scores, valid = best_tokens(counts, max(counts))
+    budgets = head_budgets(
+        scores, valid, sum(counts), exponent=1.0, low=low, high=high, comparable="raw"
+    )
+    assert budgets[0].tolist() == expected
+
+
+def test_a_row_that_holds_nothing_is_split_evenly():
+    scores = torch.rand(2, 4, 6)
+    valid = torch.tensor([True, False])[:, None, None].expand(2, 4, 6)
+    assert head_budgets(scores, valid, 16)[1].tolist() == [4] * 4
 
 
 def good():

@@ -28,9 +28,9 @@ def test_uniform_demand_gives_every_layer_the_mean():
     assert layer_budgets(uniform(7), 100) == [100] * 7
 
 
-def test_a_floor_above_the_upper_bound_raises_it():
-    assert layer_budgets([1, 2], 10, low=0.0, high=1.0, floor=10) == [10, 10]
-    assert layer_budgets([9, 0, 0], 10, high=1.5, floor=8) == [14, 8, 8]
+def test_the_floor_overrides_the_lower_bound():
+    assert layer_budgets([9, 0, 0], 10, high=2.0, floor=8) == [14, 8, 8]
+    assert layer_budgets([9, 0, 0], 10, high=1.0, floor=10) == [10, 10, 10]
 
 
 def test_a_peak_is_capped_and_a_valley_filled():

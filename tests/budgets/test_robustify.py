@@ -106,9 +106,10 @@ def test_it_commutes_with_permutations_and_ignores_the_scale(seed, n):
         # Ties in the remainder go to the lower index, whatever the demand's scale.
         ([0, 0, 0], 11, 0.5, 0, 9, [4, 4, 3]),
         ([7, 7, 7], 11, 0.0, 0, 9, [4, 4, 3]),
-        # Bounds are cut to integers inwards; 0.1 * 30 is 3.0000000000000004 and means 3.
+        # Bounds are cut to integers inwards; 0.07 * 100 is 7.000000000000001.
         ([1, 1], 6, 1.0, 2.3, 3.7, [3, 3]),
-        ([0, 1], 10, 1.0, 0.1 * 30, 9.0, [3, 7]),
+        ([0, 1], 20, 1.0, 0.07 * 100, 19.0, [7, 13]),
+        ([1, 0], 30, 1.0, 0, 0.29 * 100, [29, 1]),
         ([3], 8, 0.5, 0, 9, [8]),
         ([1, 2], 0, 0.5, 0, 9, [0, 0]),
     ],

@@ -1,4 +1,5 @@
-"""With eviction on: logits against the oracle, rows against themselves alone, assisted against plain."""
+"""With eviction on: logits against the oracle, rows against themselves alone, assisted against
+plain."""
 
 import pytest
 import torch

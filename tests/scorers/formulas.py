@@ -102,6 +102,7 @@ def lag_kv(head: Head, sinks: int, lag: int) -> list[float]:
         for states in (head.keys, head.values):
             lowest, highest = states[after].min(0).values, states[after].max(0).values
             scaled = (states[here] - lowest) / (highest - lowest)
+            scaled[:, lowest == highest] = 0.0
             unusual += torch.tensor(softmax([float(token.std()) for token in scaled])) / 2
         for place, index in enumerate(unusual.argsort().tolist()):
             scores[start + index] = place / lag

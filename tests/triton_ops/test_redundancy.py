@@ -114,28 +114,47 @@ def test_filler_may_hold_nan():
     assert torch.equal(redundancy(keys, valid), clean)
 
 
-def test_many_heads_are_worked_off_in_groups(monkeypatch):
-    keys = keys_with(0.6, (3, 3, 60, 8))
-    valid = prefix([[60, 1, 30], [2, 60, 60], [59, 58, 57]], 60)
-    at_once = redundancy(keys, valid)
-    monkeypatch.setattr(reference, "TILE", 60 * reference.BLOCK * 2)
-    torch.testing.assert_close(redundancy(keys, valid), at_once, rtol=0, atol=1e-14)
+class Sizes(TorchDispatchMode):
+    """Record the largest tensor that is made, and how many cosines are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.cosines = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+            if func is torch.ops.aten.bmm.default and result.shape[-1] > 1:
+                self.cosines += result.numel()
+        return result
 
 
 def test_no_buffer_grows_with_the_square_of_the_tokens():
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.numel = max(self.numel, result.numel())
-            return result
-
     keys = keys_with(0.0, (1, 1, 1024, 16), torch.float32)
-    with Largest() as largest:
+    with Sizes() as sizes:
         redundancy(keys, torch.ones(1, 1, 1024, dtype=torch.bool))
-    assert largest.numel == 1024 * reference.BLOCK
+    assert sizes.largest == 1024 * reference.BLOCK
+
+
+def test_many_heads_are_worked_off_in_groups(monkeypatch):
+    keys = keys_with(0.6, (3, 3, 160, 8))
+    valid = prefix([[160, 1, 30], [2, 160, 60], [159, 58, 57]], 160)
+    at_once = redundancy(keys, valid)
+    monkeypatch.setattr(reference, "TILE", 160 * reference.BLOCK * 2)
+    with Sizes() as sizes:
+        in_groups = redundancy(keys, valid)
+    assert sizes.largest <= 160 * reference.BLOCK * 2
+    torch.testing.assert_close(in_groups, at_once, rtol=0, atol=1e-14)
+
+
+def test_a_sink_does_not_keep_every_row_searching():
+    keys = keys_with(2.0, (1, 2, 1024, 16))
+    valid = torch.ones(1, 2, 1024, dtype=torch.bool)
+    keys[:, :, 0] = -keys[:, :, 0]  # resembles nothing
+    with Sizes() as sizes:
+        redundancy(keys, valid)
+    assert sizes.cosines < 1.1 * 2 * 1024 * reference.BLOCK
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ def compact(
 ) -> None:
     """Move the kept tokens of every head into its first slots, in place.
 
-    A head that keeps `b` tokens moves those that lie at offset `b` or later into evicted slots before `b`.
-    Sources and targets are disjoint, so the moves need no order and no buffer of the pool's size, and a head
-    moves at most as many tokens as it evicts. Slot order says nothing about age afterwards.
+    A head that keeps `b` tokens moves those that lie at offset `b` or later into evicted slots
+    before `b`. Sources and targets are disjoint, so the moves need no order and no buffer of the
+    pool's size, and a head moves at most as many tokens as it evicts. Slot order says nothing about
+    age afterwards.
 
     Parameters
     ----------
@@ -27,8 +28,8 @@ def compact(
     slots : LongTensor[R, H_kv, N]
         Slot of every token under consideration; filler anywhere, marked by `offset == -1`.
     offset : LongTensor[R, H_kv, N]
-        `slots` counted from the head's first slot, -1 for filler. A head's offsets are `0 .. length - 1` in
-        any order.
+        `slots` counted from the head's first slot, -1 for filler. A head's offsets are `0 .. length
+        - 1` in any order.
     keep : BoolTensor[R, H_kv, N]
         Tokens to keep; False for filler.
     """

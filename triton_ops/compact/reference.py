@@ -12,8 +12,9 @@ def compact_reference(
 ) -> None:
     """See `triton_ops.compact.compact`."""
     kept = keep.sum(-1, keepdim=True)
-    # Per head there are as many kept tokens beyond the limit as holes before it, and boolean indexing walks
-    # the heads in the same order on both sides: the two lists pair up without a per-head loop.
+    # Per head there are as many kept tokens beyond the limit as holes before it, and boolean
+    # indexing walks the heads in the same order on both sides: the two lists pair up without a
+    # per-head loop.
     moved = slots[keep & (offset >= kept)]
     holes = slots[~keep & (offset >= 0) & (offset < kept)]
     for field in fields:

@@ -37,18 +37,21 @@ def decode_attention(
         Logical position of each slot, read only when `query_positions` is given.
     layout : RaggedLayout
     length : LongTensor[B, H_kv]
-        Slots in use of each head, on the CPU. A head that holds nothing yields a finite, meaningless row.
+        Slots in use of each head, on the CPU. A head that holds nothing yields a finite,
+        meaningless row.
     query_positions : LongTensor[B, T] or None
-        A query sees the keys at its own position and before. None: every query sees every held token, which
-        is the case of a single new token.
+        A query sees the keys at its own position and before. None: every query sees every held
+        token, which is the case of a single new token.
     scaling : float
         Factor on the logits.
     softcap : float, optional
         Logits become `softcap * tanh(logits / softcap)` (Gemma 2).
     s_aux : Tensor[H_kv * G], optional
-        One learned logit per query head that takes part in the softmax and carries no value (GPT-OSS sinks).
+        One learned logit per query head that takes part in the softmax and carries no value
+        (GPT-OSS sinks).
     mass : Tensor[slots], optional
-        float32; every slot's attention probability, summed over queries and group, is added in place.
+        float32; every slot's attention probability, summed over queries and group, is added in
+        place.
     mass_weight : Tensor[T], optional
         Weight of each query in `mass`; ones by default.
 
@@ -65,14 +68,14 @@ def decode_attention(
     batch, kv_heads, _, steps, head_size = query.shape
     if keys.shape[-1] != head_size or tuple(length.shape) != (batch, kv_heads):
         raise ValueError(
-            f"decode_attention: query {tuple(query.shape)} needs keys [slots, {head_size}] and length "
-            f"[{batch}, {kv_heads}], got {tuple(keys.shape)} and {tuple(length.shape)}; check that the "
-            "query heads are grouped as [B, H_kv, G, T, D]."
+            f"decode_attention: query {tuple(query.shape)} needs keys [slots, {head_size}] and "
+            f"length [{batch}, {kv_heads}], got {tuple(keys.shape)} and {tuple(length.shape)}; "
+            "check that the query heads are grouped as [B, H_kv, G, T, D]."
         )
     if steps > 1 and query_positions is None:
         raise ValueError(
-            f"decode_attention: {steps} queries per row need query_positions [{batch}, {steps}] for "
-            "causality, got None."
+            f"decode_attention: {steps} queries per row need query_positions [{batch}, {steps}] "
+            "for causality, got None."
         )
     return decode_attention_reference(
         query,

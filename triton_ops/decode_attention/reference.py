@@ -1,7 +1,7 @@
 """`decode_attention` in plain PyTorch: its definition, and the CPU path.
 
-One batched call per bucket of equal capacity. The group's queries are packed as rows of one matrix, so keys
-are read once per KV head and never repeated.
+One batched call per bucket of equal capacity. The group's queries are packed as rows of one matrix,
+so keys are read once per KV head and never repeated.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _visible(
     kv_heads: int,
     group: int,
 ) -> torch.Tensor | None:
-    """Which slots each packed query sees: BoolTensor `[count, 1 or G * T, longest]`, None for all."""
+    """Which slots each packed query sees: `[count, 1 or G * T, longest]`, None for all."""
     ragged = bool((used != longest).any())
     if not ragged and query_positions is None:
         return None
@@ -98,7 +98,9 @@ def _sink(
 ) -> torch.Tensor:
     """Sink logit of every packed query: Tensor `[count, G * T, 1]`."""
     heads = layout.order[bucket.first : bucket.first + bucket.count] % kv_heads
-    return s_aux.view(kv_heads, group)[heads.to(s_aux.device)].repeat_interleave(steps, 1)[..., None]
+    return s_aux.view(kv_heads, group)[heads.to(s_aux.device)].repeat_interleave(steps, 1)[
+        ..., None
+    ]
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,131 @@
+"""Runs a model over problems with one cache after another, and counts what each one cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from examples.tiny_reasoner.tasks import Outcome, Problem, check
+from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.report import storage_bytes
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One cache to try.
+
+    Attributes
+    ----------
+    name : str
+    make_cache : Callable
+        Makes a new cache from the model's config.
+    attention : str
+        Attention implementation that the cache runs with.
+    """
+
+    name: str
+    make_cache: Callable[[PreTrainedConfig], Cache]
+    attention: str = "reasoncache"
+
+
+FULL = Arm("full cache (DynamicCache)", lambda config: DynamicCache(config=config), "sdpa")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one arm did on some problems.
+
+    Attributes
+    ----------
+    outcomes : list of Outcome
+    tokens : int
+        Words generated until each completion ended.
+    seconds : float
+        Time in generate.
+    bytes_per_row : float
+        Bytes of all the cache's storages when generation ended, per sequence; largest over batches.
+    """
+
+    outcomes: list[Outcome]
+    tokens: int
+    seconds: float
+    bytes_per_row: float
+
+
+def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a tiny reasoner in float32 (bfloat16 is slower on most CPUs)."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+@torch.inference_mode()
+def run_arm(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    arm: Arm,
+    *,
+    batch_size: int = 50,
+    progress: tqdm | None = None,
+) -> Run:
+    """Answer all problems greedily with one kind of cache.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As `load` gives them; the model's attention implementation is set to the arm's.
+    problems : sequence of Problem
+    arm : Arm
+    batch_size : int
+        Sequences generated together, padded on the left.
+    progress : tqdm, optional
+        Advanced by the number of problems answered.
+    """
+    model.set_attn_implementation(arm.attention)
+    outcomes: list[Outcome] = []
+    seconds = bytes_per_row = 0.0
+    for start in range(0, len(problems), batch_size):
+        batch = problems[start : start + batch_size]
+        inputs = tokenizer(
+            [problem.prompt for problem in batch],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            return_token_type_ids=False,
+        )
+        cache = arm.make_cache(model.config)
+        begin = time.perf_counter()
+        output = model.generate(
+            **inputs,
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=max(problem.max_new_tokens for problem in batch),
+        )
+        seconds += time.perf_counter() - begin
+        bytes_per_row = max(bytes_per_row, cache_bytes(cache) / len(batch))
+        completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
+        outcomes += [check(*pair) for pair in zip(batch, completions, strict=True)]
+        if progress is not None:
+            progress.update(len(batch))
+    return Run(outcomes, sum(outcome.length for outcome in outcomes), seconds, bytes_per_row)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all storages that a cache holds."""
+    if isinstance(cache, ReasonAllocCache):
+        return cache.report().total_bytes
+    return sum(storage_bytes(layer) for layer in cache.layers)

@@ -1,0 +1,213 @@
+"""The side of a layer that transformers sees: logical lengths, guarded tensors, rows, rollback."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
+
+
+class GuardedLayer(CacheLayerMixin):
+    """One layer whose length, towards the model, is the number of tokens seen.
+
+    A forward is two calls: `update`, from the model's attention module, announces the new keys and
+    values; the attention function then takes them with `take_incoming`.
+
+    Attributes
+    ----------
+    index : int
+        Index of the layer in the model.
+    seen : int
+        Columns of the padded sequence seen so far.
+    recording : bool
+        Whether every forward may be cropped (assisted decoding).
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.recording = False
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget all tokens and free their storage."""
+        self.seen = 0
+        self._incoming: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def rows(self) -> int | None:
+        """Batch rows stored; None before the first forward."""
+
+    @abstractmethod
+    def _begin(self, steps: int) -> None:
+        """Do what is due before `steps` new tokens."""
+
+    @abstractmethod
+    def _crop(self, columns: int) -> None:
+        """Take back the newest columns, which are at least one and not more than were seen."""
+
+    @abstractmethod
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep, repeat or reorder rows: new row `i` copies row `rows[i]` (LongTensor, CPU)."""
+
+    @abstractmethod
+    def store_first(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+        **settings: Any,
+    ) -> None:
+        """Take in the tokens of the first forward, which the base implementation attended to.
+
+        Parameters
+        ----------
+        query : Tensor[B, H_q, T, D]
+        keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
+        valid : BoolTensor[B, T] or None
+            False for padding; None when nothing is padded.
+        **settings
+            `scaling`, `softcap`, `s_aux` of the attention.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+        **settings: Any,
+    ) -> torch.Tensor:
+        """Store the new tokens and attend to all held ones.
+
+        Parameters
+        ----------
+        query : Tensor[B, H_q, T, D]
+        keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
+            What the last `update` announced.
+        valid : BoolTensor[B, T] or None
+            False for padding; None when nothing is padded.
+        **settings
+            `scaling`, `softcap`, `s_aux` of the attention; see `triton_ops.decode_attention`.
+
+        Returns
+        -------
+        Tensor[B, T, H_q, D_v]
+        """
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Note dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announce the keys and values of new tokens.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
+
+        Returns
+        -------
+        tuple of GuardTensor
+            For the `reasoncache` attention function only.
+
+        Raises
+        ------
+        ValueError
+            If the batch changed, or the attention of the last forward never ran.
+        """
+        if self._incoming is not None:
+            raise ValueError(
+                f"layer {self.index}: expected the attention of the last forward to run before the "
+                "next update, got two updates in a row; a cache serves one generation at a time "
+                "(reset() makes it new after an interrupted one)."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, steps = key_states.shape[0], key_states.shape[-2]
+        if self.rows is not None and batch != self.rows:
+            raise ValueError(
+                f"layer {self.index}: expected a batch of {self.rows} rows as before, got {batch}; "
+                "reset() the cache or use a new one for another batch."
+            )
+        self._begin(steps)
+        self._incoming = (key_states, value_states)
+        self.seen += steps
+        return GuardTensor.wrap(key_states, self), GuardTensor.wrap(value_states, self)
+
+    def take_incoming(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand over the plain keys and values that the last `update` announced."""
+        if self._incoming is None:
+            raise ValueError(
+                f"layer {self.index}: expected one attention call per update, got a second one; "
+                "models that reuse the keys and values of another layer are not supported."
+            )
+        incoming, self._incoming = self._incoming, None
+        return incoming
+
+    def get_seq_length(self) -> int:
+        """Return the logical length: tokens seen, padding included, whatever is still held."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit to the logical length."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return logical key length and offset for the mask of `query_length` new tokens."""
+        return LogicalLength(self.seen + query_length), 0
+
+    def activate_past_recording(self) -> None:
+        """Expect a `crop` after every forward (assisted decoding)."""
+        self.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` columns."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "crop: expected 0 or the negative number of tokens to remove, got "
+                f"{tokens_to_remove}; use crop(-n)."
+            )
+        columns = min(-tokens_to_remove, self.seen)
+        if columns == self.seen:
+            self._clear()
+        elif columns:
+            self._crop(columns)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder rows for beam search."""
+        self.select_rows(beam_idx.cpu())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows of `indices` (positions or a mask)."""
+        if self.rows is not None:
+            self.select_rows(torch.arange(self.rows)[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies beside each other."""
+        if self.rows is not None:
+            self.select_rows(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything, storage included."""
+        self._clear()
+        self.is_initialized = False
+        self.recording = False
+
+    def offload(self) -> None:
+        """Refuse: the pool must stay where its layer runs."""
+        raise ValueError("offloading is not supported: the pool must stay on its layer's device.")
