@@ -1,0 +1,225 @@
+"""What is compared: one class per way to decode, each able to take a few steps and to undo them."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
+
+from examples.benchmarks.workload import Work
+from hf_reasoncache import ReasonAllocCache
+
+
+class NotBuiltError(Exception):
+    """An arm cannot run here; the message says why."""
+
+
+class Arm:
+    """Decode with one cache: `DynamicCache` over the whole context unless a subclass differs.
+
+    Attributes
+    ----------
+    name : str
+    attention : str
+        Implementation that the model must run.
+    steps : int
+        Steps of one round.
+    note : str
+        What the table cannot show.
+    """
+
+    name = "DynamicCache + sdpa"
+    attention = "sdpa"
+
+    def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
+        self.model, self.work = model, work
+        self.steps = work.steps
+        self.forward: Callable[..., Any] = model
+        self.cache = self._make_cache()
+        self.note = ""
+        self._token = torch.zeros(work.batch, 1, dtype=torch.long)
+
+    def _make_cache(self) -> Cache | None:
+        cache = DynamicCache(config=self.model.config)
+        self.work.fill(cache, self.work.context)
+        return cache
+
+    def round(self, clock: Callable[[], float]) -> list[float]:
+        """Take the steps of one round and return the seconds of each."""
+        self.model.set_attn_implementation(self.attention)
+        seconds = []
+        for _ in range(self.steps):
+            start = clock()
+            self._step()
+            seconds.append(clock() - start)
+        self._undo()
+        return seconds
+
+    def warm_up(self) -> None:
+        """Take untimed steps until a round is like every other round."""
+        self.round(time.perf_counter)
+
+    def _step(self) -> None:
+        self.forward(input_ids=self._token, past_key_values=self.cache, use_cache=True)
+
+    def _undo(self) -> None:
+        if self.cache is not None:
+            self.cache.crop(-self.steps)
+
+
+class NoCache(Arm):
+    """The floor: the model on one token that attends to itself only."""
+
+    name = "no cache (floor)"
+
+    def _make_cache(self) -> None:
+        return None
+
+    def _step(self) -> None:
+        self.forward(input_ids=self._token, use_cache=False)
+
+
+class Compiled(Arm):
+    """A cache of static size under torch.compile."""
+
+    name = "StaticCache + compile"
+
+    def __init__(self, model: LlamaForCausalLM, work: Work, limit: float) -> None:
+        if limit <= 0:
+            raise NotBuiltError("left out by --compile-limit 0")
+        super().__init__(model, work)
+        model.set_attn_implementation(self.attention)
+        torch._dynamo.reset()
+        self.forward = torch.compile(model.forward, dynamic=False)
+        start = time.perf_counter()
+        try:
+            with _time_limit(limit):
+                self._step()
+                self._step()
+        except Exception as error:
+            # Whatever the compiler raises, the other arms run; the table quotes it.
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise NotBuiltError(f"{reason[0][:200]} (limit {limit:.0f} s)") from error
+        self.note = f"compiled in {time.perf_counter() - start:.0f} s"
+        self._take_back(2)
+
+    def _make_cache(self) -> StaticCache:
+        cache = StaticCache(self.model.config, max_cache_len=self.work.context + self.steps)
+        self.work.fill(cache, self.work.context)
+        return cache
+
+    def _undo(self) -> None:
+        self._take_back(self.steps)
+
+    def _take_back(self, steps: int) -> None:
+        # StaticCache has no crop. In place: the compiled code knows the tensor by its address.
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(steps)
+
+
+class Uncompressed(Arm):
+    """Our cache without a budget: every token in place, attended to from the pool."""
+
+    name = "ReasonAllocCache, budget=None"
+    attention = "reasoncache"
+
+    def _make_cache(self) -> ReasonAllocCache:
+        return self._pool(self.work.context)
+
+    def _pool(self, tokens: int) -> ReasonAllocCache:
+        cache = ReasonAllocCache(self.model.config, budget=None)
+        self.work.fill(cache, tokens)
+        return cache
+
+
+class Holds(Uncompressed):
+    """What the compressed cache would cost if evicting were free.
+
+    It grows from `budget` to `budget + buffer` tokens like the compressed one, and is then put back
+    at no cost.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
+        super().__init__(model, work)
+        self.steps = work.buffer
+        self.name = f"holds {work.budget}, never evicts"
+
+    def _make_cache(self) -> ReasonAllocCache:
+        return self._pool(self.work.budget)
+
+
+class Compressed(Arm):
+    """Our cache with a budget, R-KV and head budgets: one eviction per round, row and layer."""
+
+    attention = "reasoncache"
+
+    def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
+        super().__init__(model, work)
+        self.steps = work.buffer
+        self.name = f"ReasonAllocCache, budget={work.budget}"
+
+    def _make_cache(self) -> ReasonAllocCache:
+        cache = ReasonAllocCache(
+            self.model.config,
+            budget=self.work.budget,
+            buffer=self.work.buffer,
+            protect_prompt=False,
+        )
+        self.work.fill(cache, self.work.context)
+        return cache
+
+    def warm_up(self) -> None:
+        """Fill the buffer, after which every round starts with an eviction."""
+        super().round(time.perf_counter)
+
+    def round(self, clock: Callable[[], float]) -> list[float]:
+        """See `Arm.round`; checks that the evictions came at their true rate."""
+        before = self.cache.report().evictions
+        seconds = super().round(clock)
+        found = self.cache.report().evictions - before
+        expected = self.work.shape.layers * self.work.batch
+        if found != expected:
+            raise RuntimeError(
+                f"expected {expected} compactions in {self.steps} steps, got {found}; the time "
+                "per token would not be that of a long generation."
+            )
+        return seconds
+
+    def _undo(self) -> None:
+        """Nothing: the cache stays between `budget` and `budget + buffer` tokens by itself."""
+
+
+def build_arms(
+    model: LlamaForCausalLM, work: Work, compile_limit: float
+) -> tuple[list[Arm], dict[str, tuple[str, str]]]:
+    """Return the arms that run here, warmed up; of the others name, class and reason."""
+    arms: list[Arm] = []
+    missing: dict[str, tuple[str, str]] = {}
+    for kind in (Arm, Compiled, Uncompressed, Compressed, Holds, NoCache):
+        try:
+            arm = kind(model, work, compile_limit) if kind is Compiled else kind(model, work)
+        except NotBuiltError as error:
+            missing[kind.name] = (kind.__name__, str(error))
+            continue
+        arm.warm_up()
+        arms.append(arm)
+    return arms, missing
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    def expire(*_: Any) -> None:
+        raise TimeoutError("torch.compile took too long")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,121 @@
+"""The model, the sizes and the cache contents that all benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
+
+from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.report import storage_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+COMMON = 1.5
+"""Length of the direction that a head's keys share, in standard deviations of what differs: a mean
+cosine of 0.7 between two keys. Keys of trained models share a large component too; without one,
+R-KV's search for a similar key would run into its worst case."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the random Llama; a small vocabulary keeps the output layer from dominating."""
+
+    layers: int = 16
+    hidden: int = 512
+    intermediate: int = 1536
+    query_heads: int = 32
+    kv_heads: int = 8
+    head_size: int = 64
+    vocabulary: int = 512
+
+    def build(self, seed: int) -> LlamaForCausalLM:
+        """Return a random model; the same seed gives the same weights."""
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.query_heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_size,
+            max_position_embeddings=1 << 20,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    def kv_bytes(self, tokens: int, batch: int, dtype: torch.dtype) -> int:
+        """Bytes of the keys and values of `tokens` tokens in one layer."""
+        return 2 * batch * self.kv_heads * tokens * self.head_size * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Work:
+    """One configuration: what the caches hold, and how many steps are timed.
+
+    Attributes
+    ----------
+    shape : Shape
+    context : int
+        Tokens in the cache before the timed steps.
+    batch : int
+    dtype : dtype
+    budget, buffer : int
+        Of the compressed cache.
+    steps : int
+        Timed steps per round of a cache of `context` tokens; one of `budget` tokens takes `buffer`,
+        so that each round pays for exactly one eviction.
+    seed : int
+    """
+
+    context: int
+    batch: int
+    dtype: torch.dtype
+    budget: int
+    buffer: int
+    steps: int
+    seed: int
+    shape: Shape = field(default_factory=Shape)
+
+    def random_kv(self, tokens: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield index, keys and values `[B, H_kv, tokens, D]` of every layer."""
+        generator = torch.Generator().manual_seed(self.seed)
+        size = (self.batch, self.shape.kv_heads, tokens, self.shape.head_size)
+        for layer in range(self.shape.layers):
+            common = torch.randn(size[0], size[1], 1, size[3], generator=generator)
+            keys = torch.randn(size, generator=generator).add_(common, alpha=COMMON)
+            values = torch.randn(size, generator=generator)
+            yield layer, keys.to(self.dtype), values.to(self.dtype)
+
+    def fill(self, cache: Cache, tokens: int) -> None:
+        """Put random tokens into a cache, as if a prompt had been read.
+
+        A prompt of 8k tokens takes the model minutes on a CPU. What a step costs depends on how
+        many tokens are held, not on which, so the layers get them directly. A layer of ours takes
+        its first tokens from the attention function, hence the second call there; a budget cuts
+        them as it cuts a prompt.
+        """
+        for index, keys, values in self.random_kv(tokens):
+            cache.update(keys, values, index)
+            if isinstance(cache, ReasonCache):
+                layer = cache.layers[index]
+                query = torch.randn(
+                    self.batch, self.shape.query_heads, 1, self.shape.head_size, dtype=self.dtype
+                )
+                layer.store_first(
+                    query.expand(-1, -1, tokens, -1),
+                    *layer.take_incoming(),
+                    None,
+                    scaling=self.shape.head_size**-0.5,
+                )
+
+
+def held_bytes(cache: Cache | None) -> int:
+    """Bytes of everything a cache holds, measured on the storages."""
+    if cache is None:
+        return 0
+    if isinstance(cache, ReasonCache):
+        return cache.report().total_bytes
+    return sum(storage_bytes(layer) for layer in cache.layers)

@@ -1,0 +1,68 @@
+"""The benchmarks run and write what they say; no time is ever judged here."""
+
+import csv
+
+import pytest
+
+from examples.benchmarks import cpu_decode
+
+ARMS = (
+    "DynamicCache + sdpa",
+    "StaticCache + compile",
+    "ReasonAllocCache, budget=None",
+    "ReasonAllocCache, budget=48",
+    "holds 48, never evicts",
+    "no cache (floor)",
+)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("benchmark")
+
+
+@pytest.fixture(scope="module")
+def printed(output):
+    lines = []
+    plan, folder, _ = cpu_decode.parse(
+        ["--quick", "--batches", "1", "--compile-limit", "0", "--output", str(output)]
+    )
+    cpu_decode.run(plan, lines.append, folder)
+    return "\n".join(lines)
+
+
+def test_table_has_every_arm_in_80_columns(printed):
+    for arm in ARMS:
+        assert f"\n{arm} " in printed
+    assert "left out by --compile-limit 0" in printed
+    assert max(len(line) for line in printed.splitlines() if "wrote" not in line) <= 80
+
+
+def test_csv_has_a_line_per_arm(printed, output):
+    with (output / "cpu_decode.csv").open(newline="") as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    assert tuple(rows) == ARMS
+    assert rows["StaticCache + compile"]["ms"] == ""
+    for arm in set(ARMS) - {"StaticCache + compile"}:
+        assert float(rows[arm]["ms_low"]) <= float(rows[arm]["ms"]) <= float(rows[arm]["ms_high"])
+    held = {arm: int(rows[arm]["held_bytes"] or 0) for arm in ARMS}
+    assert 0 < held["ReasonAllocCache, budget=48"] < held["DynamicCache + sdpa"]
+    assert all(row["torch"] and row["commit"] and row["seed"] == "0" for row in rows.values())
+
+
+def test_memory_csv_has_both_caches(printed, output):
+    with (output / "cpu_prefill.csv").open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    full, compressed = rows["DynamicCache"], rows["budget=48"]
+    assert 0 < int(compressed["resident"]) < int(full["resident"])
+    assert int(compressed["peak_held"]) <= int(compressed["peak_allocated"])
+
+
+def test_picture_is_a_png(printed, output):
+    assert (output / "cpu_decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_dtype_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cpu_decode.parse(["--dtypes", "float8"])
+    assert "expected some of float32, bfloat16, got float8" in capsys.readouterr().err
