@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from examples.tiny_reasoner.evaluate import Share, share
 from examples.tiny_reasoner.tasks import Outcome, Problem, check
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.report import storage_bytes
@@ -64,6 +65,55 @@ class Run:
     tokens: int
     seconds: float
     bytes_per_row: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm over several tasks.
+
+    Attributes
+    ----------
+    correct : Share
+        Exact answers of all tasks together.
+    finished : float
+        Share of completions that gave an answer.
+    length : float
+        Mean words of a completion.
+    speed : float
+        Words per second of generate.
+    kib : float
+        KiB held per sequence, the most over the tasks.
+    by_task : dict[str, Share]
+        Exact answers of each task.
+    followed : dict[str, Share]
+        Of each standing instruction, how often its word was said where it was called for.
+    """
+
+    correct: Share
+    finished: float
+    length: float
+    speed: float
+    kib: float
+    by_task: dict[str, Share]
+    followed: dict[str, Share]
+
+
+def summarize(runs: Mapping[str, Run]) -> Summary:
+    """Join one arm's runs over the tasks."""
+    outcomes = [outcome for run in runs.values() for outcome in run.outcomes]
+    directives = dict.fromkeys(name for outcome in outcomes for name in outcome.followed)
+    return Summary(
+        correct=share([outcome.correct for outcome in outcomes]),
+        finished=sum(outcome.finished for outcome in outcomes) / len(outcomes),
+        length=sum(outcome.length for outcome in outcomes) / len(outcomes),
+        speed=sum(run.tokens for run in runs.values()) / sum(r.seconds for r in runs.values()),
+        kib=max(run.bytes_per_row for run in runs.values()) / 1024,
+        by_task={task: share([o.correct for o in run.outcomes]) for task, run in runs.items()},
+        followed={
+            name: share([mark for o in outcomes for mark in o.followed.get(name, [])])
+            for name in directives
+        },
+    )
 
 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,137 @@
+"""Policy x budget on the tiny reasoners: the tables of docs/results.md.
+
+Every finished line is written at once; a run that was stopped goes on where it was. The test
+problems have never been used for a choice; `--sweep` compares settings on the development problems
+instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from examples.harness import FULL, Arm, Summary, load, run_arm, summarize
+from examples.policies import BUFFER, WINDOW, make_arm, policies, sweep
+from examples.tiny_reasoner import (
+    DEVELOPMENT_SEEDS,
+    MODELS,
+    TASKS,
+    TEST_SEEDS,
+    make_problems,
+)
+from examples.tiny_reasoner.evaluate import Share
+
+FIELDS = ("budget", "prompt", "policy", *TASKS, "all", "finished", "length", "FINAL", "KiB/row")
+
+
+def cell(share: Share) -> str:
+    """Format a share as `97.5 (94.3-98.9)`, in percent."""
+    low, high = share.interval
+    return f"{100 * share.value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def line(budget: str, prompt: str, policy: str, summary: Summary) -> dict[str, str]:
+    """One row of the table."""
+    final = summary.followed.get("FINAL")
+    return {
+        "budget": budget,
+        "prompt": prompt,
+        "policy": policy,
+        **{task: cell(share) for task, share in summary.by_task.items()},
+        "all": cell(summary.correct),
+        "finished": f"{100 * summary.finished:.1f}",
+        "length": f"{summary.length:.0f}",
+        "FINAL": "" if final is None else f"{100 * final.value:.1f}",
+        "KiB/row": f"{summary.kib:.0f}",
+    }
+
+
+def todo(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Arm]]:
+    """Yield budget, prompt treatment and arm of every line."""
+    yield "full", "kept", FULL
+    table = sweep() if arguments.sweep else policies(arguments.family)
+    for protect, budgets in ((True, arguments.protected), (False, arguments.unprotected)):
+        for budget in budgets:
+            for name, settings in table.items():
+                prompt = "kept" if protect else "evictable"
+                yield str(budget), prompt, make_arm(name, settings, budget, protect)
+
+
+def markdown(rows: list[dict[str, str]], note: str) -> str:
+    """The table as Markdown, one block per budget."""
+    lines = [note, "", "| " + " | ".join(FIELDS) + " |", "|" + "---|" * len(FIELDS)]
+    lines += ["| " + " | ".join(row[field] for field in FIELDS) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers of a table in a document."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+    content = document.read_text()
+    if begin not in content or end not in content:
+        raise ValueError(f"{document}: expected the markers {begin.strip()} and {end}, got none.")
+    head, rest = content.split(begin, 1)
+    document.write_text(head + begin + "\n" + text + "\n" + end + rest.split(end, 1)[1])
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=sorted(MODELS), required=True)
+    parser.add_argument("--problems", type=int, default=200, help="of each task")
+    parser.add_argument("--protected", type=int, nargs="*", default=[], metavar="BUDGET")
+    parser.add_argument("--unprotected", type=int, nargs="*", default=[], metavar="BUDGET")
+    parser.add_argument("--sweep", action="store_true", help="settings, on development problems")
+    parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    name = f"{'sweep' if arguments.sweep else 'policies'}-{arguments.family}"
+    # Other problems than the ones that `layer_sensitivity` and the demo use.
+    seed = DEVELOPMENT_SEEDS[100] if arguments.sweep else TEST_SEEDS[0]
+    path = arguments.output / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    done = {(row["budget"], row["prompt"], row["policy"]) for row in rows}
+    missing = [item for item in todo(arguments) if (item[0], item[1], item[2].name) not in done]
+
+    model, tokenizer = load(MODELS[arguments.family])
+    problems = {
+        task: make_problems(task, arguments.problems, seed, arguments.family) for task in TASKS
+    }
+    with tqdm(total=len(missing) * len(TASKS) * arguments.problems, unit="problem") as progress:
+        for budget, prompt, arm in missing:
+            progress.set_description(f"{arm.name} {budget}")
+            runs = {
+                task: run_arm(model, tokenizer, some, arm, batch_size=100, progress=progress)
+                for task, some in problems.items()
+            }
+            rows.append(line(budget, prompt, arm.name, summarize(runs)))
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                writer.writeheader()
+                writer.writerows(rows)
+    kind = "development" if arguments.sweep else "fresh test"
+    note = (
+        f"{arguments.family} model, {arguments.problems} {kind} problems of each task (seed "
+        f"{seed}), greedy, float32, compaction every {BUFFER} tokens, window {WINDOW} unless said "
+        f"otherwise; {platform.machine()} CPU, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}. Percent, Wilson 95% intervals."
+    )
+    insert(arguments.document, name, markdown(rows, note))
+    print(f"{len(rows)} lines in {path} and in {arguments.document}")
+
+
+if __name__ == "__main__":
+    main()

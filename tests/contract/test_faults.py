@@ -1,0 +1,317 @@
+"""Bad input: a ValueError that says what was expected, what came and what to do about it."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    BartConfig,
+    DeepseekV3Config,
+    DynamicCache,
+    Gemma3TextConfig,
+    MambaConfig,
+    MistralConfig,
+    T5Config,
+)
+
+from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.scorers import RKV
+from tests.models import build, prompt
+
+HUGE = 10**30
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+def generate(model, cache, inputs=None, **arguments):
+    arguments = dict(max_new_tokens=30, do_sample=False) | arguments
+    return model.generate(**(inputs or prompt()), past_key_values=cache, **arguments)
+
+
+class Counter(transformers.StoppingCriteria):
+    """Counts the tokens that generate has chosen."""
+
+    tokens = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.tokens += 1
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("value", [0, -1, -HUGE, True, 64.0, float("nan"), "64", [64]], ids=repr)
+@pytest.mark.parametrize("name", ["budget", "buffer", "window", "prompt_length"])
+def test_number_out_of_range_or_of_another_type(llama, name, value):
+    settings = {"budget": 64} | {name: value}
+    said = rf"{name}: expected an integer >= \d+, got {re.escape(repr(value))}"
+    with pytest.raises(ValueError, match=said):
+        ReasonAllocCache(llama.config, **settings)
+
+
+@pytest.mark.parametrize("name", ["buffer", "window"])
+def test_none_is_no_number(llama, name):
+    with pytest.raises(ValueError, match=f"{name}: expected an integer >= 1, got None"):
+        ReasonAllocCache(llama.config, **{"budget": 64, name: None})
+
+
+@pytest.mark.parametrize("window", [64, 65, HUGE])
+def test_budget_that_cannot_hold_the_window(llama, window):
+    with pytest.raises(ValueError, match=f"budget: expected an integer >= {window + 1}, got 64"):
+        ReasonAllocCache(llama.config, budget=64, window=window)
+    ReasonAllocCache(llama.config, budget=64, window=63)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        [1, -1, 2],
+        [1, float("nan"), 2],
+        [1, float("inf"), 2],
+        [0, 0, 0],
+        [],
+        torch.tensor([1, -1, 2]),
+    ],
+    ids=["negative", "nan", "inf", "zeros", "empty", "tensor"],
+)
+@pytest.mark.parametrize("budget", [64, None])
+def test_profile_with_unusable_numbers(llama, profile, budget):
+    with pytest.raises(ValueError, match=r"profile: expected .*demand.* got "):
+        ReasonAllocCache(llama.config, budget=budget, profile=profile)
+
+
+@pytest.mark.parametrize("budget", [64, None])
+@pytest.mark.parametrize(("name", "layers"), [("llama", 3), ("gemma3", 2)])
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_profile_of_another_geometry(name, layers, off_by, budget):
+    said = (
+        rf"profile: expected {layers} demands, one per full-attention layer.* "
+        rf"got {layers + off_by}; use a profile that was calibrated on this model"
+    )
+    with pytest.raises(ValueError, match=said):
+        profile = [1.0] * (layers + off_by)
+        ReasonAllocCache(build(name).config, budget=budget, profile=profile)
+
+
+@pytest.mark.parametrize("scorer", ["rkv", "RKV()", 7, object(), lambda held: held.keys])
+def test_scorer_that_is_none(llama, scorer):
+    with pytest.raises(ValueError, match=r"scorer: expected an object of .*scorers, got .*RKV\(\)"):
+        ReasonAllocCache(llama.config, budget=64, scorer=scorer)
+
+
+@pytest.mark.parametrize("budget", [64, None])
+def test_offloading(llama, budget):
+    with pytest.raises(
+        ValueError, match=r"offloading=True: expected .*got .*; use a smaller budget"
+    ):
+        ReasonAllocCache(llama.config, budget=budget, offloading=True)
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def unsupported():
+    yield "t5", T5Config(), "encoder-decoder"
+    yield "bart", BartConfig(), "encoder-decoder"
+    yield (
+        "deepseek_v3",
+        DeepseekV3Config(num_hidden_layers=2, kv_lora_rank=8, q_lora_rank=8),
+        "kv_lora_rank",
+    )
+    yield (
+        "mistral",
+        MistralConfig(num_hidden_layers=2, sliding_window=16),
+        "no full-attention layer",
+    )
+    gemma = dict(num_hidden_layers=2, layer_types=["sliding_attention"] * 2, sliding_window=16)
+    yield "gemma3_text", Gemma3TextConfig(**gemma), "no full-attention layer"
+    yield "mamba", MambaConfig(num_hidden_layers=2), "no full-attention layer"
+    for name, feature in {
+        "DeepseekV32Config": "kv_lora_rank|indexer",
+        "GlmMoeDsaConfig": "kv_lora_rank|indexer",
+        "Gemma3nTextConfig": "reuse the keys and values of other layers",
+    }.items():
+        if hasattr(transformers, name):
+            config = getattr(transformers, name)()
+            yield config.model_type, config, feature
+    if hasattr(transformers, "Gemma4TextConfig"):
+        config = transformers.Gemma4TextConfig(num_hidden_layers=12, num_kv_shared_layers=6)
+        yield config.model_type, config, "reuse the keys and values of other layers"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "feature"), [pytest.param(*row, id=row[0]) for row in unsupported()]
+)
+@pytest.mark.parametrize("budget", [64, None])
+def test_unsupported_model_by_name(model_type, config, feature, budget):
+    said = rf"{model_type}.*: expected .*full-attention.*got .*({feature}).*; use DynamicCache"
+    with pytest.raises(ValueError, match=said):
+        ReasonAllocCache(config, budget=budget)
+
+
+@pytest.mark.parametrize("config", [None, {}, "meta/model", MistralConfig, 3], ids=repr)
+def test_config_of_another_type(config):
+    with pytest.raises(
+        ValueError, match=r"config: expected a transformers config, got .*model\.config"
+    ):
+        ReasonAllocCache(config, budget=64)
+
+
+def test_model_in_place_of_its_config(llama):
+    with pytest.raises(ValueError, match=r"got LlamaForCausalLM; pass model\.config"):
+        ReasonAllocCache(llama, budget=64)
+
+
+# ---------------------------------------------------------------------------- prompts and batches
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"prefill_chunk_size": 8}], ids=repr)
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_budget_below_the_protected_prompt_and_the_window(name, arguments):
+    model, chosen = build(name), Counter()
+    # 21 prompt tokens in the longest row; the other one would fit.
+    cache = ReasonAllocCache(model.config, budget=24, window=4)
+    said = (
+        r"expected budget >= 25 \(21 protected prompt tokens and a window of 4\), got budget=24\. "
+        r"Raise the budget, shorten the prompt, or pass protect_prompt=False"
+    )
+    if "prefill_chunk_size" in arguments:
+        said = r"expected budget >= \d+ \(\d+ protected prompt tokens.*got budget=24\. Raise"
+    with pytest.raises(ValueError, match=said):
+        generate(model, cache, stopping_criteria=[chosen], **arguments)
+    assert chosen.tokens == 0, "before any token"
+
+
+def test_budget_that_just_holds_the_prompt_and_the_window(llama):
+    for budget in (25, 26):
+        cache = ReasonAllocCache(llama.config, budget=budget, window=4, buffer=4)
+        assert generate(llama, cache).shape == (2, 51)
+        for head in cache.held_positions(0)[0]:
+            assert head[:21] == list(range(21)), "the prompt"
+    free = ReasonAllocCache(llama.config, budget=8, window=4, buffer=4, protect_prompt=False)
+    assert generate(llama, free).shape == (2, 51)
+
+
+def test_budget_error_goes_away_with_reset_and_a_shorter_prompt(llama):
+    cache = ReasonAllocCache(llama.config, budget=24, window=4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="budget >= 25"):
+            generate(llama, cache)
+        cache.reset()
+    short = {key: value[:, 8:] for key, value in prompt().items()}
+    fresh = ReasonAllocCache(llama.config, budget=24, window=4)
+    assert torch.equal(generate(llama, cache, short), generate(llama, fresh, short))
+
+
+@pytest.mark.parametrize("budget", [None, 40])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_batch_without_reset(llama, batch, budget):
+    cache = ReasonAllocCache(llama.config, budget=budget, window=4)
+    generate(llama, cache, max_new_tokens=3)
+    longer = prompt(batch=batch, tokens=40, padding=(0,) * batch)
+    with pytest.raises(ValueError, match=rf"a batch of 2 rows.*got {batch}; reset\(\) the cache"):
+        generate(llama, cache, longer)
+    cache.reset()
+    fresh = ReasonAllocCache(llama.config, budget=budget, window=4)
+    other = prompt(batch=batch, padding=(0,) * batch)
+    assert torch.equal(generate(llama, cache, other), generate(llama, fresh, other))
+
+
+def test_crop_by_a_positive_number(llama):
+    cache = ReasonAllocCache(llama.config, budget=40, window=4)
+    generate(llama, cache, max_new_tokens=3)
+    with pytest.raises(
+        ValueError, match=r"negative number of tokens to remove, got 2; use crop\(-n\)"
+    ):
+        cache.crop(2)
+    assert cache.get_seq_length() == 23
+
+
+@pytest.mark.parametrize("layer", [1, 3, -1])
+def test_held_positions_of_a_layer_that_is_not_ours(layer):
+    cache = ReasonAllocCache(build("gemma3").config, budget=40)
+    with pytest.raises(ValueError, match=rf"a full-attention layer of \[0, 2\], got {layer}"):
+        cache.held_positions(layer)
+
+
+# ------------------------------------------------------------------------ interrupted generations
+
+
+@pytest.mark.parametrize("budget", [None, 40])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_generation_interrupted_between_cache_and_attention(llama, budget, layer, monkeypatch):
+    cache = ReasonAllocCache(llama.config, budget=budget, window=4)
+    generate(llama, cache, max_new_tokens=3)
+    token = torch.ones(2, 1, dtype=torch.long)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[layer], "take_incoming", interrupt)
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            llama(token, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"interrupted|reset\(\)"), torch.no_grad():
+        llama(token, past_key_values=cache)
+    cache.reset()
+    fresh = ReasonAllocCache(llama.config, budget=budget, window=4)
+    assert torch.equal(generate(llama, cache), generate(llama, fresh))
+
+
+def test_cache_that_is_still_generating_is_not_shared(llama):
+    """A second generation that starts inside the first one meets the cache between two calls."""
+    cache = ReasonAllocCache(llama.config, budget=None)
+    layer, update = cache.layers[0], cache.layers[0].update
+
+    def nested(*args, **kwargs):
+        layer.update = update
+        guards = update(*args, **kwargs)
+        llama(torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
+        return guards
+
+    layer.update = nested
+    with pytest.raises(ValueError, match="one generation at a time"):
+        generate(llama, cache)
+
+
+# ------------------------------------------------------------------------------- guarded tensors
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda k: k + 1,
+        lambda k: k @ k.transpose(-1, -2),
+        lambda k: torch.cat([k, k], dim=2),
+        lambda k: k[:, :, -1],
+        lambda k: k.clone(),
+        lambda k: k.reshape(2, -1),
+        lambda k: torch.nn.functional.scaled_dot_product_attention(k, k, k),
+        lambda k: k.mul_(2),
+        lambda k: k.to(torch.float64),
+    ],
+    ids=["add", "matmul", "cat", "index", "clone", "reshape", "sdpa", "in_place", "to"],
+)
+def test_guarded_keys_cannot_be_computed_with(llama, compute):
+    cache = ReasonAllocCache(llama.config, budget=None)
+    keys, values = cache.update(torch.ones(2, 2, 5, 16), torch.ones(2, 2, 5, 16), 0)
+    assert keys.shape == values.shape == (2, 2, 5, 16) and keys.dtype == torch.float32
+    for guard in (keys, values):
+        with pytest.raises(ValueError, match=r"set_attn_implementation\('reasoncache'\)"):
+            compute(guard)
+
+
+def test_default_settings_are_accepted(llama):
+    """The other side of this file: what is right raises nothing."""
+    ReasonAllocCache(llama.config, budget=None)
+    ReasonAllocCache(llama.config, budget=9)
+    ReasonAllocCache(llama.config, budget=64, scorer=RKV(), profile=(0, 1, 2), prompt_length=21)
+    ReasonAllocCache(llama.config, budget=64, profile=torch.ones(3), buffer=1, window=1)
+    for name in ("qwen3", "mistral", "gemma3", "gpt_oss"):
+        cache = ReasonAllocCache(build(name).config, budget=64)
+        assert len(cache.layers) == len(DynamicCache(config=build(name).config).layers) == 3
