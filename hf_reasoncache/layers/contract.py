@@ -14,15 +14,8 @@ if TYPE_CHECKING:
     from hf_reasoncache.layers.guarded import GuardedLayer
 
 _METADATA = frozenset(
-    {
-        torch.Tensor.shape.__get__,
-        torch.Tensor.dtype.__get__,
-        torch.Tensor.device.__get__,
-        torch.Tensor.ndim.__get__,
-        torch.Tensor.size,
-        torch.Tensor.dim,
-        torch.Tensor.__len__,
-    }
+    [getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")]
+    + [torch.Tensor.size, torch.Tensor.dim, torch.Tensor.__len__]
 )
 
 
