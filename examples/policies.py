@@ -45,7 +45,7 @@ def policies(family: str) -> dict[str, dict[str, Any]]:
         "key norm": KeyNorm(),
         "value norm": ValueNorm(),
         "KeyDiff": KeyDiff(),
-        "LagKV": LagKV(),
+        "LagKV": LagKV(lag=WINDOW),
         "TOVA": TOVA(),
         "SnapKV": SnapKV(queries=WINDOW),
         "R-KV": rkv,

@@ -54,12 +54,9 @@ class LogicalMask:
 
     @cached_property
     def valid(self) -> torch.Tensor | None:
-        """BoolTensor[B, T]: which new tokens are real; None when all are.
-
-        A single new token is always real: generate pads prompts only.
-        """
+        """BoolTensor[B, T]: which new tokens are real; None when all are."""
         padding, steps = self.arguments["attention_mask"], self.arguments["q_length"]
-        if padding is None or steps == 1:
+        if padding is None:
             return None
         new = padding[:, -steps:].bool()
         return None if bool(new.all()) else new
@@ -122,6 +119,7 @@ def attention_function(
     Returns
     -------
     output : Tensor[B, T, H_q, D_v]
+        No gradient flows through a pool: the caches are for inference.
     weights : Tensor or None
         None whenever the pool is attended to.
 
@@ -153,14 +151,16 @@ def attention_function(
     }
     if layer.rows is None:
         result = _run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
-        layer.store_first(query, keys, values, attention_mask.valid, **settings)
+        tokens = (query.detach(), keys.detach(), values.detach())
+        layer.store_first(*tokens, attention_mask.valid, **settings)
         return result
     if query.shape[2] > 1 and not attention_mask.is_plain:
         raise ValueError(
             f"layer {layer.index}: expected causal attention after the first forward, got a "
             "model-specific mask pattern over several tokens; feed such a prompt in one forward."
         )
-    return layer.attend(query, keys, values, attention_mask.valid, **settings), None
+    tokens = (query.detach(), keys.detach(), values.detach())
+    return layer.attend(*tokens, attention_mask.valid, **settings), None
 
 
 def _scaling(kwargs: dict[str, Any], query: torch.Tensor) -> float:
@@ -186,7 +186,22 @@ def _run_base(
     function: Callable[..., Any] = (
         _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
     )
-    return function(module, query, key, value, mask, *args, **kwargs)
+    caller: Any = module
+    if base == "flash_attention_2":
+        # It loads the kernel that the config names, and ours is no kernel's name.
+        caller = _View(module, config=_View(module.config, _attn_implementation=base))
+    return function(caller, query, key, value, mask, *args, **kwargs)
+
+
+class _View:
+    """Another object with some attributes replaced; the object itself stays as it is."""
+
+    def __init__(self, target: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced)
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
 
 
 def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:

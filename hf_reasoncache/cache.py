@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
 
@@ -48,6 +49,41 @@ class ReasonCache(Cache):
         for rank, index in enumerate(ours):
             layers[index] = make_layer(index, rank, len(ours))
         super().__init__(layers=layers)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announce new tokens to a layer; see `transformers.Cache.update`.
+
+        Raises
+        ------
+        ValueError
+            If the batch is another one than before, or an earlier forward did not reach all layers.
+        """
+        if layer_idx == 0:
+            self._check_forward(key_states.shape[0])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_forward(self, batch: int) -> None:
+        ours = [layer for layer in self.layers if isinstance(layer, PooledLayer)]
+        seen = sorted({layer.seen for layer in ours})
+        if len(seen) > 1:
+            raise ValueError(
+                f"expected all layers to have seen the same tokens, got {seen}: a forward was "
+                "interrupted, or has not ended (a cache serves one generation at a time). reset() "
+                "the cache, or use a new one."
+            )
+        rows = ours[0].rows
+        if rows is not None and rows != batch:
+            raise ValueError(
+                f"expected a batch of {rows} rows as before, got {batch}; reset() the cache, or "
+                "use a new one, for another batch."
+            )
 
     def report(self) -> CacheReport:
         """Return what is held now, and what it took."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,3 +64,9 @@ class Draft:
     chunk: Chunk
     state: dict[str, Any]
     token_by_token: bool
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield what is kept for undoing."""
+        yield from (self.chunk.query, self.chunk.keys, self.chunk.values)
+        yield from self.state["pool"].fields.values()
+        yield from self.state["_log"].chunks

@@ -71,6 +71,7 @@ class EvictingLayer(PooledLayer):
             return
         if self.budgets is None:
             self._allocate()
+            self._fit()
         if not (self._grows_prompt(steps) and self.policy.protect_prompt):
             self._evict(self._due(1 if self.recording else steps), self.seen)
 
@@ -87,21 +88,19 @@ class EvictingLayer(PooledLayer):
     ) -> None:
         """See `GuardedLayer.store_first`; a prompt beyond the budget is cut here."""
         batch, heads, steps, _ = keys.shape
-        self._note_first(batch, steps, valid)
+        self.first = torch.full((batch,), -1)
         stored = torch.full((batch,), steps) if valid is None else valid.sum(-1).cpu()
         room = stored[:, None].expand(batch, heads).contiguous()
         self.pool = RaggedPool(room, keys, values, self.statistics)
         chunk = Chunk(query, keys, values, valid, settings)
         if self.recording:
-            # A draft follows the prompt and may be cropped: the prompt ends where the next forward
-            # begins.
+            # A draft follows the prompt and may be cropped; the next forward fixes the budgets.
             self._draft = Draft(chunk, self._save(deep=False), token_by_token=False)
             self._prompt_open = False
-            self._store(chunk, self.seen)
-            return
         self._store(chunk, self.seen)
-        self._allocate()
-        self._cut()
+        if not self.recording:
+            self._allocate()
+            self._cut()
 
     def attend(
         self,
@@ -140,11 +139,10 @@ class EvictingLayer(PooledLayer):
         self._settings = chunk.settings
         if not self.policy.scorer.needs_mass:
             return
-        begin = end - chunk.steps
         for first in range(0, chunk.steps, MASS_BLOCK):
             block = chunk.columns(first, first + MASS_BLOCK)
             mass = self._mass_arguments(block.query)
-            last = begin + first + block.steps
+            last = end - chunk.steps + first + block.steps
             self._attend(block.query, block.valid, end=last, **block.settings, **mass)
 
     def _mass_arguments(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -165,7 +163,7 @@ class EvictingLayer(PooledLayer):
         """Fix the budgets of every row from the prompt that the pool holds."""
         pool, policy = self._require_pool(), self.policy
         batch, heads = pool.length.shape
-        self._prompt_columns = policy.prompt_length or self.seen
+        self._prompt_columns = min(policy.prompt_length or self.seen, self.seen)
         prompt = torch.zeros(batch, dtype=torch.long)
         if policy.protect_prompt:
             slots, offset = pool.slots(torch.arange(batch))
@@ -262,6 +260,7 @@ class EvictingLayer(PooledLayer):
             yield chunk.columns(index, index + 1), column + 1
 
     def _crop(self, columns: int) -> None:
+        # Without a draft to go back to, attention mass that the removed queries gave stays.
         draft, self._draft = self._draft, None
         if draft is None or columns > draft.chunk.steps:
             super()._crop(columns)
@@ -287,10 +286,14 @@ class EvictingLayer(PooledLayer):
         if self.budgets is not None:
             self.budgets = self.budgets.select_rows(rows)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all storages this layer owns, the queries kept for scoring included."""
-        return super().nbytes + self._log.nbytes
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """See `PooledLayer.tensors`; queries kept for scoring and what could be undone too."""
+        yield from super().tensors()
+        yield from self._log.chunks
+        if self._attended is not None:
+            yield self._attended.positions
+        if self._draft is not None:
+            yield from self._draft.tensors()
 
     def held_positions(self) -> list[list[list[int]]]:
         """See `PooledLayer.held_positions`."""

@@ -128,7 +128,7 @@ class GuardedLayer(CacheLayerMixin):
         Raises
         ------
         ValueError
-            If the batch changed, or the attention of the last forward never ran.
+            If the attention of the last forward never ran.
         """
         if self._incoming is not None:
             raise ValueError(
@@ -138,12 +138,7 @@ class GuardedLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        batch, steps = key_states.shape[0], key_states.shape[-2]
-        if self.rows is not None and batch != self.rows:
-            raise ValueError(
-                f"layer {self.index}: expected a batch of {self.rows} rows as before, got {batch}; "
-                "reset() the cache or use a new one for another batch."
-            )
+        steps = key_states.shape[-2]
         self._begin(steps)
         self._incoming = (key_states, value_states)
         self.seen += steps

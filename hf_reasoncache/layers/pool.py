@@ -16,6 +16,14 @@ from triton_ops.compact import compact
 from triton_ops.layout import RaggedLayout
 
 
+def ordinary_tensors() -> torch.inference_mode:
+    """Allocate, under inference mode too, tensors that may be written to outside of it.
+
+    A cache outlives the call that filled it, and inference tensors are read-only elsewhere.
+    """
+    return torch.inference_mode(False)
+
+
 @dataclass(frozen=True, eq=False)
 class HeldPositions:
     """Which positions every head holds, without the tokens.
@@ -80,24 +88,20 @@ class RaggedPool:
         self.layout = RaggedLayout(capacity)
         self.length = torch.zeros_like(capacity)
         slots, device = self.layout.slots, keys.device
-        self.fields = {
-            # Zeros, not empty: attention reads unused slots with weight 0, and 0 * NaN is NaN.
-            "keys": torch.zeros(slots, keys.shape[-1], dtype=keys.dtype, device=device),
-            "values": torch.zeros(slots, values.shape[-1], dtype=values.dtype, device=device),
-            "positions": torch.full((slots,), -1, dtype=torch.int32, device=device),
-        }
-        for name in statistics:
-            self.fields[name] = torch.zeros(slots, dtype=torch.float32, device=device)
+        with ordinary_tensors():
+            self.fields = {
+                # Zeros, not empty: attention reads unused slots with weight 0, and 0 * NaN is NaN.
+                "keys": torch.zeros(slots, keys.shape[-1], dtype=keys.dtype, device=device),
+                "values": torch.zeros(slots, values.shape[-1], dtype=values.dtype, device=device),
+                "positions": torch.full((slots,), -1, dtype=torch.int32, device=device),
+            }
+            for name in statistics:
+                self.fields[name] = torch.zeros(slots, dtype=torch.float32, device=device)
 
     @property
     def capacity(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: slots owned by each head."""
         return self.layout.capacity
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all storages, positions and statistics included."""
-        return sum(field.untyped_storage().nbytes() for field in self.fields.values())
 
     def append(
         self,
@@ -212,20 +216,22 @@ class RaggedPool:
         target = (layout.start.to(slots.device)[..., None] + offset)[used]
         source = slots[used]
         self.fields = {}
-        for name, field in old.items():
-            fill = -1 if name == "positions" else 0
-            self.fields[name] = field.new_full((layout.slots, *field.shape[1:]), fill)
-            self.fields[name][target] = field[source]
+        with ordinary_tensors():
+            for name, field in old.items():
+                fill = -1 if name == "positions" else 0
+                self.fields[name] = field.new_full((layout.slots, *field.shape[1:]), fill)
+                self.fields[name][target] = field[source]
         self.layout, self.length = layout, self.length[rows]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` is a copy of row `rows[i]`."""
         if self.layout.is_uniform:
             index, batch = rows.to(self.fields["positions"].device), self.length.shape[0]
-            self.fields = {
-                name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
-                for name, field in self.fields.items()
-            }
+            with ordinary_tensors():
+                self.fields = {
+                    name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
+                    for name, field in self.fields.items()
+                }
             self.layout, self.length = RaggedLayout(self.capacity[rows]), self.length[rows]
         else:
             self.relayout(self.capacity[rows], rows)
@@ -241,9 +247,11 @@ class RaggedPool:
         twin = object.__new__(RaggedPool)
         twin.layout, twin.length = self.layout, self.length
         shared = () if deep else ("keys", "values", "positions")
-        twin.fields = {
-            name: field if name in shared else field.clone() for name, field in self.fields.items()
-        }
+        with ordinary_tensors():
+            twin.fields = {
+                name: field if name in shared else field.clone()
+                for name, field in self.fields.items()
+            }
         return twin
 
     def held(self) -> HeldPositions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class PooledLayer(GuardedLayer):
     pool : RaggedPool or None
         None until the first forward is stored.
     first : LongTensor[B]
-        Column of each row's first real token, on the CPU.
+        Column of each row's first real token, on the CPU; -1 while a row has only seen padding.
     """
 
     statistics: tuple[str, ...] = ()
@@ -59,7 +60,7 @@ class PooledLayer(GuardedLayer):
     ) -> None:
         """See `GuardedLayer.store_first`."""
         batch, heads, steps, _ = keys.shape
-        self._note_first(batch, steps, valid)
+        self.first = torch.full((batch,), -1)
         self.pool = RaggedPool(
             torch.full((batch, heads), steps + FIRST_ROOM), keys, values, self.statistics
         )
@@ -80,11 +81,15 @@ class PooledLayer(GuardedLayer):
 
     # -------------------------------------------------------------------------------------- storage
 
-    def _note_first(self, batch: int, steps: int, valid: torch.Tensor | None) -> None:
+    def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
+        """Note where rows begin that had no real token before column `begin`."""
+        if not bool((self.first < 0).any()):
+            return
         if valid is None:
-            self.first = torch.zeros(batch, dtype=torch.long)
+            found = torch.full_like(self.first, begin)
         else:
-            self.first = valid.int().argmax(-1).cpu()
+            found = (begin + valid.int().argmax(-1)).where(valid.any(-1), -1).cpu()
+        self.first = self.first.where(self.first >= 0, found)
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
@@ -105,6 +110,7 @@ class PooledLayer(GuardedLayer):
         end = self.seen if end is None else end
         columns = torch.arange(end - steps, end, device=keys.device)
         keep = None if valid is None else valid[:, None].expand(batch, heads, steps)
+        self._place_first(end - steps, valid)
         self._require_pool().append(keys, values, columns, keep)
         self._tail = self._tail + steps if valid is None else 0
 
@@ -163,10 +169,18 @@ class PooledLayer(GuardedLayer):
             self.pool.select_rows(rows)
             self.first = self.first[rows]
 
+    # --------------------------------------------------------------------------------------- report
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield all tensors whose size grows with the tokens held."""
+        if self.pool is not None:
+            yield from self.pool.fields.values()
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages this layer owns."""
-        return 0 if self.pool is None else self.pool.nbytes
+        """Bytes of all storages behind `tensors`, each counted once."""
+        storages = (tensor.untyped_storage() for tensor in self.tensors())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def held_positions(self) -> list[list[list[int]]]:
         """Sorted columns that the last forward attended to, per row and KV head; padding is never

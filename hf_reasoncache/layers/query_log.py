@@ -21,7 +21,7 @@ class QueryLog:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._chunks: deque[torch.Tensor] = deque()
+        self.chunks: deque[torch.Tensor] = deque()
 
     def append(self, query: torch.Tensor) -> None:
         """Add the queries `[B, H_q, T, D]` of one forward."""
@@ -30,36 +30,31 @@ class QueryLog:
         if query.shape[2] > self.size:
             # Cloned: a slice would keep the queries of a whole prompt alive.
             query = query[:, :, -self.size :].clone()
-        self._chunks.append(query)
-        columns = sum(chunk.shape[2] for chunk in self._chunks)
-        while columns - self._chunks[0].shape[2] >= self.size:
-            columns -= self._chunks.popleft().shape[2]
+        self.chunks.append(query)
+        columns = sum(chunk.shape[2] for chunk in self.chunks)
+        while columns - self.chunks[0].shape[2] >= self.size:
+            columns -= self.chunks.popleft().shape[2]
 
     def last(self) -> torch.Tensor | None:
         """Return the newest queries `[B, H_q, A <= size, D]`, oldest first, if there are any."""
-        if not self._chunks:
+        if not self.chunks:
             return None
-        return torch.cat(list(self._chunks), dim=2)[:, :, -self.size :]
+        return torch.cat(list(self.chunks), dim=2)[:, :, -self.size :]
 
     def crop(self, columns: int) -> None:
         """Forget the newest `columns` columns."""
-        while columns > 0 and self._chunks:
-            chunk = self._chunks.pop()
+        while columns > 0 and self.chunks:
+            chunk = self.chunks.pop()
             if chunk.shape[2] > columns:
-                self._chunks.append(chunk[:, :, :-columns])
+                self.chunks.append(chunk[:, :, :-columns])
             columns -= chunk.shape[2]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder batch rows."""
-        self._chunks = deque(chunk.index_select(0, rows.to(chunk.device)) for chunk in self._chunks)
+        self.chunks = deque(chunk.index_select(0, rows.to(chunk.device)) for chunk in self.chunks)
 
     def clone(self) -> QueryLog:
         """Return a log that changes independently; the tensors themselves are never written to."""
         twin = QueryLog(self.size)
-        twin._chunks = deque(self._chunks)
+        twin.chunks = deque(self.chunks)
         return twin
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the queries kept."""
-        return sum(chunk.untyped_storage().nbytes() for chunk in self._chunks)

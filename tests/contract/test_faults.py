@@ -60,7 +60,7 @@ def test_none_is_no_number(llama, name):
         ReasonAllocCache(llama.config, **{"budget": 64, name: None})
 
 
-@pytest.mark.parametrize("window", [64, 65, HUGE])
+@pytest.mark.parametrize("window", [64, 65])
 def test_budget_that_cannot_hold_the_window(llama, window):
     with pytest.raises(ValueError, match=f"budget: expected an integer >= {window + 1}, got 64"):
         ReasonAllocCache(llama.config, budget=64, window=window)
