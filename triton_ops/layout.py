@@ -28,7 +28,7 @@ class Bucket:
     def view(self, field: torch.Tensor) -> torch.Tensor:
         """View a per-slot tensor `[slots, ...]` as `[count, capacity, ...]`."""
         end = self.begin + self.count * self.capacity
-        return field[self.begin : end].unflatten(0, (self.count, self.capacity))
+        return field[self.begin : end].view(self.count, self.capacity, *field.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)

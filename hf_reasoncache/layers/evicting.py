@@ -24,8 +24,8 @@ from hf_reasoncache.layers.query_log import QueryLog
 from hf_reasoncache.layers.row_budgets import RowBudgets
 from hf_reasoncache.layers.selection import gather_held, keep_top
 
-MASS_BLOCK = 64
-"""Prompt queries per pass while attention mass is accumulated; bounds the logits in memory."""
+_MASS_BLOCK = 64  # prompt queries per pass while attention mass is accumulated
+_NO_ROWS = torch.zeros(0, dtype=torch.long)
 
 
 class EvictingLayer(PooledLayer):
@@ -62,8 +62,7 @@ class EvictingLayer(PooledLayer):
         self._attended: HeldPositions | None = None
         self._draft: Draft | None = None
 
-    # ------------------------------------------------------------------------------------------ one
-    # forward
+    # ---------------------------------------------------------------------------------- one forward
 
     def _begin(self, steps: int) -> None:
         self._attended = self._draft = None
@@ -139,8 +138,8 @@ class EvictingLayer(PooledLayer):
         self._settings = chunk.settings
         if not self.policy.scorer.needs_mass:
             return
-        for first in range(0, chunk.steps, MASS_BLOCK):
-            block = chunk.columns(first, first + MASS_BLOCK)
+        for first in range(0, chunk.steps, _MASS_BLOCK):
+            block = chunk.columns(first, first + _MASS_BLOCK)
             mass = self._mass_arguments(block.query)
             last = end - chunk.steps + first + block.steps
             self._attend(block.query, block.valid, end=last, **block.settings, **mass)
@@ -178,15 +177,16 @@ class EvictingLayer(PooledLayer):
 
     def _due(self, steps: int) -> torch.Tensor:
         """Rows that must evict before `steps` new tokens, given the capacity they should have."""
-        return (
-            (self._require_pool().length + steps > self._require_budgets().capacity)
-            .any(-1)
-            .nonzero()[:, 0]
-        )
+        pool = self._require_pool()
+        if 0 < steps <= pool.least_free:
+            # Between two forwards every head has the capacity it should have.
+            return _NO_ROWS
+        over = pool.length + steps > self._require_budgets().capacity
+        return over.any(-1).nonzero()[:, 0]
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
-        if bool((pool.length + steps > pool.capacity).any()):
+        if steps > pool.least_free:
             pool.relayout(torch.maximum(pool.capacity, pool.length + steps))
 
     def _cut(self) -> None:
@@ -233,8 +233,7 @@ class EvictingLayer(PooledLayer):
         self._tail = 0
         self._fit()
 
-    # ----------------------------------------------------------------------------- drafts and other
-    # rows
+    # ------------------------------------------------------------------------ drafts and other rows
 
     def _save(self, *, deep: bool) -> dict[str, Any]:
         """Remember the state that the next forward may have to be undone to."""

@@ -64,8 +64,9 @@ class RaggedPool:
         "keys", "values", "positions" (int32 columns of the padded sequence) and the statistics.
         What is done to one is done to all.
     layout : RaggedLayout
-    length : LongTensor[B, H_kv]
-        On the CPU: the shape of the work is known without a synchronisation.
+    shortest, longest, least_free : int
+        Extremes over the heads of tokens held and of free slots. Plain numbers, kept up to date,
+        because every layer asks for them at every step.
     """
 
     def __init__(
@@ -99,6 +100,17 @@ class RaggedPool:
                 self.fields[name] = torch.zeros(slots, dtype=torch.float32, device=device)
 
     @property
+    def length(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: tokens held; on the CPU, so that no step has to synchronise."""
+        return self._length
+
+    @length.setter
+    def length(self, length: torch.Tensor) -> None:
+        self._length = length
+        self.shortest, self.longest = int(length.min()), int(length.max())
+        self.least_free = int((self.layout.capacity - length).min())
+
+    @property
     def capacity(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: slots owned by each head."""
         return self.layout.capacity
@@ -128,38 +140,48 @@ class RaggedPool:
             If a head has fewer free slots than tokens to store.
         """
         batch, heads, steps, _ = keys.shape
-        added = torch.full_like(self.length, steps) if keep is None else keep.sum(-1).cpu()
-        if bool((self.length + added > self.capacity).any()):
+        added = None if keep is None else keep.sum(-1).cpu()
+        if steps > self.least_free and (
+            added is None or bool((self.length + added > self.capacity).any())
+        ):
             raise ValueError(
-                f"RaggedPool.append: expected room for {int(added.max())} tokens in every head, "
-                f"got {int((self.capacity - self.length).min())} free slots; relayout the pool "
-                "first."
+                f"RaggedPool.append: expected room for {steps} tokens in every head, got "
+                f"{self.least_free} free slots; relayout the pool first."
             )
         positions = columns.to(torch.int32).expand(batch, heads, steps)
         new = {"keys": keys, "values": values, "positions": positions, **statistics}
-        used = int(self.length.max())
-        if keep is None and self.layout.is_uniform and bool((self.length == used).all()):
-            shape = (batch, heads, -1)
+        if added is None and self.layout.is_uniform and self.shortest == self.longest:
+            fresh = slice(self.longest, self.longest + steps)
             for name, field in self.fields.items():
-                target = field.unflatten(0, shape)[:, :, used : used + steps]
+                target = field.view(batch, heads, -1, *field.shape[1:])[:, :, fresh]
                 if name in new:
                     target.copy_(new[name])
                 else:
                     target.zero_()
         else:
-            tail = (self.layout.start + self.length).to(keys.device)[..., None]
-            if keep is None:
-                slots = (tail + torch.arange(steps, device=keys.device)).flatten()
+            self._scatter(new, steps, keep)
+        if added is None:
+            self._length = self._length + steps
+            self.shortest, self.longest = self.shortest + steps, self.longest + steps
+            self.least_free -= steps
+        else:
+            self.length = self.length + added
+
+    def _scatter(self, new: dict[str, torch.Tensor], steps: int, keep: torch.Tensor | None) -> None:
+        """Write new tokens behind the last one of each head."""
+        device = self.fields["positions"].device
+        tail = (self.layout.start + self.length).to(device)[..., None]
+        if keep is None:
+            slots = (tail + torch.arange(steps, device=device)).flatten()
+        else:
+            slots = (tail + keep.cumsum(-1) - 1)[keep]
+        for name, field in self.fields.items():
+            if name not in new:
+                field.index_fill_(0, slots, 0)
+            elif keep is None:
+                field.index_copy_(0, slots, new[name].reshape(-1, *field.shape[1:]))
             else:
-                slots = (tail + keep.cumsum(-1) - 1)[keep]
-            for name, field in self.fields.items():
-                if name not in new:
-                    field[slots] = 0
-                elif keep is None:
-                    field[slots] = new[name].reshape(slots.shape[0], *field.shape[1:])
-                else:
-                    field[slots] = new[name][keep]
-        self.length = self.length + added
+                field.index_copy_(0, slots, new[name][keep])
 
     def slots(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of the tokens that some rows hold, in slot order.
@@ -221,7 +243,9 @@ class RaggedPool:
                 fill = -1 if name == "positions" else 0
                 self.fields[name] = field.new_full((layout.slots, *field.shape[1:]), fill)
                 self.fields[name][target] = field[source]
-        self.layout, self.length = layout, self.length[rows]
+        length = self.length[rows]
+        self.layout = layout
+        self.length = length
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` is a copy of row `rows[i]`."""
@@ -232,7 +256,9 @@ class RaggedPool:
                     name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
                     for name, field in self.fields.items()
                 }
-            self.layout, self.length = RaggedLayout(self.capacity[rows]), self.length[rows]
+            length = self.length[rows]
+            self.layout = RaggedLayout(self.capacity[rows])
+            self.length = length
         else:
             self.relayout(self.capacity[rows], rows)
 

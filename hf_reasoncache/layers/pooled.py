@@ -36,6 +36,7 @@ class PooledLayer(GuardedLayer):
         super()._clear()
         self.pool: RaggedPool | None = None
         self.first = torch.zeros(0, dtype=torch.long)
+        self._placed = False
         # Newest columns that every head is known to hold in its last slots, where a crop finds
         # them.
         self._tail = 0
@@ -83,18 +84,19 @@ class PooledLayer(GuardedLayer):
 
     def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
         """Note where rows begin that had no real token before column `begin`."""
-        if not bool((self.first < 0).any()):
+        if self._placed:
             return
         if valid is None:
             found = torch.full_like(self.first, begin)
         else:
             found = (begin + valid.int().argmax(-1)).where(valid.any(-1), -1).cpu()
         self.first = self.first.where(self.first >= 0, found)
+        self._placed = bool((self.first >= 0).all())
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
-        needed = int(pool.length.max()) + steps
-        if needed > int(pool.capacity.min()):
+        if steps > pool.least_free:
+            needed = pool.longest + steps
             doubled = max(2 * int(pool.capacity.max()), needed)
             pool.relayout(torch.full_like(pool.capacity, doubled))
 

@@ -30,21 +30,25 @@ def decode_attention_reference(
     """See `triton_ops.decode_attention.decode_attention`."""
     batch, kv_heads, group, steps, head_size = query.shape
     packed = query.reshape(batch * kv_heads, group * steps, head_size)
-    used = length.flatten()
+    lengths = length.flatten()
     if not layout.is_uniform:
-        packed, used = packed[layout.order], used[layout.order]
+        packed, lengths = packed[layout.order], lengths[layout.order]
+    # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
+    used = lengths.tolist()
     explicit = softcap is not None or s_aux is not None or mass is not None
 
     outputs = []
     for bucket in layout.buckets:
         heads = slice(bucket.first, bucket.first + bucket.count)
-        longest = max(int(used[heads].max()), 1)
+        longest = max(*used[heads], 1)
         q = packed[heads]
         k = bucket.view(keys)[:, :longest]
         v = bucket.view(values)[:, :longest]
-        visible = _visible(
-            bucket, used[heads], longest, positions, query_positions, layout, kv_heads, group
-        )
+        visible = None
+        if query_positions is not None or min(used[heads]) != longest:
+            visible = _visible(
+                bucket, lengths[heads], longest, positions, query_positions, layout, kv_heads, group
+            )
         if explicit:
             sink = None if s_aux is None else _sink(s_aux, bucket, layout, kv_heads, group, steps)
             out, weights = _explicit(q, k, v, visible, scaling, softcap, sink)
@@ -73,11 +77,8 @@ def _visible(
     layout: RaggedLayout,
     kv_heads: int,
     group: int,
-) -> torch.Tensor | None:
-    """Which slots each packed query sees: `[count, 1 or G * T, longest]`, None for all."""
-    ragged = bool((used != longest).any())
-    if not ragged and query_positions is None:
-        return None
+) -> torch.Tensor:
+    """Which slots each packed query sees: BoolTensor `[count, 1 or G * T, longest]`."""
     device = positions.device
     visible = torch.arange(longest, device=device) < used.to(device)[:, None, None]
     if query_positions is None:
