@@ -19,7 +19,7 @@ from .tasks import (
 )
 
 #: Directories of the trained models, by the family of problems each one understands.
-MODELS = {"llama": Path(__file__).parent / "llama"}
+MODELS = {name: Path(__file__).parent / name for name in FAMILIES}
 DEFAULT_MODEL = MODELS[DEFAULT_FAMILY]
 
 __all__ = [
