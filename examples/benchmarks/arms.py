@@ -27,8 +27,6 @@ class Arm:
     name : str
     attention : str
         Implementation that the model must run.
-    steps : int
-        Steps of one round.
     note : str
         What the table cannot show.
     """
@@ -38,11 +36,15 @@ class Arm:
 
     def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
         self.model, self.work = model, work
-        self.steps = work.steps
         self.forward: Callable[..., Any] = model
         self.cache = self._make_cache()
         self.note = ""
-        self._token = torch.zeros(work.batch, 1, dtype=torch.long)
+        self._generator = torch.Generator().manual_seed(work.seed)
+
+    @property
+    def steps(self) -> int:
+        """Steps of one round."""
+        return self.work.steps
 
     def _make_cache(self) -> Cache | None:
         cache = DynamicCache(config=self.model.config)
@@ -53,19 +55,24 @@ class Arm:
         """Take the steps of one round and return the seconds of each."""
         self.model.set_attn_implementation(self.attention)
         seconds = []
-        for _ in range(self.steps):
+        # Always new tokens: a text that repeats itself would be easy to compress.
+        for token in self._draw(self.steps):
             start = clock()
-            self._step()
+            self._step(token)
             seconds.append(clock() - start)
         self._undo()
         return seconds
+
+    def _draw(self, steps: int) -> torch.Tensor:
+        size = (steps, self.work.batch, 1)
+        return torch.randint(self.work.shape.vocabulary, size, generator=self._generator)
 
     def warm_up(self) -> None:
         """Take untimed steps until a round is like every other round."""
         self.round(time.perf_counter)
 
-    def _step(self) -> None:
-        self.forward(input_ids=self._token, past_key_values=self.cache, use_cache=True)
+    def _step(self, token: torch.Tensor) -> None:
+        self.forward(input_ids=token, past_key_values=self.cache, use_cache=True)
 
     def _undo(self) -> None:
         if self.cache is not None:
@@ -80,8 +87,8 @@ class NoCache(Arm):
     def _make_cache(self) -> None:
         return None
 
-    def _step(self) -> None:
-        self.forward(input_ids=self._token, use_cache=False)
+    def _step(self, token: torch.Tensor) -> None:
+        self.forward(input_ids=token, use_cache=False)
 
 
 class Compiled(Arm):
@@ -99,8 +106,8 @@ class Compiled(Arm):
         start = time.perf_counter()
         try:
             with _time_limit(limit):
-                self._step()
-                self._step()
+                for token in self._draw(2):
+                    self._step(token)
         except Exception as error:
             # Whatever the compiler raises, the other arms run; the table quotes it.
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -146,8 +153,12 @@ class Holds(Uncompressed):
 
     def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
         super().__init__(model, work)
-        self.steps = work.buffer
         self.name = f"holds {work.budget}, never evicts"
+
+    @property
+    def steps(self) -> int:
+        """As many as the compressed cache takes."""
+        return self.work.buffer
 
     def _make_cache(self) -> ReasonAllocCache:
         return self._pool(self.work.budget)
@@ -160,8 +171,12 @@ class Compressed(Arm):
 
     def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
         super().__init__(model, work)
-        self.steps = work.buffer
         self.name = f"ReasonAllocCache, budget={work.budget}"
+
+    @property
+    def steps(self) -> int:
+        """From one eviction to the next."""
+        return self.work.buffer
 
     def _make_cache(self) -> ReasonAllocCache:
         cache = ReasonAllocCache(
