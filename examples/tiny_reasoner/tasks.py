@@ -28,7 +28,7 @@ DEVELOPMENT_SEEDS = range(1000, 2000)
 #: Seeds for the figures that are reported, and for nothing else.
 TEST_SEEDS = range(2000, 3000)
 
-DEFAULT_FAMILY = "llama"
+DEFAULT_FAMILY = "qwen3"
 
 
 @dataclass(frozen=True)
