@@ -57,6 +57,10 @@ def todo(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Arm]]:
     """Yield budget, prompt treatment and arm of every line."""
     yield "full", "kept", FULL
     table = sweep() if arguments.sweep else policies(arguments.family)
+    unknown = set(arguments.only or ()) - set(table)
+    if unknown:
+        raise ValueError(f"--only: expected names among {list(table)}, got {sorted(unknown)}.")
+    table = {name: table[name] for name in arguments.only or table}
     for protect, budgets in ((True, arguments.protected), (False, arguments.unprotected)):
         for budget in budgets:
             for name, settings in table.items():
@@ -88,6 +92,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=200, help="of each task")
     parser.add_argument("--protected", type=int, nargs="*", default=[], metavar="BUDGET")
     parser.add_argument("--unprotected", type=int, nargs="*", default=[], metavar="BUDGET")
+    parser.add_argument("--only", nargs="+", metavar="POLICY", help="leave out all others")
     parser.add_argument("--sweep", action="store_true", help="settings, on development problems")
     parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
