@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,19 @@ class ReasonCache(Cache):
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         for rank, index in enumerate(ours):
             layers[index] = make_layer(index, rank, len(ours))
+        # Kept unused for `reset`: some releases leave tokens behind in their own layers.
+        self._blank = {
+            index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
+        }
         super().__init__(layers=layers)
+
+    def reset(self) -> None:
+        """Make the cache new: no token, no storage."""
+        for layer in self.layers:
+            if isinstance(layer, PooledLayer):
+                layer.reset()
+        for index, blank in self._blank.items():
+            self.layers[index] = copy.deepcopy(blank)
 
     def update(
         self,

@@ -177,7 +177,8 @@ class GuardedLayer(CacheLayerMixin):
                 "crop: expected 0 or the negative number of tokens to remove, got "
                 f"{tokens_to_remove}; use crop(-n)."
             )
-        columns = min(-tokens_to_remove, self.seen)
+        # transformers 5.15 passes a tensor.
+        columns = min(-int(tokens_to_remove), self.seen)
         if columns == self.seen:
             self._clear()
         elif columns:

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache
@@ -453,6 +455,8 @@ def test_crop_of_an_exact_cache_leaves_no_trace(name, wrong, chunk):
     if name == "gpt_oss" and wrong > 1:
         # A sliding layer of transformers has forgotten what a longer crop would bring back.
         name = "qwen3"
+    if name == "gpt_oss" and Version(transformers.__version__) < Version("5.17"):
+        pytest.skip("older sliding layers, once recording, need a crop after every forward")
     model = build(name)
     driver, logits = start(model, budget=None, profile=None)
     if name == "gpt_oss":
