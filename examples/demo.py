@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from examples.harness import FULL, Arm, Summary, load, run_arm, summarize
 from examples.policies import make_arm, policies
-from examples.tiny_reasoner import DEFAULT_FAMILY, DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems
+from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems
 from hf_reasoncache.scorers import Random
 
 matplotlib.use("Agg")
@@ -88,9 +88,9 @@ def plot(rows: Mapping[str, Summary], path: Path) -> None:
 def main() -> None:
     """Run all arms, print the table, write the PNG."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=sorted(MODELS), default=DEFAULT_FAMILY)
+    parser.add_argument("--family", choices=sorted(MODELS), default="llama")
     parser.add_argument("--problems", type=int, default=32, help="of each task")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[112, 80])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[112, 80, 64])
     parser.add_argument("--output", type=Path, default=Path("demo.png"))
     arguments = parser.parse_args()
     begin = time.perf_counter()
