@@ -31,7 +31,7 @@ def arms(family: str, budgets: Sequence[int]) -> list[Arm]:
     """The full cache, ours at each budget, and random eviction at the smallest budget."""
     best = policies(family)["H2O (attention only) + wave"]
     ours = [
-        make_arm(f"ReasonAlloc, budget {budget}", best, budget, protect=False)
+        make_arm(f"ReasonAlloc {budget}", best, budget, protect=False)
         for budget in sorted(budgets, reverse=True)
     ]
     control = {"scorer": Random()}
@@ -39,7 +39,7 @@ def arms(family: str, budgets: Sequence[int]) -> list[Arm]:
     return [
         FULL,
         *ours,
-        make_arm(f"random eviction, budget {smallest}", control, smallest, protect=False),
+        make_arm(f"random {smallest}", control, smallest, protect=False),
     ]
 
 
@@ -75,7 +75,7 @@ def plot(rows: Mapping[str, Summary], path: Path) -> None:
     left.invert_yaxis()
     left.set_xlabel("share of exact answers")
     left.set_xlim(0, 1)
-    left.legend(loc="lower left")
+    left.legend(loc="lower right")
     right.barh(list(places), [row.kib for row in rows.values()], color="tab:gray")
     right.set_xlabel("KiB held per sequence")
     for axis in (left, right):
@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=32, help="of each task")
     parser.add_argument("--budgets", type=int, nargs="+", default=[112, 80, 64])
     parser.add_argument("--output", type=Path, default=Path("demo.png"))
+    parser.add_argument("--threads", type=int, default=1, help="more do not help so small a model")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     begin = time.perf_counter()
     model, tokenizer = load(MODELS[arguments.family])
     problems = {

@@ -43,7 +43,7 @@ class Arm:
     attention: str = "reasoncache"
 
 
-FULL = Arm("full cache (DynamicCache)", lambda config: DynamicCache(config=config), "sdpa")
+FULL = Arm("full (DynamicCache)", lambda config: DynamicCache(config=config), "sdpa")
 
 
 @dataclass(frozen=True)
