@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 
 from examples.benchmarks.arms import Arm, build_arms
 from examples.benchmarks.machine import Machine
-from examples.benchmarks.prefill_memory import measure_prefill
+from examples.benchmarks.prefill_memory import PrefillMemory, measure_prefill
 from examples.benchmarks.results import Block, Row, draw, memory_table, write_csv
 from examples.benchmarks.workload import DTYPES, Shape, Work, held_bytes
 
@@ -126,7 +126,14 @@ def run(plan: Plan, say: Callable[[str], None], output: Path | None) -> None:
         f"and {shape.kv_heads} KV heads of size\n{shape.head_size}; budget {plan.budget}, buffer "
         f"{plan.buffer}; {plan.rounds} rounds, {plan.clock} time"
     )
-    blocks, memory = [], []
+    blocks: list[Block] = []
+    memory: list[PrefillMemory] = []
+
+    def save() -> None:
+        # After each part: a long run that is interrupted leaves what it has measured.
+        if output is not None:
+            write_all(output, blocks, memory, machine, plan)
+
     for dtype in plan.dtypes:
         model = shape.build(plan.seed).to(DTYPES[dtype])
         for batch in plan.batches:
@@ -134,25 +141,30 @@ def run(plan: Plan, say: Callable[[str], None], output: Path | None) -> None:
             goals = judge(block, batch) if plan.goals else []
             say("\n".join(["", block.table(), *goals]))
             blocks.append(block)
-        memory.append(measure_prefill(model, plan.work(dtype, 1)))
-        say("\n" + memory_table(dtype, memory[-1]))
+            save()
+        found = measure_prefill(model, plan.work(dtype, 1))
+        say("\n" + memory_table(found))
+        memory += found
+        save()
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        columns = {"clock": plan.clock, "budget": plan.budget, "buffer": plan.buffer}
-        write_csv(
-            output / "cpu_decode.csv",
-            [row for block in blocks for row in block.rows],
-            machine,
-            **columns,
-        )
-        write_csv(
-            output / "cpu_prefill.csv",
-            [each for part in memory for each in part],
-            machine,
-            **columns,
-        )
-        draw(output / "cpu_decode.png", blocks, machine, plan.clock)
         say(f"\nwrote cpu_decode.csv, cpu_prefill.csv and cpu_decode.png to {output}")
+
+
+def write_all(
+    output: Path,
+    blocks: Sequence[Block],
+    memory: Sequence[PrefillMemory],
+    machine: Machine,
+    plan: Plan,
+) -> None:
+    """Write what there is to a folder, which is made if needed."""
+    output.mkdir(parents=True, exist_ok=True)
+    columns = {"clock": plan.clock, "budget": plan.budget, "buffer": plan.buffer}
+    rows = [row for block in blocks for row in block.rows]
+    write_csv(output / "cpu_decode.csv", rows, machine, **columns)
+    draw(output / "cpu_decode.png", blocks, machine, plan.clock)
+    if memory:
+        write_csv(output / "cpu_prefill.csv", memory, machine, **columns)
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | None]:

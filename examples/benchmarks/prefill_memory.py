@@ -23,7 +23,7 @@ class PrefillMemory:
 
     Attributes
     ----------
-    name : str
+    dtype, name : str
     resident : int
         Held when the prompt has been read.
     peak_held : int
@@ -35,6 +35,7 @@ class PrefillMemory:
         where no budget was given.
     """
 
+    dtype: str
     name: str
     resident: int
     peak_held: int
@@ -115,4 +116,5 @@ def _measure(
     finally:
         for hook in hooks:
             hook.remove()
-    return PrefillMemory(name, held_bytes(cache), max(held), mode.peak, bound)
+    dtype = str(work.dtype).removeprefix("torch.")
+    return PrefillMemory(dtype, name, held_bytes(cache), max(held), mode.peak, bound)

@@ -99,10 +99,10 @@ def _wrapped(text: str, width: int = 74) -> list[str]:
     return ["      " + text[start : start + width] for start in range(0, len(text), width)]
 
 
-def memory_table(dtype: str, memory: Sequence[PrefillMemory]) -> str:
+def memory_table(memory: Sequence[PrefillMemory]) -> str:
     """Format for a terminal of 80 columns."""
     lines = [
-        f"{dtype}, memory of the cache while a prompt is read, MB",
+        f"{memory[0].dtype}, memory of the cache while a prompt is read, MB",
         f"{'':20}{'resident':>12}{'peak held':>12}{'peak with scratch':>20}{'goal':>12}",
     ]
     for each in memory:
@@ -146,7 +146,7 @@ def draw(path: Path, blocks: Sequence[Block], machine: Machine, clock: str) -> N
             color=[colors[row.arm] for row in rows],
             error_kw={"elinewidth": 0.8, "ecolor": "0.35"},
         )
-        labels = [f"{row.ms:.0f} ms  ({_times(block.ratio('Arm', row.kind))})" for row in rows]
+        labels = [f"{row.ms:.1f} ms  ({_times(block.ratio('Arm', row.kind))})" for row in rows]
         # At the end of the whisker, so that label and whisker do not cross.
         for bar, row, label in zip(bars, rows, labels, strict=True):
             panel.annotate(
