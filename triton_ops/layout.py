@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,17 @@ class RaggedLayout:
     def is_uniform(self) -> bool:
         """Whether all heads have one capacity, so that storage order is (row, head) order."""
         return len(self.buckets) == 1
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, Any]:
+        return {}
+
+    def derive(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return `make()`, called once per layout and key: copies on a device, lists of work."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    def start_on(self, device: torch.device) -> torch.Tensor:
+        """LongTensor[B, H_kv]: `start` on a device, copied once."""
+        return self.derive(("start", device), lambda: self.start.to(device))
