@@ -24,6 +24,7 @@ import torch
 __all__ = [
     "Backend",
     "chosen",
+    "describe",
     "get_backend",
     "interpreting",
     "set_backend",
@@ -82,8 +83,14 @@ def use_backend(name: Backend) -> Iterator[None]:
         set_backend(before)
 
 
-def chosen(device: torch.device, dtype: torch.dtype) -> Literal["triton", "torch"]:
+def chosen(device: torch.device, dtype: torch.dtype | None = None) -> Literal["triton", "torch"]:
     """Return the implementation that runs for tensors of a device and a type.
+
+    Parameters
+    ----------
+    device : device
+    dtype : dtype, optional
+        What is computed on; None if numbers are only moved.
 
     Raises
     ------
@@ -93,7 +100,7 @@ def chosen(device: torch.device, dtype: torch.dtype) -> Literal["triton", "torch
     if _requested == "torch":
         return "torch"
     if _requested == "auto":
-        able = device.type == "cuda" and dtype in DTYPES and _installed()
+        able = device.type == "cuda" and dtype in (None, *DTYPES) and _installed()
         return "triton" if able else "torch"
     if not _installed():
         raise ValueError(
@@ -106,13 +113,19 @@ def chosen(device: torch.device, dtype: torch.dtype) -> Literal["triton", "torch
             "model to a GPU, choose 'auto' or 'torch', or set TRITON_INTERPRET=1 before Python "
             "starts to run the kernels in Triton's interpreter, which is slow and for tests."
         )
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         names = ", ".join(str(each) for each in DTYPES)
         raise ValueError(
             f"backend 'triton': expected one of {names}, got {dtype}; convert the tensors, or "
             "choose 'auto' or 'torch'."
         )
     return "triton"
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Name what runs for tensors of a device and a type, for people; errors as `chosen`."""
+    name = chosen(device, dtype)
+    return "triton (interpreter)" if name == "triton" and interpreting() else name
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

@@ -64,7 +64,7 @@ class RKV(Scorer):
             held.positions,
             held.scaling,
             group="max",
-            past_only=True,
+            sees="past",
         )
         repeated = redundancy(held.keys, held.valid, threshold=self.threshold)
         lowest = torch.finfo(repeated.dtype).min

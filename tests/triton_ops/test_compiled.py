@@ -41,6 +41,38 @@ def decode(dtype, head_size, group, steps=1, extras=False):
     )
 
 
+def scores(dtype, head_size, group, window, pooling):
+    """Launch what `window_scores` launches."""
+    from triton_ops.window_scores.kernel import window_scores_triton
+
+    window_scores_triton(
+        torch.empty(BATCH, KV_HEADS, group, window, head_size, dtype=dtype),
+        torch.empty(BATCH, KV_HEADS, CAPACITY, head_size, dtype=dtype),
+        torch.zeros(BATCH, window, dtype=torch.long),
+        torch.zeros(BATCH, KV_HEADS, CAPACITY, dtype=torch.long),
+        head_size**-0.5,
+        group=pooling,
+        sees="past",
+    )
+
+
+def repeats(dtype, head_size):
+    """Launch what `redundancy` launches."""
+    from triton_ops.redundancy.kernel import redundancy_triton
+
+    keys = torch.empty(BATCH, KV_HEADS, CAPACITY, head_size, dtype=dtype)
+    redundancy_triton(keys, torch.ones(keys.shape[:3], dtype=torch.bool), threshold=0.5)
+
+
+def fill_holes(dtype, head_size):
+    """Launch what `compact` launches."""
+    from triton_ops.compact.kernel import compact_triton
+
+    keys, values, positions, layout, _ = pool(dtype, head_size)
+    slots = torch.zeros(BATCH, KV_HEADS, CAPACITY, dtype=torch.long)
+    compact_triton([keys, values, positions, torch.empty(layout.slots)], slots, slots, slots.bool())
+
+
 # What is launched, and how many programs of each kernel must fit one multiprocessor: two wherever
 # latency has to be hidden, one where a single program fills it.
 CASES = {
@@ -55,6 +87,18 @@ CASES = {
     "second turn": (1, lambda: decode(torch.bfloat16, 128, 4, steps=64, extras=True)),
     "second turn: size 256": (1, lambda: decode(torch.bfloat16, 256, 4, steps=64)),
     "second turn: float32": (1, lambda: decode(torch.float32, 256, 4, steps=64, extras=True)),
+    "R-KV scores": (2, lambda: scores(torch.bfloat16, 128, 4, 8, "max")),
+    "SnapKV scores": (2, lambda: scores(torch.bfloat16, 128, 5, 8, "mean")),
+    "Kara scores": (2, lambda: scores(torch.bfloat16, 128, 4, 512, "mean")),
+    "scores: size 256": (1, lambda: scores(torch.float16, 256, 2, 512, "max")),
+    "scores: float32": (1, lambda: scores(torch.float32, 256, 2, 8, "max")),
+    "redundancy": (2, lambda: repeats(torch.bfloat16, 128)),
+    "redundancy: size 96": (2, lambda: repeats(torch.float16, 96)),
+    "redundancy: size 256": (1, lambda: repeats(torch.bfloat16, 256)),
+    "redundancy: float32": (1, lambda: repeats(torch.float32, 128)),
+    "redundancy: float32, size 256": (1, lambda: repeats(torch.float32, 256)),
+    "compact": (2, lambda: fill_holes(torch.bfloat16, 128)),
+    "compact: size 80": (2, lambda: fill_holes(torch.float32, 80)),
 }
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from triton_ops.decode_attention.work import Work
-from triton_ops.tiles import LOG2_E, Tile, block_d, load_rows, tile_logits
+from triton_ops.tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def mass_kernel(
                 visible = visible & (position[None, :] <= asking[:, None])
             logits = tile_logits(q, k, scale, softcap)
             # The logsumexp of a query that sees nothing is -inf, and is masked.
-            weights = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
+            weights = tl.exp2(tl.where(visible, logits - lse[:, None], NOTHING))
             if mass_weight is not None:
                 factor = tl.load(mass_weight + row % steps, mask=real, other=0.0)
                 weights = weights * factor.to(tl.float32)[:, None]

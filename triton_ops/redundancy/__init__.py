@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from triton_ops.backend import uses_triton
 from triton_ops.redundancy import reference
 
 __all__ = ["redundancy"]
@@ -50,4 +51,8 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor, *, threshold: float = 0.
         raise ValueError(
             f"redundancy expects a threshold in [0, 1], got {threshold}; the paper's is 0.5."
         )
-    return reference.redundancy(keys, valid, threshold=threshold)
+    if uses_triton(keys):
+        from triton_ops.redundancy.kernel import redundancy_triton as run
+    else:
+        run = reference.redundancy
+    return run(keys, valid, threshold=threshold)

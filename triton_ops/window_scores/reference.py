@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def window_scores(
+def window_scores_reference(
     queries: torch.Tensor,
     keys: torch.Tensor,
     query_positions: torch.Tensor,
@@ -13,7 +13,7 @@ def window_scores(
     scaling: float,
     *,
     group: str,
-    past_only: bool,
+    sees: str,
 ) -> torch.Tensor:
     """See `triton_ops.window_scores.window_scores`; arguments are taken as valid."""
     rows, heads, group_size, window, size = queries.shape
@@ -27,7 +27,7 @@ def window_scores(
     if group == "max":
         logits = logits.amax(2, keepdim=True)
 
-    seen = _seen(query_positions, key_positions, past_only)
+    seen = _seen(query_positions, key_positions, sees)
     # The smallest finite number instead of -inf: a query that sees nothing yields numbers, not NaN,
     # and the second fill turns them into the zeros they should be.
     probabilities = logits.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
@@ -36,12 +36,12 @@ def window_scores(
     return (weights[:, None, None, :] @ probabilities).squeeze(2)
 
 
-def _seen(
-    query_positions: torch.Tensor, key_positions: torch.Tensor, past_only: bool
-) -> torch.Tensor:
+def _seen(query_positions: torch.Tensor, key_positions: torch.Tensor, sees: str) -> torch.Tensor:
     """Which key each query attends to: BoolTensor `[R, H, 1, 1 or A, N]`."""
     held = key_positions >= 0
-    if past_only:
+    if sees == "all":
+        return held[:, :, None, None, :]
+    if sees == "past":
         never = torch.iinfo(query_positions.dtype).max
         oldest = query_positions.masked_fill(query_positions < 0, never).amin(-1)
         return (held & (key_positions < oldest[:, None, None]))[:, :, None, None, :]
