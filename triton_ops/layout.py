@@ -102,3 +102,42 @@ class RaggedLayout:
     def start_on(self, device: torch.device) -> torch.Tensor:
         """LongTensor[B, H_kv]: `start` on a device, copied once."""
         return self.derive(("start", device), lambda: self.start.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefix:
+    """Tokens that several rows have in common, stored once.
+
+    Attributes
+    ----------
+    keys, values : Tensor[slots, D], Tensor[slots, D_v]
+        A pool like any other, one row per prefix.
+    layout : RaggedLayout
+        Capacities `[P, H_kv]` of the `P` prefixes.
+    length : LongTensor[P, H_kv]
+        Slots in use, on the CPU.
+    owner : LongTensor[B]
+        Prefix that each row continues, on the CPU; rows of one prefix need not be neighbours.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    layout: RaggedLayout
+    length: torch.Tensor
+    owner: torch.Tensor
+
+    @cached_property
+    def members(self) -> torch.Tensor:
+        """LongTensor[B]: rows, those of the first prefix first."""
+        return self.owner.argsort(stable=True)
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        """LongTensor[P + 1]: `members[first[p] : first[p + 1]]` continue prefix `p`."""
+        counts = torch.bincount(self.owner, minlength=self.length.shape[0])
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    @cached_property
+    def most(self) -> int:
+        """Rows of the prefix that has most of them."""
+        return int(self.first.diff().max())

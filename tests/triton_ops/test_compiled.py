@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from triton_ops.backend import interpreting
-from triton_ops.layout import RaggedLayout
+from triton_ops.layout import RaggedLayout, SharedPrefix
 
 pytestmark = pytest.mark.skipif(
     interpreting(), reason="TRITON_INTERPRET=1 replaces the kernels by Python"
@@ -39,6 +39,36 @@ def decode(dtype, head_size, group, steps=1, extras=False):
         mass_weight=torch.empty(steps) if extras else None,
         logsumexp=None,
     )
+
+
+def branches(dtype, head_size, group, count):
+    """Launch what `prefix_attention` launches for one prefix, and what `merge_state` does."""
+    from triton_ops.decode_attention.kernel import decode_attention_triton
+    from triton_ops.merge_state.kernel import merge_state_triton
+
+    keys, values, positions, _, _ = pool(dtype, head_size)
+    layout = RaggedLayout(torch.full((count, KV_HEADS), 64))
+    shared = RaggedLayout(torch.full((1, KV_HEADS), CAPACITY))
+    prefix = SharedPrefix(
+        keys, values, shared, shared.capacity, torch.zeros(count, dtype=torch.long)
+    )
+    out = decode_attention_triton(
+        torch.empty(count, KV_HEADS, group, 1, head_size, dtype=dtype),
+        keys,
+        values,
+        positions,
+        layout,
+        layout.capacity,
+        query_positions=None,
+        scaling=head_size**-0.5,
+        softcap=None,
+        s_aux=None,
+        mass=None,
+        mass_weight=None,
+        logsumexp=None,
+        prefix=prefix,
+    )
+    merge_state_triton(out, out[..., 0], out, out[..., 0])
 
 
 def scores(dtype, head_size, group, window, pooling):
@@ -87,6 +117,9 @@ CASES = {
     "second turn": (1, lambda: decode(torch.bfloat16, 128, 4, steps=64, extras=True)),
     "second turn: size 256": (1, lambda: decode(torch.bfloat16, 256, 4, steps=64)),
     "second turn: float32": (1, lambda: decode(torch.float32, 256, 4, steps=64, extras=True)),
+    "16 branches": (1, lambda: branches(torch.bfloat16, 128, 4, 16)),
+    "64 branches: size 256": (1, lambda: branches(torch.bfloat16, 256, 2, 64)),
+    "16 branches: float32": (1, lambda: branches(torch.float32, 128, 4, 16)),
     "R-KV scores": (2, lambda: scores(torch.bfloat16, 128, 4, 8, "max")),
     "SnapKV scores": (2, lambda: scores(torch.bfloat16, 128, 5, 8, "mean")),
     "Kara scores": (2, lambda: scores(torch.bfloat16, 128, 4, 512, "mean")),

@@ -105,7 +105,7 @@ def decode_attention(
         logsumexp=logsumexp,
     )
     if uses_triton(keys):
-        from triton_ops.decode_attention.kernel import decode_attention_triton as run
-    else:
-        run = decode_attention_reference
-    return run(query, keys, values, positions, layout, length, **arguments)
+        from triton_ops.decode_attention.kernel import decode_attention_triton
+
+        return decode_attention_triton(query, keys, values, positions, layout, length, **arguments)
+    return decode_attention_reference(query, keys, values, positions, layout, length, **arguments)

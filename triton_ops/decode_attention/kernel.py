@@ -6,69 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_ops.decode_attention.chunk_kernel import attend_chunk, store_partial
 from triton_ops.decode_attention.mass_kernel import add_mass
-from triton_ops.decode_attention.work import work
-from triton_ops.layout import RaggedLayout
+from triton_ops.decode_attention.work import PrefixWork, work
+from triton_ops.layout import RaggedLayout, SharedPrefix
 from triton_ops.merge_state.kernel import join
-from triton_ops.tiles import NOTHING, Tile, block_d, load_rows, tile_logits
+from triton_ops.prefix_attention.kernel import attend_prefix
+from triton_ops.tiles import Tile, block_d, load_rows
 
 
 @triton.jit
-def attend_chunk(
-    q,
-    asking,
-    keys,
-    values,
-    positions,
-    begin,
-    end,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Softmax of a tile of queries over slots `begin` to `end - 1`: output and log2 of its sum."""
-    top = tl.full([BLOCK_M], NOTHING, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for start in tl.range(begin, end, BLOCK_N):
-        slot = start + tl.arange(0, BLOCK_N)
-        used = slot < end
-        k = load_rows(keys, slot, used, D, BLOCK_D)
-        logits = tile_logits(q, k, scale, softcap)
-        visible = used[None, :]
-        if asking is not None:
-            at = tl.load(positions + slot, mask=used, other=0)
-            visible = visible & (at[None, :] <= asking[:, None])
-        logits = tl.where(visible, logits, NOTHING)
-        higher = tl.maximum(top, tl.max(logits, 1))
-        # Where nothing has been seen yet, all differences are 0, hence the second mask.
-        weights = tl.where(visible, tl.exp2(logits - higher[:, None]), 0.0)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        v = load_rows(values, slot, used, DV, BLOCK_DV)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        top = higher
-    seen = total > 0.0
-    safe = tl.where(seen, total, 1.0)
-    return acc / safe[:, None], tl.where(seen, top + tl.log2(safe), NOTHING)
-
-
-@triton.jit
-def store_partial(partial_out, partial_lse, at, real, out, lse, DV: tl.constexpr):
-    """Write the partial results of a tile of queries."""
-    column = tl.arange(0, out.shape[1])
-    tl.store(partial_lse + at, lse, mask=real)
-    inside = real[:, None] & (column < DV)[None, :]
-    tl.store(partial_out + at[:, None] * DV + column[None, :], out, mask=inside)
-
-
-@triton.jit
-def attend_kernel(
+def attend_own(
+    program,
+    tile,
     query,
     keys,
     values,
@@ -93,38 +43,85 @@ def attend_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """One chunk of one head, attended to by a tile of the queries that belong to the head."""
-    item = items + 3 * tl.program_id(0)
+    item = items + 3 * program
     head = tl.load(item)
     offset = tl.load(item + 1)
     partial = tl.load(item + 2).to(tl.int64)
-    first = tl.load(start + head)
-    end = first + tl.minimum(offset + chunk, tl.load(length + head))
 
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < rows
     q = load_rows(query, head.to(tl.int64) * rows + row, real, D, BLOCK_D)
     asking = None
     if query_positions is not None:
         # A padding row asks at -1 and sees nothing.
         asking = tl.load(query_positions + head // heads * steps + row % steps, mask=real, other=-1)
+    begin = tl.load(start + head) + offset
+    held = tl.minimum(chunk, tl.load(length + head) - offset)
+    # A tile beyond the queries, which a launch with a prefix has, has nothing to read.
+    end = begin + tl.where(tile * BLOCK_M < rows, held, 0)
     out, lse = attend_chunk(
-        q,
-        asking,
-        keys,
-        values,
-        positions,
-        first + offset,
-        end,
-        scale,
-        softcap,
-        D,
-        DV,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_DV,
-    )
+        q, asking, keys, values, positions, begin, end, scale, softcap,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
     store_partial(partial_out, partial_lse, partial * rows + row, real, out, lse, DV)
+
+
+@triton.jit
+def attend_kernel(
+    query,
+    keys,
+    values,
+    positions,
+    query_positions,
+    start,
+    length,
+    items,
+    partial_out,
+    partial_lse,
+    scale,
+    softcap,
+    chunk,
+    heads,
+    rows,
+    steps,
+    first,
+    prefix_keys,
+    prefix_values,
+    prefix_start,
+    prefix_length,
+    prefix_items,
+    prefix_members,
+    prefix_first,
+    prefix_chunk,
+    prefix_count,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """The first programs read shared prefixes, if there are any, the others own tokens."""
+    program = tl.program_id(0)
+    tile = tl.program_id(1)
+    own = True
+    if prefix_items is not None:
+        own = program >= prefix_count
+        if program < prefix_count:
+            attend_prefix(
+                program, tile, query, prefix_keys, prefix_values, prefix_start, prefix_length,
+                prefix_items, prefix_members, prefix_first, first, partial_out, partial_lse,
+                scale, softcap, prefix_chunk, heads, rows,
+                D, DV, BLOCK_P, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        program -= prefix_count
+    if own:
+        attend_own(
+            program, tile, query, keys, values, positions, query_positions, start, length,
+            items, partial_out, partial_lse, scale, softcap, chunk, heads, rows, steps,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
 
 def decode_attention_triton(
@@ -142,13 +139,17 @@ def decode_attention_triton(
     mass: torch.Tensor | None,
     mass_weight: torch.Tensor | None,
     logsumexp: torch.Tensor | None,
+    prefix: SharedPrefix | None = None,
 ) -> torch.Tensor:
-    """See `triton_ops.decode_attention.decode_attention`."""
+    """See `decode_attention`; with a prefix, `prefix_attention`."""
     batch, kv_heads, group, steps, head_size = query.shape
     value_size, device, rows = values.shape[-1], query.device, group * steps
+    most = 1 if prefix is None else prefix.most
     tile = Tile.of(keys.dtype, rows, head_size, value_size)
-    tiles = triton.cdiv(rows, tile.m)
-    plan = work(layout, tiles, device)
+    # One launch has one number of warps: that of the larger tile.
+    wide = Tile.of(keys.dtype, rows * most, head_size, value_size)
+    tiles, wide_tiles = triton.cdiv(rows, tile.m), triton.cdiv(rows * most, wide.m)
+    plan = work(layout, tiles, device, prefix, wide_tiles)
     query = query.contiguous()
     start, length = layout.start_on(device), length.to(device)
     if query_positions is not None:
@@ -157,10 +158,11 @@ def decode_attention_triton(
     out = query.new_empty(batch, steps, kv_heads * group, value_size)
     if logsumexp is None:
         logsumexp = query.new_empty(out.shape[:-1], dtype=torch.float32)
-    partial_out = query.new_empty(plan.count, rows, value_size, dtype=torch.float32)
-    partial_lse = query.new_empty(plan.count, rows, dtype=torch.float32)
-    if plan.count:
-        attend_kernel[(plan.count, tiles)](
+    partial_out = query.new_empty(plan.partials, rows, value_size, dtype=torch.float32)
+    partial_lse = query.new_empty(plan.partials, rows, dtype=torch.float32)
+    if plan.partials:
+        programs = plan.count + (0 if plan.prefix is None else plan.prefix.count)
+        attend_kernel[(programs, max(tiles, 1 if prefix is None else wide_tiles))](
             query,
             keys,
             values,
@@ -177,13 +179,16 @@ def decode_attention_triton(
             kv_heads,
             rows,
             steps,
+            plan.first,
+            *_prefix_arguments(prefix, plan.prefix),
             head_size,
             value_size,
             BLOCK_M=tile.m,
+            BLOCK_P=wide.m,
             BLOCK_N=tile.n,
             BLOCK_D=block_d(head_size),
             BLOCK_DV=block_d(value_size),
-            num_warps=tile.warps,
+            num_warps=wide.warps,
             num_stages=tile.stages,
         )
     join(partial_out, partial_lse, plan.first, out, logsumexp, kv_heads=kv_heads, s_aux=s_aux)
@@ -203,3 +208,19 @@ def decode_attention_triton(
             softcap=softcap,
         )
     return out
+
+
+def _prefix_arguments(prefix: SharedPrefix | None, plan: PrefixWork | None) -> tuple[object, ...]:
+    if prefix is None or plan is None:
+        return (None,) * 9
+    return (
+        prefix.keys,
+        prefix.values,
+        plan.start,
+        plan.length,
+        plan.items,
+        plan.members,
+        plan.first,
+        plan.chunk,
+        plan.count,
+    )

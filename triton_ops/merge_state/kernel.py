@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.tiles import LOG2_E, NOTHING, block_d
+from triton_ops.tiles import LOG2_E, NOTHING, block_d, load_rows
 
 
 @triton.jit
@@ -105,3 +105,67 @@ def join(
         BLOCK_S=16,
         num_warps=4,
     )
+
+
+@triton.jit
+def merge_kernel(
+    out,
+    logsumexp,
+    other,
+    other_logsumexp,
+    merged,
+    merged_logsumexp,
+    rows,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Join two results of some rows."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < rows
+    a = tl.load(logsumexp + row, mask=real, other=0.0)
+    b = tl.load(other_logsumexp + row, mask=real, other=0.0)
+    top = tl.maximum(tl.maximum(a, b), NOTHING)
+    first = tl.exp2((a - top) * LOG2_E)
+    second = tl.exp2((b - top) * LOG2_E)
+    total = first + second
+    safe = tl.where(total > 0.0, total, 1.0)
+    tl.store(
+        merged_logsumexp + row, tl.where(total > 0.0, top + tl.log2(safe) / LOG2_E, a), mask=real
+    )
+    x = load_rows(out, row, real, DV, BLOCK_DV).to(tl.float32)
+    y = load_rows(other, row, real, DV, BLOCK_DV).to(tl.float32)
+    # A side that saw nothing may hold anything.
+    x = tl.where(first[:, None] > 0.0, x, 0.0) * (first / safe)[:, None]
+    y = tl.where(second[:, None] > 0.0, y, 0.0) * (second / safe)[:, None]
+    column = tl.arange(0, BLOCK_DV)
+    tl.store(
+        merged + row.to(tl.int64)[:, None] * DV + column[None, :],
+        (x + y).to(merged.dtype.element_ty),
+        mask=real[:, None] & (column < DV)[None, :],
+    )
+
+
+def merge_state_triton(
+    out: torch.Tensor, logsumexp: torch.Tensor, other: torch.Tensor, other_logsumexp: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `triton_ops.merge_state.merge_state`."""
+    merged = torch.empty_like(out, memory_format=torch.contiguous_format)
+    total = torch.empty(logsumexp.shape, dtype=torch.float32, device=out.device)
+    rows, size = total.numel(), out.shape[-1]
+    if merged.numel():
+        block = max(1, 1024 // block_d(size))
+        merge_kernel[(triton.cdiv(rows, block),)](
+            out.contiguous(),
+            logsumexp.float().contiguous(),
+            other.contiguous(),
+            other_logsumexp.float().contiguous(),
+            merged,
+            total,
+            rows,
+            size,
+            BLOCK_M=block,
+            BLOCK_DV=block_d(size),
+            num_warps=4,
+        )
+    return merged, total
