@@ -1,12 +1,10 @@
-"""A pooled layer with a budget: scores what it holds and evicts the rest, row by row.
+"""A budgeted layer in a forward: when it evicts, and how a forward is undone.
 
-When: a row is due when a head has no room for the next token, and is served at the start of the
+A row is due when a head has no room for the next token, and is served at the start of the
 next `update`, never between an attention and its logits. Until then a rejected draft can be cropped
 without a trace. Two forwards bring more tokens than the buffer holds and cannot wait, because the
 memory they need is the one to be saved: a prompt beyond the budget, and a later chunk beyond the
 buffer. They are cut right after their attention.
-
-Who: rows are independent. A row in a padded batch evicts at the same tokens as that row alone.
 """
 
 from __future__ import annotations
@@ -16,49 +14,29 @@ from typing import Any
 
 import torch
 
-from hf_reasoncache.layers.draft import Chunk, Draft
-from hf_reasoncache.layers.policy import EvictionPolicy
-from hf_reasoncache.layers.pool import HeldPositions, RaggedPool
-from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.layers.query_log import QueryLog
-from hf_reasoncache.layers.row_budgets import RowBudgets
-from hf_reasoncache.layers.selection import gather_held, keep_top
+from hf_reasoncache.layers.budgeted import BudgetedLayer
+from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.layers.draft import Draft
+from hf_reasoncache.layers.held_positions import HeldPositions
+from hf_reasoncache.layers.pool import RaggedPool
+from hf_reasoncache.layers.selection import incoming_held
 
 _MASS_BLOCK = 64  # prompt queries per pass while attention mass is accumulated
-_NO_ROWS = torch.zeros(0, dtype=torch.long)
 
 
-class EvictingLayer(PooledLayer):
+class EvictingLayer(BudgetedLayer):
     """One layer that holds a budget of tokens per KV head.
 
     Invariants between two forwards: no head holds more than its budget plus `policy.buffer`; the
     capacities of a row add up to exactly that; the newest `policy.window` columns and the protected
     prompt are held.
-
-    Attributes
-    ----------
-    budgets : RowBudgets or None
-        None until the prompt is complete.
-    evictions : int
-        Compactions so far, each row counted.
-    evicted : int
-        Tokens evicted so far, each row and head counted.
     """
 
     _STATE = ("budgets", "evictions", "evicted", "_tail")
 
-    def __init__(self, index: int, rank: int, policy: EvictionPolicy) -> None:
-        self.rank, self.policy = rank, policy
-        self.statistics = ("mass",) if policy.scorer.needs_mass else ()
-        super().__init__(index)
-
     def _clear(self) -> None:
         super()._clear()
-        self.budgets: RowBudgets | None = None
-        self.evictions = self.evicted = 0
-        self._log = QueryLog(self.policy.scorer.queries)
         self._prompt_open = True
-        self._prompt_columns = 0
         self._attended: HeldPositions | None = None
         self._draft: Draft | None = None
 
@@ -69,7 +47,7 @@ class EvictingLayer(PooledLayer):
         if self.pool is None:
             return
         if self.budgets is None:
-            self._allocate()
+            self._allocate_held()
             self._fit()
         if not (self._grows_prompt(steps) and self.policy.protect_prompt):
             self._evict(self._due(1 if self.recording else steps), self.seen)
@@ -77,72 +55,81 @@ class EvictingLayer(PooledLayer):
     def _grows_prompt(self, steps: int) -> bool:
         return self._prompt_open and steps > 1 and not self.recording
 
-    def store_first(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> None:
+    def store_first(self, chunk: Chunk) -> None:
         """See `GuardedLayer.store_first`; a prompt beyond the budget is cut here."""
-        batch, heads, steps, _ = keys.shape
+        batch, heads, steps, _ = chunk.keys.shape
         self.first = torch.full((batch,), -1)
-        stored = torch.full((batch,), steps) if valid is None else valid.sum(-1).cpu()
+        stored = torch.full((batch,), steps) if chunk.valid is None else chunk.valid.sum(-1).cpu()
+        if not self.recording and not self.policy.scorer.needs_mass:
+            self._store_cut(chunk, stored)
+            return
         room = stored[:, None].expand(batch, heads).contiguous()
-        self.pool = RaggedPool(room, keys, values, self.statistics)
-        chunk = Chunk(query, keys, values, valid, settings)
+        self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
         if self.recording:
             # A draft follows the prompt and may be cropped; the next forward fixes the budgets.
             self._draft = Draft(chunk, self._save(deep=False), token_by_token=False)
             self._prompt_open = False
         self._store(chunk, self.seen)
         if not self.recording:
-            self._allocate()
+            self._allocate_held()
             self._cut()
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> torch.Tensor:
+    def _store_cut(self, chunk: Chunk, stored: torch.Tensor) -> None:
+        """Store of a prompt what stays; the pool never holds the rest."""
+        steps = chunk.steps
+        self._place_first(self.seen - steps, chunk.valid)
+        self._remember(chunk)
+        keep, notes = chunk.real_tokens(), {}
+        self._allocate(keep[..., : self._end_of_prompt()].sum(-1).cpu())
+        rows = (stored[:, None] > self._require_budgets().capacity).any(-1).nonzero()[:, 0]
+        if rows.numel():
+            self._attended = HeldPositions.of(keep)
+            occasion = self._occasion(rows, self.seen)
+            held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
+            chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))
+            keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, column, chosen)
+            if held.notes is not None:
+                notes["notes"] = torch.zeros_like(keep, dtype=torch.int32)
+                notes["notes"][rows] = notes["notes"][rows].scatter_(-1, column, held.notes)
+        capacity = torch.maximum(self._require_budgets().capacity, keep.sum(-1).cpu())
+        self.pool = RaggedPool(capacity, chunk.keys, chunk.values, self.statistics)
+        columns = torch.arange(self.seen - steps, self.seen, device=chunk.keys.device)
+        whole = chunk.valid is None and not rows.numel()
+        self.pool.append(chunk.keys, chunk.values, columns, None if whole else keep, **notes)
+        self._tail = steps if whole else 0
+
+    def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`."""
-        chunk, steps = Chunk(query, keys, values, valid, settings), query.shape[2]
         if self.recording:
             return self._attend_draft(chunk)
-        grows = self._grows_prompt(steps)
+        grows = self._grows_prompt(chunk.steps)
         self._prompt_open = grows
-        self._make_room(steps)
+        self._make_room(chunk.steps)
         out = self._step(chunk, self.seen)
         if grows:
-            self._allocate()
-        if steps > 1:
+            self._allocate_held()
+        if chunk.steps > 1:
             self._cut()
         return out
 
     def _step(self, chunk: Chunk, end: int) -> torch.Tensor:
         """Append, attend and take note of tokens whose last one is column `end - 1`."""
-        self._append(chunk.keys, chunk.values, chunk.valid, end)
-        self._log.append(chunk.query)
-        self._settings = chunk.settings
-        mass = self._mass_arguments(chunk.query)
-        return self._attend(chunk.query, chunk.valid, end=end, **chunk.settings, **mass)
+        self._take(chunk, end)
+        return self._attend(chunk, end, **self._mass_arguments(chunk.query))
+
+    def _take(self, chunk: Chunk, end: int) -> None:
+        self._append(chunk, end)
+        self._remember(chunk)
 
     def _store(self, chunk: Chunk, end: int) -> None:
         """`_step` without the attention's result, for tokens whose result is known already."""
-        self._append(chunk.keys, chunk.values, chunk.valid, end)
-        self._log.append(chunk.query)
-        self._settings = chunk.settings
+        self._take(chunk, end)
         if not self.policy.scorer.needs_mass:
             return
         for first in range(0, chunk.steps, _MASS_BLOCK):
             block = chunk.columns(first, first + _MASS_BLOCK)
-            mass = self._mass_arguments(block.query)
             last = end - chunk.steps + first + block.steps
-            self._attend(block.query, block.valid, end=last, **block.settings, **mass)
+            self._attend(block, last, **self._mass_arguments(block.query))
 
     def _mass_arguments(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
         """What makes `decode_attention` accumulate the attention mass, if the scorer needs it."""
@@ -156,39 +143,6 @@ class EvictingLayer(PooledLayer):
         age = torch.arange(steps - 1, -1, -1, device=query.device)
         return {"mass": mass, "mass_weight": scorer.mass_decay**age}
 
-    # ------------------------------------------------------------------------------------- eviction
-
-    def _allocate(self) -> None:
-        """Fix the budgets of every row from the prompt that the pool holds."""
-        pool, policy = self._require_pool(), self.policy
-        batch, heads = pool.length.shape
-        self._prompt_columns = min(policy.prompt_length or self.seen, self.seen)
-        prompt = torch.zeros(batch, dtype=torch.long)
-        if policy.protect_prompt:
-            slots, offset = pool.slots(torch.arange(batch))
-            in_prompt = (pool.fields["positions"][slots] < self._prompt_columns) & (offset >= 0)
-            prompt = in_prompt[:, 0].sum(-1).cpu()
-        self.budgets = RowBudgets.equal(policy, self.rank, prompt, heads)
-
-    def _require_budgets(self) -> RowBudgets:
-        if self.budgets is None:
-            raise ValueError(f"layer {self.index}: expected budgets, got a layer without a prompt.")
-        return self.budgets
-
-    def _due(self, steps: int) -> torch.Tensor:
-        """Rows that must evict before `steps` new tokens, given the capacity they should have."""
-        pool = self._require_pool()
-        if 0 < steps <= pool.least_free:
-            # Between two forwards every head has the capacity it should have.
-            return _NO_ROWS
-        over = pool.length + steps > self._require_budgets().capacity
-        return over.any(-1).nonzero()[:, 0]
-
-    def _make_room(self, steps: int) -> None:
-        pool = self._require_pool()
-        if steps > pool.least_free:
-            pool.relayout(torch.maximum(pool.capacity, pool.length + steps))
-
     def _cut(self) -> None:
         """Bring rows that a long forward has put over their capacity back to their budget."""
         pool = self._require_pool()
@@ -197,40 +151,6 @@ class EvictingLayer(PooledLayer):
             held = pool.held()
             self._attended = HeldPositions(held.positions.clone(), held.layout, held.length)
         self._evict(rows, self.seen)
-        self._fit()
-
-    def _fit(self) -> None:
-        """Give every head exactly the capacity it should have."""
-        pool = self._require_pool()
-        target = torch.maximum(self._require_budgets().capacity, pool.length)
-        if not torch.equal(target, pool.capacity):
-            pool.relayout(target)
-
-    def _evict(self, rows: torch.Tensor, columns: int) -> None:
-        """Compact `rows` to their budgets, when `columns` columns have been stored."""
-        if not rows.numel():
-            return
-        pool, policy = self._require_pool(), self.policy
-        held, slots, offset, at = gather_held(
-            pool,
-            rows,
-            first=self.first[rows],
-            columns=columns,
-            queries=self._log.last(),
-            scaling=self._settings["scaling"],
-            layer=self.index,
-        )
-        protected = at >= columns - policy.window
-        if policy.protect_prompt:
-            protected |= at < self._prompt_columns
-        scores = policy.scorer.score(held).masked_fill(protected, torch.inf)
-        scores = scores.masked_fill(~held.valid, -torch.inf)
-        self.budgets = self._require_budgets().resplit(rows, scores, held.valid, columns)
-        keep = keep_top(scores, self.budgets.heads[rows]) & held.valid
-        self.evictions += rows.numel()
-        self.evicted += int((held.valid & ~keep).sum())
-        pool.compact(rows, slots, offset, keep)
-        self._tail = 0
         self._fit()
 
     # ------------------------------------------------------------------------ drafts and other rows

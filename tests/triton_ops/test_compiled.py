@@ -91,7 +91,8 @@ def repeats(dtype, head_size):
     from triton_ops.redundancy.kernel import redundancy_triton
 
     keys = torch.empty(BATCH, KV_HEADS, CAPACITY, head_size, dtype=dtype)
-    redundancy_triton(keys, torch.ones(keys.shape[:3], dtype=torch.bool), threshold=0.5)
+    valid = torch.ones(keys.shape[:3], dtype=torch.bool)
+    redundancy_triton(keys, valid, threshold=0.5, known=torch.zeros_like(valid, dtype=torch.long))
 
 
 def fill_holes(dtype, head_size):

@@ -8,6 +8,10 @@ import triton.language as tl
 
 from triton_ops.tiles import Tile, block_d, dot_rows, load_rows
 
+# As in the entry point, which the reference defines them for.
+NONE = tl.constexpr(-1)
+UNSEEN = tl.constexpr(-2)
+
 
 @triton.jit
 def units_kernel(
@@ -41,7 +45,9 @@ def search_kernel(
     keys,
     valid,
     inverse,
-    nearest,
+    known,
+    compared,
+    repeat,
     cosine,
     tokens,
     threshold,
@@ -50,10 +56,11 @@ def search_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Find the newest repeat of every key of a tile, -1 for none, and its cosine.
+    """Find the newest repeat of every key of a tile, `NONE` for none, and its cosine.
 
     Tiles of columns are scanned from the newest backwards until every row has its match; real keys
-    share a large component and mostly match in the first tile.
+    share a large component and mostly match in the first tile. A row that knows its answer among
+    the columns before `compared` looks at the others only.
     """
     head = tl.program_id(0)
     base = head.to(tl.int64) * tokens
@@ -61,10 +68,11 @@ def search_kernel(
     inside = row < tokens
     held = tl.load(valid + base + row, mask=inside, other=0) != 0
     scale = tl.load(inverse + base + row, mask=inside, other=0.0)
-    match = tl.full([BLOCK_M], -1, tl.int32)
-    found = tl.zeros([BLOCK_M], tl.float32)
+    match = tl.load(known + base + row, mask=held, other=UNSEEN).to(tl.int32)
+    oldest = tl.where(match != UNSEEN, tl.load(compared + head), 0)
+    match = tl.where(match != UNSEEN, match, NONE)
     tile = tl.cdiv(tokens, BLOCK_N) - 1
-    open_rows = held
+    open_rows = held & (oldest < tokens)
     while (tile >= 0) & (tl.max(open_rows.to(tl.int32), 0) > 0):
         # Loaded again for every tile: most searches end with the first one, and rows that stay in
         # registers over the loop make float32 spill.
@@ -75,16 +83,17 @@ def search_kernel(
         k = load_rows(keys, base + column, exists, D, BLOCK_D)
         other = tl.load(inverse + base + column, mask=real, other=0.0)
         cos = dot_rows(q, k) * scale[:, None] * other[None, :]
-        hit = (cos > threshold) & (row[:, None] != column[None, :])
-        newest = tl.max(tl.where(hit, column[None, :], -1), 1)
-        value = tl.sum(tl.where(column[None, :] == newest[:, None], cos, 0.0), 1)
-        fresh = open_rows & (newest >= 0)
-        found = tl.where(fresh, value, found)
-        match = tl.where(fresh, newest, match)
-        open_rows = open_rows & (newest < 0)
+        new = (row[:, None] != column[None, :]) & (column[None, :] >= oldest[:, None])
+        newest = tl.max(tl.where((cos > threshold) & new, column[None, :], -1), 1)
+        match = tl.where(open_rows & (newest >= 0), newest, match)
+        open_rows = open_rows & (newest < 0) & (tile * BLOCK_N > oldest)
         tile -= 1
-    tl.store(nearest + base + row, match, mask=inside)
-    tl.store(cosine + base + row, found, mask=inside)
+    tl.store(repeat + base + row, match, mask=inside)
+    found = held & (match >= 0)
+    near = tl.load(inverse + base + match, mask=found, other=0.0)
+    product = load_rows(keys, base + row, found, D, BLOCK_D).to(tl.float32)
+    product *= load_rows(keys, base + match, found, D, BLOCK_D).to(tl.float32)
+    tl.store(cosine + base + row, tl.sum(product, 1) * scale * near, mask=inside)
 
 
 @triton.jit
@@ -94,7 +103,7 @@ def means_kernel(
     inverse,
     total,
     count,
-    nearest,
+    repeat,
     cosine,
     means,
     tokens,
@@ -120,34 +129,51 @@ def means_kernel(
     mean = tl.sum(unit * sum_of_units[None, :], 1) - tl.sum(unit * unit, 1)
     for begin in tl.range(0, tokens, BLOCK_M):
         row = begin + tl.arange(0, BLOCK_M)
-        match = tl.load(nearest + base + row, mask=row < tokens, other=-1)
+        match = tl.load(repeat + base + row, mask=row < tokens, other=NONE)
         value = tl.load(cosine + base + row, mask=row < tokens, other=0.0)
         mean -= tl.sum(tl.where(match[:, None] == column[None, :], value[:, None], 0.0), 0)
     mean = tl.where(held, mean / tl.load(count + head).to(tl.float32), 0.0)
     tl.store(means + base + column, mean, mask=inside)
 
 
-def redundancy_triton(keys: torch.Tensor, valid: torch.Tensor, *, threshold: float) -> torch.Tensor:
+def redundancy_triton(
+    keys: torch.Tensor, valid: torch.Tensor, *, threshold: float, known: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `triton_ops.redundancy.redundancy`."""
     rows, heads, tokens, size = keys.shape
     means = keys.new_empty(rows, heads, tokens, dtype=torch.float32)
+    repeat = torch.empty_like(means, dtype=torch.long)
     if means.numel() == 0:
-        return means
-    keys, mask = keys.contiguous(), valid.contiguous().view(torch.uint8)
-    # Without a known end the search is not pipelined, and float32 products of larger tiles spill.
+        return means, repeat
+    keys, known = keys.contiguous(), known.contiguous()
+    # Keys before this place have been compared with each other.
+    place = torch.arange(1, tokens + 1, device=keys.device)
+    compared = (place * (known != UNSEEN.value) * valid).amax(-1)
+    mask = valid.contiguous().view(torch.uint8)
+    # Without a known end the search is not pipelined, and products of larger tiles spill.
     whole = keys.dtype == torch.float32
-    tile = Tile(16, 16, 8, 1) if whole else Tile.of(keys.dtype, tokens, size)
+    wide = block_d(size) > 128
+    tile = Tile(16, 16, 8, 1) if whole else Tile.of(keys.dtype, 32 if wide else tokens, size)
     columns = (rows * heads, triton.cdiv(tokens, tile.n))
-    inverse = torch.empty_like(means)
+    inverse, cosine = torch.empty_like(means), torch.empty_like(means)
     sums = means.new_empty(*columns, size)
     blocks = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps)
     units_kernel[columns](keys, mask, inverse, sums, tokens, size, **blocks)
-
-    nearest, cosine = torch.empty_like(means, dtype=torch.int32), torch.empty_like(means)
     search_kernel[(rows * heads, triton.cdiv(tokens, tile.m))](
-        keys, mask, inverse, nearest, cosine, tokens, threshold, size, BLOCK_M=tile.m, **blocks
+        keys,
+        mask,
+        inverse,
+        known,
+        compared,
+        repeat,
+        cosine,
+        tokens,
+        threshold,
+        size,
+        BLOCK_M=tile.m,
+        **blocks,
     )
     total, count = sums.sum(1), valid.sum(-1).clamp(min=1)
-    arguments = (keys, mask, inverse, total, count, nearest, cosine, means, tokens, size)
+    arguments = (keys, mask, inverse, total, count, repeat, cosine, means, tokens, size)
     means_kernel[columns](*arguments, BLOCK_M=64, **blocks)
-    return means
+    return means, repeat
