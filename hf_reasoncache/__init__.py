@@ -5,9 +5,10 @@ Importing the package registers the attention implementations "reasoncache", "re
 """
 
 from hf_reasoncache.attention import register
+from hf_reasoncache.graphs import decode_graphs
 from hf_reasoncache.reason_alloc import ReasonAllocCache
 
-__all__ = ["ReasonAllocCache"]
+__all__ = ["ReasonAllocCache", "decode_graphs"]
 __version__ = "0.1.0"
 
 register()

@@ -31,6 +31,7 @@ PARTS: dict[str, set[str]] = {
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
     "report": {"layers", "triton_ops"},
+    "graphs": CACHES | {"layers", "triton_ops"},
     "branching": CACHES,
     "calibration": {"scorers", "budgets"},
     "evaluation": CACHES | {"branching"},

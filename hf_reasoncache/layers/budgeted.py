@@ -47,7 +47,7 @@ class BudgetedLayer(PooledLayer):
 
     def _remember(self, chunk: Chunk) -> None:
         """Take note of what scoring will need."""
-        self._log.append(chunk.query)
+        self._log.append(chunk.query, self.clock)
         self._scaling = chunk.settings["scaling"]
 
     def _end_of_prompt(self) -> int:

@@ -52,6 +52,22 @@ class EvictingLayer(BudgetedLayer):
         if not (self._grows_prompt(steps) and self.policy.protect_prompt):
             self._evict(self._due(1 if self.recording else steps), self.seen)
 
+    def prepare(self) -> None:
+        """See `PooledLayer.prepare`; evicts where a row is due."""
+        super().prepare()
+        self._prompt_open = False
+        self._log.make_ring(self.seen)
+
+    def static_parts(self) -> Iterator[Any]:
+        """See `PooledLayer.static_parts`."""
+        yield from super().static_parts()
+        yield from self._log.tensors()
+
+    def advance(self) -> None:
+        """See `PooledLayer.advance`."""
+        super().advance()
+        self._log.count_appended()
+
     def _grows_prompt(self, steps: int) -> bool:
         return self._prompt_open and steps > 1 and not self.recording
 
@@ -208,7 +224,7 @@ class EvictingLayer(BudgetedLayer):
     def tensors(self) -> Iterator[torch.Tensor]:
         """See `PooledLayer.tensors`; queries kept for scoring and what could be undone too."""
         yield from super().tensors()
-        yield from self._log.chunks
+        yield from self._log.tensors()
         if self._attended is not None:
             yield self._attended.positions
         if self._draft is not None:
