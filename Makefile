@@ -22,7 +22,7 @@ OVERLAY_PACKAGES := transformers==$(LOWEST) tokenizers==0.22.2 huggingface_hub==
 help:
 	@echo 'make venv         create $(VENV) with the package, its tests and tools, versions from constraints.txt'
 	@echo 'make demo         run the main job on the shipped model'
-	@echo 'make test         run all tests, then test-lowest'
+	@echo 'make test         run all tests, the kernels in the interpreter, then test-lowest'
 	@echo 'make test-lowest  run the contract tests with transformers $(LOWEST), the oldest that is supported'
 	@echo 'make lint         check format, style and types'
 	@echo 'make format       format the code and sort its imports'
@@ -46,8 +46,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
+# The variable decides for a whole process, when Triton is imported, so the kernels have one of their own.
 test: $(STAMP)
 	$(PYTEST) tests
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_ops/kernels
 	@$(MAKE) --no-print-directory test-lowest
 
 $(OVERLAY_STAMP): $(STAMP) Makefile

@@ -9,6 +9,7 @@ import torch
 
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.pooled import PooledLayer
+from triton_ops.backend import describe
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class LayerReport:
         Compactions, each row counted.
     evicted : int
         Tokens evicted, each row and head counted.
+    backend : str or None
+        What attends to the pool now, see `triton_ops.backend`; None without tokens.
     """
 
     index: int
@@ -40,6 +43,7 @@ class LayerReport:
     other_bytes: int
     evictions: int
     evicted: int
+    backend: str | None = None
 
     @staticmethod
     def of(index: int, layer: PooledLayer) -> LayerReport:
@@ -58,6 +62,7 @@ class LayerReport:
             other_bytes=layer.nbytes - kv_bytes,
             evictions=layer.evictions if isinstance(layer, EvictingLayer) else 0,
             evicted=layer.evicted if isinstance(layer, EvictingLayer) else 0,
+            backend=None if pool is None else describe(layer.device, layer.dtype),
         )
 
 
@@ -100,6 +105,11 @@ class CacheReport:
         return sum(layer.evicted for layer in self.layers)
 
     @property
+    def backend(self) -> str:
+        """What attends to the pools, "triton" or "torch"; several if layers differ."""
+        return ", ".join(sorted({layer.backend for layer in self.layers if layer.backend})) or "-"
+
+    @property
     def mean_held(self) -> float:
         """Tokens held per KV head, on average."""
         counts = [count for layer in self.layers for row in layer.held for count in row]
@@ -110,6 +120,7 @@ class CacheReport:
         lines = [
             f"seen {self.seen} tokens, hold {self.mean_held:.1f} per KV head on average",
             f"keys and values {self.kv_bytes:,} bytes, all storages {self.total_bytes:,} bytes",
+            f"attention to the pools by {self.backend}",
             f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
             "layer   held per head: min  mean   max     KV bytes",
         ]

@@ -30,7 +30,7 @@ PARTS: dict[str, set[str]] = {
     "scorers": {"triton_ops"},
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
-    "report": {"layers"},
+    "report": {"layers", "triton_ops"},
     "branching": CACHES,
     "calibration": {"scorers", "budgets"},
     "evaluation": CACHES | {"branching"},

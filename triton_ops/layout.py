@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,56 @@ class RaggedLayout:
     def is_uniform(self) -> bool:
         """Whether all heads have one capacity, so that storage order is (row, head) order."""
         return len(self.buckets) == 1
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, Any]:
+        return {}
+
+    def derive(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return `make()`, called once per layout and key: copies on a device, lists of work."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    def start_on(self, device: torch.device) -> torch.Tensor:
+        """LongTensor[B, H_kv]: `start` on a device, copied once."""
+        return self.derive(("start", device), lambda: self.start.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefix:
+    """Tokens that several rows have in common, stored once.
+
+    Attributes
+    ----------
+    keys, values : Tensor[slots, D], Tensor[slots, D_v]
+        A pool like any other, one row per prefix.
+    layout : RaggedLayout
+        Capacities `[P, H_kv]` of the `P` prefixes.
+    length : LongTensor[P, H_kv]
+        Slots in use, on the CPU.
+    owner : LongTensor[B]
+        Prefix that each row continues, on the CPU; rows of one prefix need not be neighbours.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    layout: RaggedLayout
+    length: torch.Tensor
+    owner: torch.Tensor
+
+    @cached_property
+    def members(self) -> torch.Tensor:
+        """LongTensor[B]: rows, those of the first prefix first."""
+        return self.owner.argsort(stable=True)
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        """LongTensor[P + 1]: `members[first[p] : first[p + 1]]` continue prefix `p`."""
+        counts = torch.bincount(self.owner, minlength=self.length.shape[0])
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    @cached_property
+    def most(self) -> int:
+        """Rows of the prefix that has most of them."""
+        return int(self.first.diff().max())

@@ -66,7 +66,7 @@ class RKV(Scorer):
             held.positions,
             held.scaling,
             group="max",
-            past_only=True,
+            sees="past",
         )
         known = None if held.notes is None else _places(held.notes, held)
         repeated, repeat = redundancy(held.keys, held.valid, threshold=self.threshold, known=known)

@@ -51,7 +51,7 @@ class SnapKV(Scorer):
             held.positions,
             held.scaling,
             group="mean",
-            past_only=False,
+            sees="causal",
         )
         # Absent queries (-1) are clamped to "no window at all", never to a window from the first
         # token on.

@@ -33,5 +33,5 @@ class TOVA(Scorer):
             held.positions,
             held.scaling,
             group="mean",
-            past_only=False,
+            sees="causal",
         ).float()

@@ -235,8 +235,10 @@ def test_report_counts_and_fits_80_columns():
     model = build("llama")
     cache = new_cache(model)
     assert max(map(len, str(cache.report()).splitlines())) <= 80
+    assert cache.report().backend == "-"
     tokens(model, cache)
     report = cache.report()
+    assert report.backend == "torch" and "attention to the pools by torch" in str(report)
     assert report.seen == 21 + 60 - 1
     for layer in report.layers:
         assert layer.held == [

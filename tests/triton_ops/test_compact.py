@@ -3,68 +3,15 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.triton_ops.compact_cases import check, requests
 from triton_ops.compact import compact
-from triton_ops.layout import RaggedLayout
-
-
-@st.composite
-def requests(draw):
-    """Some rows of a pool, their tokens in any order with filler anywhere, and what to keep."""
-    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    capacity = torch.tensor([[draw(st.integers(0, 9)) for _ in range(heads)] for _ in range(batch)])
-    length = torch.tensor(
-        [[draw(st.integers(0, slots)) for slots in row] for row in capacity.tolist()]
-    )
-    rows = sorted(draw(st.sets(st.integers(0, batch - 1), min_size=1)))
-    layout, width = RaggedLayout(capacity), int(length[rows].max()) + draw(st.integers(0, 2))
-    offset = torch.full((len(rows), heads, width), -1)
-    keep = torch.zeros(offset.shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        for head in range(heads):
-            used = int(length[row, head])
-            order = draw(st.permutations([*range(used)] + [-1] * (width - used)))
-            offset[index, head] = torch.tensor(order, dtype=torch.long)
-            bits = draw(st.lists(st.booleans(), min_size=width, max_size=width))
-            keep[index, head] = torch.tensor(bits, dtype=torch.bool) & (offset[index, head] >= 0)
-    start = layout.start[rows][..., None]
-    slots = (start + offset.clamp_min(0)).clamp_max(max(layout.slots - 1, 0))
-    return layout, rows, slots, offset, keep
 
 
 @settings(max_examples=100)
 @given(request=requests())
 def test_kept_tokens_fill_the_first_slots_and_nothing_else_changes(request):
-    layout, rows, slots, offset, keep = request
-    ids = torch.arange(layout.slots)
-    fields = [
-        ids.clone(),
-        torch.stack([ids, -ids], 1).float(),
-        ids.view(-1, 1, 1).expand(-1, 2, 2).clone(),
-    ]
-    compact(fields, slots, offset, keep)
-    now = fields[0]
-    assert torch.equal(fields[1], torch.stack([now, -now], 1).float()), "fields move together"
-    assert torch.equal(fields[2], now.view(-1, 1, 1).expand(-1, 2, 2)), "fields move together"
-
-    may_change = torch.zeros(layout.slots, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        for head in range(slots.shape[1]):
-            kept = set(slots[index, head][keep[index, head]].tolist())
-            start = int(layout.start[row, head])
-            prefix = range(start, start + len(kept))
-            assert {int(now[slot]) for slot in prefix} == kept
-            for slot in prefix:
-                if slot in kept:
-                    assert int(now[slot]) == slot, "a token that lies right stays where it is"
-                else:
-                    may_change[slot] = True
-            held = int((offset[index, head] >= 0).sum())
-            assert len([s for s in prefix if s not in kept]) <= held - len(kept), (
-                "a head moves at most as many tokens as it evicts"
-            )
-    assert torch.equal(now[~may_change], ids[~may_change])
+    check(request)
 
 
 @pytest.mark.parametrize("kept", [0, 6])
@@ -80,3 +27,9 @@ def test_any_iterable_of_fields_will_do():
     fields = {"a": torch.arange(4), "b": torch.arange(4).bfloat16()}
     compact(fields.values(), offset, offset, offset >= 2)
     assert sorted(fields["a"][:2].tolist()) == sorted(fields["b"][:2].tolist()) == [2, 3]
+
+
+def test_a_view_of_the_storage_is_refused():
+    offset = torch.arange(4).expand(1, 1, 4)
+    with pytest.raises(ValueError, match=r"expected contiguous fields .*got \[4, 2\].*\(1, 4\)"):
+        compact([torch.zeros(2, 4).mT], offset, offset, offset >= 2)

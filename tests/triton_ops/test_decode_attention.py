@@ -1,122 +1,26 @@
 """decode_attention against softmax attention written out head by head in float64."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_ops.decode_attention import decode_attention
+from tests.triton_ops.attention_cases import (
+    KEY_SIZE,
+    OPTIONS,
+    POISON,
+    SHAPES,
+    arguments_of,
+    assert_close,
+    cases,
+    expected,
+    make_case,
+)
 from triton_ops.layout import RaggedLayout
 
-KEY_SIZE, VALUE_SIZE = 8, 6
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
-POISON = 1e4
-"""What unused slots hold: finite, as the pool promises, and large enough to be seen."""
-
-
-@dataclass
-class Case:
-    """A filled pool and queries."""
-
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    layout: RaggedLayout
-    length: torch.Tensor
-    query_positions: torch.Tensor | None
-
-    def head(self, row, head):
-        """The slots that a head uses."""
-        start = int(self.layout.start[row, head])
-        return slice(start, start + int(self.length[row, head]))
-
-    def run(self, **settings):
-        return decode_attention(
-            self.query,
-            self.keys,
-            self.values,
-            self.positions,
-            self.layout,
-            self.length,
-            query_positions=self.query_positions,
-            scaling=0.3,
-            **settings,
-        )
-
-
-def make_case(capacity, length, group, steps, *, dtype=torch.float32, seed=0, asking=None):
-    """Random tokens at shuffled positions; the last query stands at the last position."""
-    capacity, length = torch.tensor(capacity), torch.tensor(length)
-    layout, generator = RaggedLayout(capacity), torch.Generator().manual_seed(seed)
-    keys = torch.full((layout.slots, KEY_SIZE), POISON)
-    values = torch.full((layout.slots, VALUE_SIZE), POISON)
-    positions = torch.zeros(layout.slots, dtype=torch.int32)
-    end = int(length.max())
-    for start, used in zip(layout.start.flatten().tolist(), length.flatten().tolist(), strict=True):
-        own = slice(start, start + used)
-        keys[own] = torch.randn(used, KEY_SIZE, generator=generator)
-        values[own] = torch.randn(used, VALUE_SIZE, generator=generator)
-        positions[own] = torch.randperm(end, generator=generator)[:used].int()
-    batch, heads = capacity.shape
-    if asking is None and steps > 1:
-        asking = torch.arange(end - steps, end).expand(batch, steps)
-    query = torch.randn(batch, heads, group, steps, KEY_SIZE, generator=generator)
-    return Case(
-        query.to(dtype), keys.to(dtype), values.to(dtype), positions, layout, length, asking
-    )
-
-
-def expected(case, *, softcap=None, s_aux=None, mass_weight=None):
-    """Output `[B, T, H_q, D_v]` and mass per slot, in float64; NaN where a query sees nothing."""
-    batch, heads, group, steps, _ = case.query.shape
-    out = torch.full((batch, steps, heads * group, VALUE_SIZE), math.nan, dtype=torch.float64)
-    mass = torch.zeros(case.layout.slots, dtype=torch.float64)
-    for row in range(batch):
-        for head in range(heads):
-            own = case.head(row, head)
-            k, v = case.keys[own].double(), case.values[own].double()
-            for g in range(group):
-                for t in range(steps):
-                    seen = torch.ones(k.shape[0], dtype=torch.bool)
-                    if case.query_positions is not None:
-                        seen = case.positions[own] <= case.query_positions[row, t]
-                    if not bool(seen.any()):
-                        continue
-                    logits = k @ case.query[row, head, g, t].double() * 0.3
-                    if softcap is not None:
-                        logits = softcap * torch.tanh(logits / softcap)
-                    weights = logits.exp() * seen
-                    total = weights.sum()
-                    if s_aux is not None:
-                        total = total + s_aux[head * group + g].double().exp()
-                    weights = weights / total
-                    out[row, t, head * group + g] = weights @ v
-                    mass[own] += weights * (1.0 if mass_weight is None else float(mass_weight[t]))
-    return out, mass
-
-
-def assert_close(found, wanted, tolerance):
-    """Compare where something was seen; everywhere else any finite number will do."""
-    assert found.shape == wanted.shape
-    assert bool(found.isfinite().all())
-    sees = ~wanted.isnan()
-    torch.testing.assert_close(found.double()[sees], wanted[sees], atol=tolerance, rtol=tolerance)
-
-
-SHAPES = {
-    "one_head": ([[4]], [[3]]),
-    "one_token": ([[1, 1]], [[1, 1]]),
-    "full": ([[7, 7], [7, 7]], [[7, 7], [7, 7]]),
-    "ragged_in_one_bucket": ([[9, 9], [9, 9]], [[9, 1], [5, 8]]),
-    "several_buckets": ([[9, 4, 33], [4, 17, 9]], [[9, 3, 31], [1, 17, 5]]),
-    "unordered_buckets": ([[33, 1, 9], [2, 17, 1]], [[32, 1, 9], [1, 3, 1]]),
-    "empty_heads": ([[0, 5, 5], [5, 2, 0]], [[0, 0, 5], [4, 0, 0]]),
-    "odd_and_large": ([[129, 257], [131, 257]], [[129, 200], [1, 257]]),
-}
 EXTRAS = {
     "plain": (),
     "s_aux": ("s_aux",),
@@ -140,10 +44,13 @@ def test_equals_float64_head_by_head(shape, extras, dtype):
             arguments["softcap"] = 1.5
         if "mass_weight" in wanted:
             arguments["mass_weight"] = 0.5 ** torch.arange(steps - 1, -1, -1)
-        out, mass = expected(case, **arguments)
+        out, mass, lse = expected(case, **arguments)
         before = torch.rand(case.layout.slots) if "mass" in wanted else None
         found = None if before is None else before.clone()
+        total = torch.full(lse.shape, torch.nan)
         assert_close(case.run(mass=found, **arguments), out, TOLERANCE[dtype])
+        case.run(logsumexp=total, **arguments)
+        torch.testing.assert_close(total.double(), lse, atol=TOLERANCE[dtype], rtol=1e-6)
         if found is not None:
             tolerance = TOLERANCE[dtype] * group * steps
             torch.testing.assert_close(
@@ -151,40 +58,11 @@ def test_equals_float64_head_by_head(shape, extras, dtype):
             )
 
 
-@st.composite
-def cases(draw):
-    """Small ragged pools; a query may stand before, among or after all keys, or be padding (-1)."""
-    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    sizes = draw(st.lists(st.integers(0, 12), min_size=1, max_size=3))
-    capacity = [[draw(st.sampled_from(sizes)) for _ in range(heads)] for _ in range(batch)]
-    length = [[draw(st.integers(0, slots)) for slots in row] for row in capacity]
-    group, steps = draw(st.sampled_from([1, 4, 5])), draw(st.integers(1, 4))
-    asking = None
-    if steps > 1 or draw(st.booleans()):
-        row = st.lists(st.integers(-1, 12), min_size=steps, max_size=steps)
-        asking = torch.tensor([draw(row) for _ in range(batch)])
-    return make_case(capacity, length, group, steps, seed=draw(st.integers(0, 99)), asking=asking)
-
-
-OPTIONS = st.fixed_dictionaries(
-    {"softcap": st.sampled_from([None, 0.7, 20.0]), "sinks": st.booleans(), "mass": st.booleans()}
-)
-
-
-def arguments_of(case, options):
-    _, heads, group, *_ = case.query.shape
-    return {
-        "softcap": options["softcap"],
-        "s_aux": torch.linspace(-1, 1, heads * group) if options["sinks"] else None,
-        "mass": torch.zeros(case.layout.slots) if options["mass"] else None,
-    }
-
-
 @settings(max_examples=60)
 @given(case=cases(), options=OPTIONS)
 def test_any_pool_equals_float64_head_by_head(case, options):
     arguments = arguments_of(case, options)
-    out, mass = expected(case, softcap=options["softcap"], s_aux=arguments["s_aux"])
+    out, mass, _ = expected(case, softcap=options["softcap"], s_aux=arguments["s_aux"])
     assert_close(case.run(**arguments), out, 2e-5)
     if options["mass"]:
         torch.testing.assert_close(arguments["mass"].double(), mass, atol=1e-4, rtol=1e-4)
@@ -285,3 +163,14 @@ def test_what_does_not_fit_is_refused(change, said):
     case = make_case([[4, 4]], [[4, 3]], 2, 2)
     with pytest.raises(ValueError, match=said):
         replace(case, **change).run()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.empty(1, 2, 5), torch.empty(1, 2, 4).half(), torch.empty(1, 4, 2).mT],
+    ids=["shape", "dtype", "strides"],
+)
+def test_a_logsumexp_that_does_not_fit_is_refused(wrong):
+    case = make_case([[4, 4]], [[4, 3]], 2, 2)
+    with pytest.raises(ValueError, match=r"expected logsumexp float32 \[1, 2, 4\] and contiguous"):
+        case.run(logsumexp=wrong)

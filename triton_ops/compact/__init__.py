@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from triton_ops.backend import chosen
 from triton_ops.compact.reference import compact_reference
 
 __all__ = ["compact"]
@@ -24,7 +25,7 @@ def compact(
     Parameters
     ----------
     fields : iterable of Tensor[slots, ...]
-        Everything stored per slot: keys, values, positions, statistics.
+        Everything stored per slot: keys, values, positions, statistics. Contiguous.
     slots : LongTensor[R, H_kv, N]
         Slot of every token under consideration; filler anywhere, marked by `offset == -1`.
     offset : LongTensor[R, H_kv, N]
@@ -32,5 +33,21 @@ def compact(
         - 1` in any order.
     keep : BoolTensor[R, H_kv, N]
         Tokens to keep; False for filler.
+
+    Raises
+    ------
+    ValueError
+        If a field is not contiguous.
     """
-    compact_reference(fields, slots, offset, keep)
+    fields = tuple(fields)
+    for field in fields:
+        if not field.is_contiguous():
+            raise ValueError(
+                f"compact: expected contiguous fields [slots, ...], got {list(field.shape)} with "
+                f"strides {field.stride()}; pass the storage itself, not a view of it."
+            )
+    if chosen(slots.device) == "triton":
+        from triton_ops.compact.kernel import compact_triton as run
+    else:
+        run = compact_reference
+    run(fields, slots, offset, keep)

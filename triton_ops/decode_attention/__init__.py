@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from triton_ops.backend import uses_triton
 from triton_ops.decode_attention.reference import decode_attention_reference
 from triton_ops.layout import RaggedLayout
 
@@ -24,6 +27,7 @@ def decode_attention(
     s_aux: torch.Tensor | None = None,
     mass: torch.Tensor | None = None,
     mass_weight: torch.Tensor | None = None,
+    logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to the tokens that each head holds.
 
@@ -54,6 +58,10 @@ def decode_attention(
         place.
     mass_weight : Tensor[T], optional
         Weight of each query in `mass`; ones by default.
+    logsumexp : Tensor[B, T, H_kv * G], optional
+        float32, contiguous; overwritten with the logarithm of the sum of the exponentials of each
+        query's logits, the sink's included; -inf for a query that sees nothing. With it,
+        `merge_state` joins the result with attention to other tokens.
 
     Returns
     -------
@@ -77,17 +85,27 @@ def decode_attention(
             f"decode_attention: {steps} queries per row need query_positions [{batch}, {steps}] "
             "for causality, got None."
         )
-    return decode_attention_reference(
-        query,
-        keys,
-        values,
-        positions,
-        layout,
-        length,
+    if logsumexp is not None and (
+        logsumexp.dtype != torch.float32
+        or logsumexp.shape != (batch, steps, kv_heads * query.shape[2])
+        or not logsumexp.is_contiguous()
+    ):
+        raise ValueError(
+            f"decode_attention: expected logsumexp float32 [{batch}, {steps}, "
+            f"{kv_heads * query.shape[2]}] and contiguous, got {logsumexp.dtype} "
+            f"{list(logsumexp.shape)} with strides {logsumexp.stride()}."
+        )
+    arguments: dict[str, Any] = dict(
         query_positions=query_positions,
         scaling=scaling,
         softcap=softcap,
         s_aux=s_aux,
         mass=mass,
         mass_weight=mass_weight,
+        logsumexp=logsumexp,
     )
+    if uses_triton(keys):
+        from triton_ops.decode_attention.kernel import decode_attention_triton
+
+        return decode_attention_triton(query, keys, values, positions, layout, length, **arguments)
+    return decode_attention_reference(query, keys, values, positions, layout, length, **arguments)

@@ -26,6 +26,7 @@ def decode_attention_reference(
     s_aux: torch.Tensor | None,
     mass: torch.Tensor | None,
     mass_weight: torch.Tensor | None,
+    logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `triton_ops.decode_attention.decode_attention`."""
     batch, kv_heads, group, steps, head_size = query.shape
@@ -35,9 +36,9 @@ def decode_attention_reference(
         packed, lengths = packed[layout.order], lengths[layout.order]
     # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
     used = lengths.tolist()
-    explicit = softcap is not None or s_aux is not None or mass is not None
+    explicit = any(x is not None for x in (softcap, s_aux, mass, logsumexp))
 
-    outputs = []
+    outputs, sums = [], []
     for bucket in layout.buckets:
         heads = slice(bucket.first, bucket.first + bucket.count)
         longest = max(*used[heads], 1)
@@ -51,7 +52,9 @@ def decode_attention_reference(
             )
         if explicit:
             sink = None if s_aux is None else _sink(s_aux, bucket, layout, kv_heads, group, steps)
-            out, weights = _explicit(q, k, v, visible, scaling, softcap, sink)
+            out, weights, logits = _explicit(q, k, v, visible, scaling, softcap, sink)
+            if logsumexp is not None:
+                sums.append(_logsumexp(logits))
             if mass is not None:
                 if mass_weight is not None:
                     weights = weights * mass_weight.repeat(group)[:, None]
@@ -63,9 +66,13 @@ def decode_attention_reference(
             )[0]
         outputs.append(out)
 
-    result = outputs[0] if layout.is_uniform else torch.cat(outputs)[layout.rank]
-    result = result.view(batch, kv_heads * group, steps, values.shape[-1])
-    return result.transpose(1, 2).contiguous()
+    def in_order(parts: list[torch.Tensor]) -> torch.Tensor:
+        result = parts[0] if layout.is_uniform else torch.cat(parts)[layout.rank]
+        return result.view(batch, kv_heads * group, steps, -1).transpose(1, 2)
+
+    if logsumexp is not None:
+        logsumexp.copy_(in_order(sums)[..., 0])
+    return in_order(outputs).contiguous()
 
 
 def _visible(
@@ -118,8 +125,8 @@ def _explicit(
     scaling: float,
     softcap: float | None,
     sink: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention with its weights `[count, G * T, longest]` in float32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax attention, its weights `[count, G * T, longest]` and all its logits in float32."""
     logits = torch.bmm(q, k.transpose(1, 2)).float() * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -128,8 +135,15 @@ def _explicit(
     if sink is None:
         weights = logits.softmax(-1)
     else:
-        weights = torch.cat([logits, sink.float()], dim=-1).softmax(-1)[..., :-1]
+        logits = torch.cat([logits, sink.float()], dim=-1)
+        weights = logits.softmax(-1)[..., :-1]
     if visible is not None:
         # A query that sees nothing (padding) would otherwise spread its weight over the filler.
         weights = weights.masked_fill(~visible, 0.0)
-    return torch.bmm(weights.to(v.dtype), v), weights
+    return torch.bmm(weights.to(v.dtype), v), weights, logits
+
+
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension; -inf where every logit is the stand-in for "not visible"."""
+    total = logits.logsumexp(-1)
+    return total.masked_fill(total < torch.finfo(logits.dtype).min / 2, -torch.inf)

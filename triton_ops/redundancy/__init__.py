@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from triton_ops.backend import uses_triton
 from triton_ops.redundancy import reference
-from triton_ops.redundancy.reference import NONE, UNSEEN
+from triton_ops.redundancy.places import NONE, UNSEEN
 
 __all__ = ["NONE", "UNSEEN", "redundancy"]
 
@@ -70,4 +71,8 @@ def redundancy(
         raise ValueError(
             f"redundancy expects known {list(valid.shape)} like valid, got {list(known.shape)}."
         )
-    return reference.redundancy(keys, valid, threshold=threshold, known=known)
+    if uses_triton(keys):
+        from triton_ops.redundancy.kernel import redundancy_triton as run
+    else:
+        run = reference.redundancy
+    return run(keys, valid, threshold=threshold, known=known)

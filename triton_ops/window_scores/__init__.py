@@ -6,11 +6,13 @@ from typing import Literal, get_args
 
 import torch
 
-from triton_ops.window_scores import reference
+from triton_ops.backend import uses_triton
+from triton_ops.window_scores.reference import window_scores_reference
 
 Group = Literal["max", "mean"]
+Sees = Literal["past", "causal", "all"]
 
-__all__ = ["Group", "window_scores"]
+__all__ = ["Group", "Sees", "window_scores"]
 
 
 def window_scores(
@@ -21,7 +23,7 @@ def window_scores(
     scaling: float,
     *,
     group: Group,
-    past_only: bool,
+    sees: Sees,
 ) -> torch.Tensor:
     """Average the attention probability of every key over the queries of an observation window.
 
@@ -41,20 +43,23 @@ def window_scores(
         "max" pools the *logits* of the query heads of a group before the softmax (R-KV, arXiv
         2505.24133); "mean" gives every query head its own softmax and averages the probabilities
         (SnapKV, arXiv 2404.14469, with one answer per KV head).
-    past_only : bool
-        True: every query attends to the keys older than the window's oldest query, and those alone;
-        the window's own keys get 0 (R-KV). False: each query attends causally to all keys (SnapKV).
+    sees : {"past", "causal", "all"}
+        Keys that a query attends to. "past": those older than the window's oldest query, and those
+        alone; the window's own keys get 0 (R-KV). "causal": those up to the query's own position
+        (SnapKV). "all": every held key, younger ones too; with the keys of the window itself these
+        are the bidirectional scores of Kara (arXiv 2607.01237), which sums where this averages: the
+        ranks are the same.
 
     Returns
     -------
     Tensor[R, H, N]
         float32 (float64 for float64 keys) probabilities in [0, 1], 0 for filler and for rows whose
-        queries see no key. Without filler and with `past_only=False` they sum to 1 over `N`.
+        queries see no key. They sum to 1 over `N` if every query sees a key.
 
     Raises
     ------
     ValueError
-        If the shapes do not fit together or `group` is unknown.
+        If the shapes do not fit together, or `group` or `sees` is unknown.
     """
     if queries.dim() != 5 or keys.dim() != 4:
         raise ValueError(
@@ -79,6 +84,10 @@ def window_scores(
         )
     if group not in get_args(Group):
         raise ValueError(f"window_scores expects group in {get_args(Group)}, got {group!r}.")
-    return reference.window_scores(
-        queries, keys, query_positions, key_positions, scaling, group=group, past_only=past_only
-    )
+    if sees not in get_args(Sees):
+        raise ValueError(f"window_scores expects sees in {get_args(Sees)}, got {sees!r}.")
+    if uses_triton(keys):
+        from triton_ops.window_scores.kernel import window_scores_triton as run
+    else:
+        run = window_scores_reference
+    return run(queries, keys, query_positions, key_positions, scaling, group=group, sees=sees)

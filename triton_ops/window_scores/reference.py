@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+# Logits held at once (4 MB in float32).
+TILE = 1 << 20
 
-def window_scores(
+
+def window_scores_reference(
     queries: torch.Tensor,
     keys: torch.Tensor,
     query_positions: torch.Tensor,
@@ -13,12 +16,30 @@ def window_scores(
     scaling: float,
     *,
     group: str,
-    past_only: bool,
+    sees: str,
 ) -> torch.Tensor:
     """See `triton_ops.window_scores.window_scores`; arguments are taken as valid."""
+    _, heads, group_size, window, _ = queries.shape
+    seen = _seen(query_positions, key_positions, sees).expand(-1, heads, -1, -1, -1)
+    # A head of a long prompt takes as much scratch as its keys; a few at a time keep it small.
+    some = max(1, TILE // max(1, len(queries) * group_size * window * keys.shape[2]))
+    parts = zip(queries.split(some, 1), keys.split(some, 1), seen.split(some, 1), strict=True)
+    present = query_positions >= 0
+    scores = [_of_heads(*part, present, scaling, group) for part in parts]
+    return torch.cat(scores, dim=1)
+
+
+def _of_heads(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    seen: torch.Tensor,
+    present: torch.Tensor,
+    scaling: float,
+    group: str,
+) -> torch.Tensor:
+    """`window_scores` of a few heads, whose scratch is all that lives at once."""
     rows, heads, group_size, window, size = queries.shape
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    present = query_positions >= 0
     # An absent query may hold anything; zeroed, it can neither spread NaN nor win the maximum of
     # the group.
     used = (queries.to(dtype) * scaling).where(present[:, None, None, :, None], 0.0)
@@ -26,8 +47,6 @@ def window_scores(
     logits = logits.view(rows, heads, group_size, window, -1)
     if group == "max":
         logits = logits.amax(2, keepdim=True)
-
-    seen = _seen(query_positions, key_positions, past_only)
     # The smallest finite number instead of -inf: a query that sees nothing yields numbers, not NaN,
     # and the second fill turns them into the zeros they should be.
     probabilities = logits.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
@@ -36,12 +55,12 @@ def window_scores(
     return (weights[:, None, None, :] @ probabilities).squeeze(2)
 
 
-def _seen(
-    query_positions: torch.Tensor, key_positions: torch.Tensor, past_only: bool
-) -> torch.Tensor:
+def _seen(query_positions: torch.Tensor, key_positions: torch.Tensor, sees: str) -> torch.Tensor:
     """Which key each query attends to: BoolTensor `[R, H, 1, 1 or A, N]`."""
     held = key_positions >= 0
-    if past_only:
+    if sees == "all":
+        return held[:, :, None, None, :]
+    if sees == "past":
         never = torch.iinfo(query_positions.dtype).max
         oldest = query_positions.masked_fill(query_positions < 0, never).amin(-1)
         return (held & (key_positions < oldest[:, None, None]))[:, :, None, None, :]

@@ -1,0 +1,77 @@
+"""Whole generations with the kernels: the same tokens as with PyTorch, evictions included."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.scorers import H2O, RKV, SnapKV
+from tests.models import SHAPE, build, prompt
+from triton_ops.backend import interpreting, use_backend
+
+
+def generate(model, cache, inputs, **arguments):
+    return model.generate(
+        **inputs, **arguments, past_key_values=cache, max_new_tokens=12, do_sample=False
+    )
+
+
+def small_llama():
+    """Two layers and few heads: the interpreter takes 10 ms for each query head of a step."""
+    size = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, head_dim=16)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | size)).eval()
+    model.generation_config.eos_token_id = None
+    model.set_attn_implementation("reasoncache")
+    return model
+
+
+def both(model, device, inputs, arguments, **settings):
+    """Tokens with the kernels and with PyTorch, and the reports of both caches."""
+    model = model.to(device)
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    results = []
+    for backend in ("triton", "torch"):
+        with use_backend(backend):
+            cache = ReasonAllocCache(model.config, **settings)
+            tokens = generate(model, cache, inputs, **arguments)
+            results.append((tokens, cache.report()))
+    return results
+
+
+def check(results):
+    (tokens, report), (expected, wanted) = results
+    assert report.backend == ("triton (interpreter)" if interpreting() else "triton")
+    assert wanted.backend == "torch"
+    assert torch.equal(tokens, expected)
+    assert [layer.held for layer in report.layers] == [layer.held for layer in wanted.layers]
+    assert report.evicted == wanted.evicted
+
+
+@pytest.mark.parametrize("scorer", [RKV(), SnapKV(), H2O(mass_decay=0.9)], ids=repr)
+def test_tokens_of_a_padded_batch_with_evictions(scorer, device):
+    results = both(
+        small_llama(),
+        device,
+        prompt(tokens=11, padding=(0, 3)),
+        {},
+        budget=8,
+        buffer=3,
+        window=2,
+        profile=[1.0, 3.0],
+        scorer=scorer,
+        protect_prompt=False,
+    )
+    check(results)
+    assert results[0][1].evictions >= 12
+
+
+def test_tokens_with_sinks_in_a_hybrid_model(device):
+    model, inputs = build("gpt_oss"), prompt(batch=1, tokens=9)
+    results = both(model, device, inputs, {}, budget=14, buffer=3, window=4)
+    check(results)
+    assert results[0][1].evictions > 0
+
+
+def test_tokens_of_drafts_without_a_budget(device):
+    model, inputs = small_llama(), prompt(batch=1, tokens=9)
+    check(both(model, device, inputs, {"prompt_lookup_num_tokens": 4}, budget=None))

@@ -1,0 +1,62 @@
+"""Softmax of a tile of queries over a chunk of keys: the inner loop of all decode attention."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from triton_ops.tiles import NOTHING, load_rows, tile_logits
+
+
+@triton.jit
+def attend_chunk(
+    q,
+    asking,
+    keys,
+    values,
+    positions,
+    begin,
+    end,
+    scale,
+    softcap,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Softmax of a tile of queries over slots `begin` to `end - 1`: output and log2 of its sum."""
+    top = tl.full([BLOCK_M], NOTHING, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for start in tl.range(begin, end, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        used = slot < end
+        k = load_rows(keys, slot, used, D, BLOCK_D)
+        logits = tile_logits(q, k, scale, softcap)
+        visible = used[None, :]
+        if asking is not None:
+            at = tl.load(positions + slot, mask=used, other=0)
+            visible = visible & (at[None, :] <= asking[:, None])
+        logits = tl.where(visible, logits, NOTHING)
+        higher = tl.maximum(top, tl.max(logits, 1))
+        # Where nothing has been seen yet, all differences are 0, hence the second mask.
+        weights = tl.where(visible, tl.exp2(logits - higher[:, None]), 0.0)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        v = load_rows(values, slot, used, DV, BLOCK_DV)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    seen = total > 0.0
+    safe = tl.where(seen, total, 1.0)
+    return acc / safe[:, None], tl.where(seen, top + tl.log2(safe), NOTHING)
+
+
+@triton.jit
+def store_partial(partial_out, partial_lse, at, real, out, lse, DV: tl.constexpr):
+    """Write the partial results of a tile of queries."""
+    column = tl.arange(0, out.shape[1])
+    tl.store(partial_lse + at, lse, mask=real)
+    inside = real[:, None] & (column < DV)[None, :]
+    tl.store(partial_out + at[:, None] * DV + column[None, :], out, mask=inside)

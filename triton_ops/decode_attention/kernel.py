@@ -1,0 +1,226 @@
+"""Attention to the chunks of a ragged pool, and the launches that make `decode_attention`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_ops.decode_attention.chunk_kernel import attend_chunk, store_partial
+from triton_ops.decode_attention.mass_kernel import add_mass
+from triton_ops.decode_attention.work import PrefixWork, work
+from triton_ops.layout import RaggedLayout, SharedPrefix
+from triton_ops.merge_state.kernel import join
+from triton_ops.prefix_attention.kernel import attend_prefix
+from triton_ops.tiles import Tile, block_d, load_rows
+
+
+@triton.jit
+def attend_own(
+    program,
+    tile,
+    query,
+    keys,
+    values,
+    positions,
+    query_positions,
+    start,
+    length,
+    items,
+    partial_out,
+    partial_lse,
+    scale,
+    softcap,
+    chunk,
+    heads,
+    rows,
+    steps,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One chunk of one head, attended to by a tile of the queries that belong to the head."""
+    item = items + 3 * program
+    head = tl.load(item)
+    offset = tl.load(item + 1)
+    partial = tl.load(item + 2).to(tl.int64)
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < rows
+    q = load_rows(query, head.to(tl.int64) * rows + row, real, D, BLOCK_D)
+    asking = None
+    if query_positions is not None:
+        # A padding row asks at -1 and sees nothing.
+        asking = tl.load(query_positions + head // heads * steps + row % steps, mask=real, other=-1)
+    begin = tl.load(start + head) + offset
+    held = tl.minimum(chunk, tl.load(length + head) - offset)
+    # A tile beyond the queries, which a launch with a prefix has, has nothing to read.
+    end = begin + tl.where(tile * BLOCK_M < rows, held, 0)
+    out, lse = attend_chunk(
+        q, asking, keys, values, positions, begin, end, scale, softcap,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    store_partial(partial_out, partial_lse, partial * rows + row, real, out, lse, DV)
+
+
+@triton.jit
+def attend_kernel(
+    query,
+    keys,
+    values,
+    positions,
+    query_positions,
+    start,
+    length,
+    items,
+    partial_out,
+    partial_lse,
+    scale,
+    softcap,
+    chunk,
+    heads,
+    rows,
+    steps,
+    first,
+    prefix_keys,
+    prefix_values,
+    prefix_start,
+    prefix_length,
+    prefix_items,
+    prefix_members,
+    prefix_first,
+    prefix_chunk,
+    prefix_count,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """The first programs read shared prefixes, if there are any, the others own tokens."""
+    program = tl.program_id(0)
+    tile = tl.program_id(1)
+    own = True
+    if prefix_items is not None:
+        own = program >= prefix_count
+        if program < prefix_count:
+            attend_prefix(
+                program, tile, query, prefix_keys, prefix_values, prefix_start, prefix_length,
+                prefix_items, prefix_members, prefix_first, first, partial_out, partial_lse,
+                scale, softcap, prefix_chunk, heads, rows,
+                D, DV, BLOCK_P, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        program -= prefix_count
+    if own:
+        attend_own(
+            program, tile, query, keys, values, positions, query_positions, start, length,
+            items, partial_out, partial_lse, scale, softcap, chunk, heads, rows, steps,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+
+
+def decode_attention_triton(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    layout: RaggedLayout,
+    length: torch.Tensor,
+    *,
+    query_positions: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    mass: torch.Tensor | None,
+    mass_weight: torch.Tensor | None,
+    logsumexp: torch.Tensor | None,
+    prefix: SharedPrefix | None = None,
+) -> torch.Tensor:
+    """See `decode_attention`; with a prefix, `prefix_attention`."""
+    batch, kv_heads, group, steps, head_size = query.shape
+    value_size, device, rows = values.shape[-1], query.device, group * steps
+    most = 1 if prefix is None else prefix.most
+    tile = Tile.of(keys.dtype, rows, head_size, value_size)
+    # One launch has one number of warps: that of the larger tile.
+    wide = Tile.of(keys.dtype, rows * most, head_size, value_size)
+    tiles, wide_tiles = triton.cdiv(rows, tile.m), triton.cdiv(rows * most, wide.m)
+    plan = work(layout, tiles, device, prefix, wide_tiles)
+    query = query.contiguous()
+    start, length = layout.start_on(device), length.to(device)
+    if query_positions is not None:
+        query_positions = query_positions.contiguous()
+
+    out = query.new_empty(batch, steps, kv_heads * group, value_size)
+    if logsumexp is None:
+        logsumexp = query.new_empty(out.shape[:-1], dtype=torch.float32)
+    partial_out = query.new_empty(plan.partials, rows, value_size, dtype=torch.float32)
+    partial_lse = query.new_empty(plan.partials, rows, dtype=torch.float32)
+    if plan.partials:
+        programs = plan.count + (0 if plan.prefix is None else plan.prefix.count)
+        attend_kernel[(programs, max(tiles, 1 if prefix is None else wide_tiles))](
+            query,
+            keys,
+            values,
+            positions,
+            query_positions,
+            start,
+            length,
+            plan.items,
+            partial_out,
+            partial_lse,
+            scaling,
+            softcap,
+            plan.chunk,
+            kv_heads,
+            rows,
+            steps,
+            plan.first,
+            *_prefix_arguments(prefix, plan.prefix),
+            head_size,
+            value_size,
+            BLOCK_M=tile.m,
+            BLOCK_P=wide.m,
+            BLOCK_N=tile.n,
+            BLOCK_D=block_d(head_size),
+            BLOCK_DV=block_d(value_size),
+            num_warps=wide.warps,
+            num_stages=tile.stages,
+        )
+    join(partial_out, partial_lse, plan.first, out, logsumexp, kv_heads=kv_heads, s_aux=s_aux)
+    if mass is not None and plan.count:
+        add_mass(
+            mass,
+            mass_weight,
+            query,
+            keys,
+            positions,
+            query_positions,
+            start,
+            length,
+            plan,
+            logsumexp,
+            scaling=scaling,
+            softcap=softcap,
+        )
+    return out
+
+
+def _prefix_arguments(prefix: SharedPrefix | None, plan: PrefixWork | None) -> tuple[object, ...]:
+    if prefix is None or plan is None:
+        return (None,) * 9
+    return (
+        prefix.keys,
+        prefix.values,
+        plan.start,
+        plan.length,
+        plan.items,
+        plan.members,
+        plan.first,
+        plan.chunk,
+        plan.count,
+    )

@@ -1,0 +1,116 @@
+"""Attention mass: a second pass over the keys, once the weight of all of them is known."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_ops.decode_attention.work import Work
+from triton_ops.tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
+
+
+@triton.jit
+def mass_kernel(
+    mass,
+    mass_weight,
+    query,
+    keys,
+    positions,
+    query_positions,
+    start,
+    length,
+    items,
+    logsumexp,
+    scale,
+    softcap,
+    chunk,
+    heads,
+    group,
+    steps,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add to every slot of a chunk its probability, summed over the queries of the head.
+
+    One program owns a slot, so nothing is atomic and the sum has one order.
+    """
+    item = items + 3 * tl.program_id(0)
+    head = tl.load(item)
+    offset = tl.load(item + 1)
+    first = tl.load(start + head)
+    end = first + tl.minimum(offset + chunk, tl.load(length + head))
+    rows = group * steps
+    for at in tl.range(first + offset, end, BLOCK_N):
+        slot = at + tl.arange(0, BLOCK_N)
+        used = slot < end
+        k = load_rows(keys, slot, used, D, BLOCK_D)
+        added = tl.zeros([BLOCK_N], tl.float32)
+        for begin in tl.range(0, rows, BLOCK_M):
+            row = begin + tl.arange(0, BLOCK_M)
+            real = row < rows
+            step = head // heads * steps + row % steps
+            q = load_rows(query, head.to(tl.int64) * rows + row, real, D, BLOCK_D)
+            query_head = head % heads * group + row // steps
+            where = step.to(tl.int64) * (heads * group) + query_head
+            lse = tl.load(logsumexp + where, mask=real, other=0.0) * LOG2_E
+            visible = used[None, :] & real[:, None]
+            if query_positions is not None:
+                position = tl.load(positions + slot, mask=used, other=0)
+                asking = tl.load(query_positions + step, mask=real, other=-1)
+                visible = visible & (position[None, :] <= asking[:, None])
+            logits = tile_logits(q, k, scale, softcap)
+            # The logsumexp of a query that sees nothing is -inf, and is masked.
+            weights = tl.exp2(tl.where(visible, logits - lse[:, None], NOTHING))
+            if mass_weight is not None:
+                factor = tl.load(mass_weight + row % steps, mask=real, other=0.0)
+                weights = weights * factor.to(tl.float32)[:, None]
+            added += tl.sum(weights, 0)
+        before = tl.load(mass + slot, mask=used, other=0.0)
+        tl.store(mass + slot, before + added, mask=used)
+
+
+def add_mass(
+    mass: torch.Tensor,
+    mass_weight: torch.Tensor | None,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    query_positions: torch.Tensor | None,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    plan: Work,
+    logsumexp: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+) -> None:
+    """Add attention probabilities to `mass`, in place; arguments as in `decode_attention`."""
+    _, kv_heads, group, steps, head_size = query.shape
+    tile = Tile.of(keys.dtype, group * steps, head_size)
+    mass_kernel[(plan.count,)](
+        mass,
+        mass_weight,
+        query,
+        keys,
+        positions,
+        query_positions,
+        start,
+        length,
+        plan.items,
+        logsumexp,
+        scaling,
+        softcap,
+        plan.chunk,
+        kv_heads,
+        group,
+        steps,
+        head_size,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_D=block_d(head_size),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

@@ -1,0 +1,160 @@
+"""How the kernels split a ragged pool into programs, decided from capacities alone.
+
+Capacities are known to the host and change at evictions only. Between two evictions the list of
+work is one tensor on the device, the grid is fixed, and lengths are read on the device: nothing
+waits for the GPU, and a captured graph stays valid while the heads grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from triton_ops.layout import RaggedLayout, SharedPrefix
+
+SMALLEST = 64
+"""Slots of the smallest chunk: one tile of keys."""
+
+LARGEST = 512
+"""Slots of the largest chunk while the queries of a head fit one tile: equal pieces keep ragged
+heads in balance, and partial results cost at most 2 % of the traffic of the keys and values."""
+
+PROGRAMS = 264
+"""Programs that fill a GPU: two for each of the 132 multiprocessors of an H100 or H200."""
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixWork:
+    """Chunks of shared prefixes; every row of a prefix gets a partial result of each chunk.
+
+    Attributes
+    ----------
+    chunk : int
+        Slots per chunk.
+    items : IntTensor[n, 3]
+        Flat head index in the prefix's layout, offset of the chunk in its head, and its number: the
+        partial result is that much behind the first one of a row's head.
+    start, length : LongTensor[P, H_kv]
+        First slot, and slots in use.
+    members, first : IntTensor[B], IntTensor[P + 1]
+        See `SharedPrefix`.
+    """
+
+    chunk: int
+    items: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    members: torch.Tensor
+    first: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of chunks."""
+        return self.items.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Chunks of all heads, and where the partial result of each belongs.
+
+    Attributes
+    ----------
+    chunk : int
+        Slots per chunk.
+    items : IntTensor[n, 3]
+        Flat head index, offset of the chunk in its head, index of the partial result.
+    first : IntTensor[heads + 1]
+        Partial results `first[i]` to `first[i + 1] - 1` belong to head `i`, those of its prefix
+        first.
+    partials : int
+        Number of partial results.
+    prefix : PrefixWork or None
+    """
+
+    chunk: int
+    items: torch.Tensor
+    first: torch.Tensor
+    partials: int
+    prefix: PrefixWork | None
+
+    @property
+    def count(self) -> int:
+        """Number of chunks, without those of prefixes."""
+        return self.items.shape[0]
+
+
+def counts(layout: RaggedLayout, chunk: int) -> torch.Tensor:
+    """LongTensor[heads]: chunks of every head, on the CPU."""
+    return (layout.capacity.flatten() + chunk - 1) // chunk
+
+
+def chunk_size(layout: RaggedLayout, tiles: int) -> int:
+    """Return the largest chunk that still gives every multiprocessor work.
+
+    Parameters
+    ----------
+    layout : RaggedLayout
+    tiles : int
+        Programs per chunk, one per tile of queries. With several, chunks may be longer: there are
+        programs enough, and each chunk costs a partial result per query.
+    """
+    chunk = SMALLEST
+    while chunk < LARGEST * tiles and int(counts(layout, 2 * chunk).sum()) * tiles >= PROGRAMS:
+        chunk *= 2
+    return chunk
+
+
+def work(
+    layout: RaggedLayout,
+    tiles: int,
+    device: torch.device,
+    prefix: SharedPrefix | None = None,
+    prefix_tiles: int = 1,
+) -> Work:
+    """Return the work for a layout, made once per layout.
+
+    Parameters
+    ----------
+    layout : RaggedLayout
+    tiles, prefix_tiles : int
+        Tiles of queries that read a head of the layout, and one of the prefix.
+    device : device
+    prefix : SharedPrefix, optional
+        What the rows read besides their own tokens.
+    """
+
+    def make() -> Work:
+        chunk = chunk_size(layout, tiles)
+        own = counts(layout, chunk)
+        shared, before = None, torch.zeros_like(own)
+        if prefix is not None:
+            shared = _prefix_work(prefix, prefix_tiles, device)
+            per_prefix = counts(prefix.layout, shared.chunk).view_as(prefix.length)
+            before = per_prefix[prefix.owner].flatten()
+        first = torch.cat([own.new_zeros(1), (own + before).cumsum(0)])
+        head, ordinal = _enumerate(own)
+        items = torch.stack([head, ordinal * chunk, first[head] + before[head] + ordinal], dim=1)
+        return Work(chunk, items.int().to(device), first.int().to(device), int(first[-1]), shared)
+
+    return layout.derive(("work", tiles, device, prefix, prefix_tiles), make)
+
+
+def _prefix_work(prefix: SharedPrefix, tiles: int, device: torch.device) -> PrefixWork:
+    chunk = chunk_size(prefix.layout, tiles)
+    head, ordinal = _enumerate(counts(prefix.layout, chunk))
+    return PrefixWork(
+        chunk=chunk,
+        items=torch.stack([head, ordinal * chunk, ordinal], dim=1).int().to(device),
+        start=prefix.layout.start_on(device),
+        length=prefix.length.to(device),
+        members=prefix.members.int().to(device),
+        first=prefix.first.int().to(device),
+    )
+
+
+def _enumerate(per_head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Head and number within the head of each of `per_head` chunks."""
+    head = torch.arange(per_head.numel()).repeat_interleave(per_head)
+    first = per_head.cumsum(0) - per_head
+    return head, torch.arange(head.numel()) - first[head]

@@ -1,0 +1,63 @@
+"""The prefix's share of the launch of `decode_attention`: tiles of queries of many rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from triton_ops.decode_attention.chunk_kernel import attend_chunk, store_partial
+from triton_ops.tiles import load_rows
+
+
+@triton.jit
+def attend_prefix(
+    program,
+    tile,
+    query,
+    keys,
+    values,
+    start,
+    length,
+    items,
+    members,
+    members_first,
+    first,
+    partial_out,
+    partial_lse,
+    scale,
+    softcap,
+    chunk,
+    heads,
+    rows,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One chunk of one prefix head, read once for a tile of the queries of all its rows."""
+    item = items + 3 * program
+    head = tl.load(item)
+    offset = tl.load(item + 1)
+    number = tl.load(item + 2)
+    begin_members = tl.load(members_first + head // heads)
+    queries = (tl.load(members_first + head // heads + 1) - begin_members) * rows
+
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = index < queries
+    branch = tl.load(members + begin_members + index // rows, mask=real, other=0)
+    own_head = branch * heads + head % heads
+    row = index % rows
+    q = load_rows(query, own_head.to(tl.int64) * rows + row, real, D, BLOCK_D)
+
+    begin = tl.load(start + head) + offset
+    held = tl.minimum(chunk, tl.load(length + head) - offset)
+    # A tile beyond the queries of this prefix has nothing to read.
+    end = begin + tl.where(tile * BLOCK_M < queries, held, 0)
+    out, lse = attend_chunk(
+        q, None, keys, values, None, begin, end, scale, softcap,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    partial = tl.load(first + own_head, mask=real, other=0).to(tl.int64) + number
+    store_partial(partial_out, partial_lse, partial * rows + row, real, out, lse, DV)

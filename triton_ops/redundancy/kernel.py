@@ -1,0 +1,204 @@
+"""Kernels of `redundancy`: norms and sums, the search for the newest repeat, the column means."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_ops.redundancy.places import UNSEEN
+from triton_ops.tiles import Tile, block_d, dot_rows, load_rows
+
+
+@triton.jit
+def units_kernel(
+    keys,
+    valid,
+    inverse,
+    sums,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Inverse norms of a tile of keys, 0 for a zero key, and the sum of the tile's unit keys."""
+    head = tl.program_id(0)
+    index = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = index < tokens
+    where = head.to(tl.int64) * tokens + index
+    held = tl.load(valid + where, mask=inside, other=0) != 0
+    k = load_rows(keys, where, held, D, BLOCK_D).to(tl.float32)
+    norm = tl.sqrt(tl.sum(k * k, 1))
+    scale = tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
+    tl.store(inverse + where, scale, mask=inside)
+    column = tl.arange(0, BLOCK_D)
+    tile = head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    total = tl.sum(k * scale[:, None], 0)
+    tl.store(sums + tile * D + column, total, mask=column < D)
+
+
+@triton.jit
+def search_kernel(
+    keys,
+    valid,
+    known,
+    compared,
+    inverse,
+    nearest,
+    cosine,
+    tokens,
+    threshold,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Find the newest repeat of every key of a tile, -1 for none, and its cosine.
+
+    Tiles of columns are scanned from the newest backwards until every row has its match, or has
+    only columns left for which its answer is `known`, where `recall_kernel` goes on; real keys
+    share a large component and mostly match in the first tile.
+    """
+    head = tl.program_id(0)
+    base = head.to(tl.int64) * tokens
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < tokens
+    held = tl.load(valid + base + row, mask=inside, other=0) != 0
+    scale = tl.load(inverse + base + row, mask=inside, other=0.0)
+    answer = tl.load(known + base + row, mask=inside, other=-2).to(tl.int32)
+    first_new = tl.load(compared + head)
+    match = tl.full([BLOCK_M], -1, tl.int32)
+    found = tl.zeros([BLOCK_M], tl.float32)
+    tile = tl.cdiv(tokens, BLOCK_N) - 1
+    open_rows = held & ((answer == -2) | ((tile + 1) * BLOCK_N > first_new))
+    while (tile >= 0) & (tl.max(open_rows.to(tl.int32), 0) > 0):
+        # Loaded again for every tile: most searches end with the first one, and rows that stay in
+        # registers over the loop make float32 spill.
+        q = load_rows(keys, base + row, open_rows, D, BLOCK_D)
+        column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        real = column < tokens
+        exists = tl.load(valid + base + column, mask=real, other=0) != 0
+        k = load_rows(keys, base + column, exists, D, BLOCK_D)
+        other = tl.load(inverse + base + column, mask=real, other=0.0)
+        cos = dot_rows(q, k) * scale[:, None] * other[None, :]
+        hit = (cos > threshold) & (row[:, None] != column[None, :])
+        newest = tl.max(tl.where(hit, column[None, :], -1), 1)
+        value = tl.sum(tl.where(column[None, :] == newest[:, None], cos, 0.0), 1)
+        fresh = open_rows & (newest >= 0)
+        found = tl.where(fresh, value, found)
+        match = tl.where(fresh, newest, match)
+        tile -= 1
+        searches_on = (answer == -2) | ((tile + 1) * BLOCK_N > first_new)
+        open_rows = open_rows & (newest < 0) & searches_on
+    tl.store(nearest + base + row, match, mask=inside)
+    tl.store(cosine + base + row, found, mask=inside)
+
+
+@triton.jit
+def recall_kernel(
+    keys,
+    known,
+    inverse,
+    nearest,
+    cosine,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Take the known repeat of the keys that the search left without one, and its cosine."""
+    base = tl.program_id(0).to(tl.int64) * tokens
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < tokens
+    answer = tl.load(known + base + row, mask=inside, other=-1).to(tl.int64)
+    missing = tl.load(nearest + base + row, mask=inside, other=0) < 0
+    recalled = inside & missing & (answer >= 0)
+    q = load_rows(keys, base + row, recalled, D, BLOCK_D).to(tl.float32)
+    k = load_rows(keys, base + answer, recalled, D, BLOCK_D).to(tl.float32)
+    scale = tl.load(inverse + base + row, mask=recalled, other=0.0)
+    other = tl.load(inverse + base + answer, mask=recalled, other=0.0)
+    tl.store(nearest + base + row, answer.to(tl.int32), mask=recalled)
+    tl.store(cosine + base + row, tl.sum(q * k, 1) * scale * other, mask=recalled)
+
+
+@triton.jit
+def means_kernel(
+    keys,
+    valid,
+    inverse,
+    total,
+    count,
+    nearest,
+    cosine,
+    means,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Column means of a tile: the sum of all cosines less the diagonal and what rows exempt.
+
+    Every column looks through all rows' matches, which is cheap beside the search and, unlike
+    atomic additions, adds in one order.
+    """
+    head = tl.program_id(0)
+    base = head.to(tl.int64) * tokens
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < tokens
+    held = tl.load(valid + base + column, mask=inside, other=0) != 0
+    scale = tl.load(inverse + base + column, mask=inside, other=0.0)
+    unit = load_rows(keys, base + column, held, D, BLOCK_D).to(tl.float32) * scale[:, None]
+    place = tl.arange(0, BLOCK_D)
+    sum_of_units = tl.load(total + head.to(tl.int64) * D + place, mask=place < D, other=0.0)
+    mean = tl.sum(unit * sum_of_units[None, :], 1) - tl.sum(unit * unit, 1)
+    for begin in tl.range(0, tokens, BLOCK_M):
+        row = begin + tl.arange(0, BLOCK_M)
+        match = tl.load(nearest + base + row, mask=row < tokens, other=-1)
+        value = tl.load(cosine + base + row, mask=row < tokens, other=0.0)
+        mean -= tl.sum(tl.where(match[:, None] == column[None, :], value[:, None], 0.0), 0)
+    mean = tl.where(held, mean / tl.load(count + head).to(tl.float32), 0.0)
+    tl.store(means + base + column, mean, mask=inside)
+
+
+def redundancy_triton(
+    keys: torch.Tensor, valid: torch.Tensor, *, threshold: float, known: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `triton_ops.redundancy.redundancy`."""
+    rows, heads, tokens, size = keys.shape
+    means = keys.new_empty(rows, heads, tokens, dtype=torch.float32)
+    if means.numel() == 0:
+        return means, known.clone()
+    keys, mask, known = keys.contiguous(), valid.contiguous().view(torch.uint8), known.contiguous()
+    # Keys before this place have been compared with each other.
+    place = torch.arange(1, tokens + 1, dtype=torch.int32, device=keys.device)
+    compared = (place * (known != UNSEEN)).amax(-1)
+    # Without a known end the search is not pipelined, and float32 products of larger tiles spill.
+    whole = keys.dtype == torch.float32
+    tile = Tile(16, 16, 8, 1) if whole else Tile.of(keys.dtype, tokens, size)
+    columns = (rows * heads, triton.cdiv(tokens, tile.n))
+    inverse = torch.empty_like(means)
+    sums = means.new_empty(*columns, size)
+    blocks = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps)
+    units_kernel[columns](keys, mask, inverse, sums, tokens, size, **blocks)
+
+    nearest, cosine = torch.empty_like(means, dtype=torch.int32), torch.empty_like(means)
+    search_kernel[(rows * heads, triton.cdiv(tokens, tile.m))](
+        keys,
+        mask,
+        known,
+        compared,
+        inverse,
+        nearest,
+        cosine,
+        tokens,
+        threshold,
+        size,
+        BLOCK_M=tile.m,
+        **blocks,
+    )
+    recall_kernel[columns](keys, known, inverse, nearest, cosine, tokens, size, **blocks)
+    total, count = sums.sum(1), valid.sum(-1).clamp(min=1)
+    arguments = (keys, mask, inverse, total, count, nearest, cosine, means, tokens, size)
+    means_kernel[columns](*arguments, BLOCK_M=64, **blocks)
+    return means, nearest.long()

@@ -1,0 +1,197 @@
+"""Kernels of `window_scores`: the softmax sums of every query, then the scores of every key."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_ops.tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
+
+
+@triton.jit
+def load_keys(
+    keys,
+    key_positions,
+    head,
+    tokens,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Load the tile of keys of this program, and their positions; -1 for filler."""
+    index = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    where = head.to(tl.int64) * tokens + index
+    at = tl.load(key_positions + where, mask=index < tokens, other=-1)
+    return load_rows(keys, where, at >= 0, D, BLOCK_D), at
+
+
+@triton.jit
+def line_logits(
+    queries,
+    limits,
+    k,
+    at,
+    head,
+    heads,
+    line,
+    group,
+    begin,
+    window,
+    scale,
+    D: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MAX: tl.constexpr,
+):
+    """Logits of some queries of one line (a query head, or the maximum of all), and who sees whom.
+
+    Every query sees the keys up to its limit; one without any, which may hold anything, has -1.
+    """
+    a = begin + tl.arange(0, BLOCK_A)
+    limit = tl.load(limits + head // heads * window + a, mask=a < window, other=-1)
+    first = head.to(tl.int64) * group
+    if MAX:
+        logits = tl.full([BLOCK_A, BLOCK_N], -float("inf"), tl.float32)
+        for member in tl.range(0, group):
+            q = load_rows(queries, (first + member) * window + a, limit >= 0, D, BLOCK_D)
+            logits = tl.maximum(logits, tile_logits(q, k, scale, None))
+    else:
+        q = load_rows(queries, (first + line) * window + a, limit >= 0, D, BLOCK_D)
+        logits = tile_logits(q, k, scale, None)
+    return logits, (at >= 0)[None, :] & (at[None, :] <= limit[:, None]), a
+
+
+@triton.jit
+def sums_kernel(
+    queries,
+    keys,
+    limits,
+    key_positions,
+    partial,
+    heads,
+    group,
+    lines,
+    window,
+    tokens,
+    scale,
+    D: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MAX: tl.constexpr,
+):
+    """Logsumexp of every query over one tile of keys."""
+    head = tl.program_id(0)
+    k, at = load_keys(keys, key_positions, head, tokens, D, BLOCK_N, BLOCK_D)
+    base = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * lines * window
+    for line in tl.range(0, lines):
+        for begin in tl.range(0, window, BLOCK_A):
+            logits, visible, a = line_logits(
+                queries, limits, k, at, head, heads, line, group, begin, window, scale,
+                D, BLOCK_A, BLOCK_N, BLOCK_D, MAX,
+            )  # fmt: skip
+            logits = tl.where(visible, logits, NOTHING)
+            top = tl.max(logits, 1)
+            total = tl.sum(tl.where(visible, tl.exp2(logits - top[:, None]), 0.0), 1)
+            seen = total > 0.0
+            lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2_E, NOTHING)
+            tl.store(partial + base + line * window + a, lse, mask=a < window)
+
+
+@triton.jit
+def scores_kernel(
+    queries,
+    keys,
+    limits,
+    key_positions,
+    logsumexp,
+    weights,
+    scores,
+    heads,
+    group,
+    lines,
+    window,
+    tokens,
+    scale,
+    D: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MAX: tl.constexpr,
+):
+    """Probabilities of one tile of keys, summed over all queries with their weights."""
+    head = tl.program_id(0)
+    k, at = load_keys(keys, key_positions, head, tokens, D, BLOCK_N, BLOCK_D)
+    score = tl.zeros([BLOCK_N], tl.float32)
+    for line in tl.range(0, lines):
+        for begin in tl.range(0, window, BLOCK_A):
+            logits, visible, a = line_logits(
+                queries, limits, k, at, head, heads, line, group, begin, window, scale,
+                D, BLOCK_A, BLOCK_N, BLOCK_D, MAX,
+            )  # fmt: skip
+            inside = a < window
+            where = (head.to(tl.int64) * lines + line) * window + a
+            lse = tl.load(logsumexp + where, mask=inside, other=0.0) * LOG2_E
+            weight = tl.load(weights + head // heads * window + a, mask=inside, other=0.0)
+            share = tl.exp2(tl.where(visible, logits - lse[:, None], NOTHING))
+            score += tl.sum(share * weight[:, None], 0)
+    index = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(scores + head.to(tl.int64) * tokens + index, score, mask=index < tokens)
+
+
+def window_scores_triton(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scaling: float,
+    *,
+    group: str,
+    sees: str,
+) -> torch.Tensor:
+    """See `triton_ops.window_scores.window_scores`."""
+    rows, heads, members, window, size = queries.shape
+    tokens = keys.shape[2]
+    scores = keys.new_empty(rows, heads, tokens, dtype=torch.float32)
+    if scores.numel() == 0:
+        return scores
+    present = query_positions >= 0
+    limits = _limits(query_positions, present, sees)
+    lines = 1 if group == "max" else members
+    weights = present.float() / (lines * present.sum(-1, keepdim=True).clamp(min=1))
+    queries, keys = queries.to(keys.dtype).contiguous(), keys.contiguous()
+    key_positions = key_positions.contiguous()
+
+    tile = Tile.of(keys.dtype, window, size)
+    grid = (rows * heads, triton.cdiv(tokens, tile.n))
+    partial = scores.new_empty(rows * heads, grid[1], lines * window)
+    sizes = (heads, members, lines, window, tokens, scaling, size)
+    shared = dict(
+        BLOCK_A=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_D=block_d(size),
+        MAX=group == "max",
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    sums_kernel[grid](queries, keys, limits, key_positions, partial, *sizes, **shared)
+    logsumexp = partial.logsumexp(1)
+    scores_kernel[grid](
+        queries, keys, limits, key_positions, logsumexp, weights, scores, *sizes, **shared
+    )
+    return scores
+
+
+def _limits(query_positions: torch.Tensor, present: torch.Tensor, sees: str) -> torch.Tensor:
+    """Newest position that each query sees, -1 for none: LongTensor `[R, A]`."""
+    everything = torch.iinfo(query_positions.dtype).max
+    if sees == "causal":
+        limits = query_positions
+    elif sees == "past":
+        oldest = query_positions.masked_fill(~present, everything).amin(-1, keepdim=True)
+        limits = (oldest - 1).expand_as(query_positions)
+    else:
+        limits = torch.full_like(query_positions, everything)
+    return limits.masked_fill(~present, -1).contiguous()
