@@ -17,7 +17,7 @@ import torch
 from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.draft import Draft
-from hf_reasoncache.layers.held_positions import HeldPositions
+from hf_reasoncache.layers.held_positions import AllPositions, HeldPositions
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.selection import incoming_held
 
@@ -37,7 +37,7 @@ class EvictingLayer(BudgetedLayer):
     def _clear(self) -> None:
         super()._clear()
         self._prompt_open = True
-        self._attended: HeldPositions | None = None
+        self._attended: HeldPositions | AllPositions | None = None
         self._draft: Draft | None = None
 
     # ---------------------------------------------------------------------------------- one forward
@@ -92,14 +92,14 @@ class EvictingLayer(BudgetedLayer):
 
     def _store_cut(self, chunk: Chunk, stored: torch.Tensor) -> None:
         """Store of a prompt what stays; the pool never holds the rest."""
-        steps = chunk.steps
+        batch, heads, steps, _ = chunk.keys.shape
         self._place_first(self.seen - steps, chunk.valid)
         self._remember(chunk)
         keep, notes = chunk.real_tokens(), {}
         self._allocate(keep[..., : self._end_of_prompt()].sum(-1).cpu())
         rows = (stored[:, None] > self._require_budgets().capacity).any(-1).nonzero()[:, 0]
         if rows.numel():
-            self._attended = HeldPositions.of(keep)
+            self._attended = AllPositions((batch, heads, steps), chunk.valid)
             occasion = self._occasion(rows, self.seen)
             held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
             chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))
@@ -225,7 +225,7 @@ class EvictingLayer(BudgetedLayer):
         """See `PooledLayer.tensors`; queries kept for scoring and what could be undone too."""
         yield from super().tensors()
         yield from self._log.tensors()
-        if self._attended is not None:
+        if isinstance(self._attended, HeldPositions):
             yield self._attended.positions
         if self._draft is not None:
             yield from self._draft.tensors()

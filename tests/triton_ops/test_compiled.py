@@ -89,10 +89,11 @@ def scores(dtype, head_size, group, window, pooling):
 def repeats(dtype, head_size):
     """Launch what `redundancy` launches."""
     from triton_ops.redundancy.kernel import redundancy_triton
+    from triton_ops.redundancy.places import UNSEEN
 
     keys = torch.empty(BATCH, KV_HEADS, CAPACITY, head_size, dtype=dtype)
-    valid = torch.ones(keys.shape[:3], dtype=torch.bool)
-    redundancy_triton(keys, valid, threshold=0.5, known=torch.zeros_like(valid, dtype=torch.long))
+    known = torch.full(keys.shape[:3], UNSEEN)
+    redundancy_triton(keys, torch.ones_like(known, dtype=torch.bool), threshold=0.5, known=known)
 
 
 def fill_holes(dtype, head_size):

@@ -6,7 +6,7 @@ import torch
 
 from triton_ops.backend import uses_triton
 from triton_ops.redundancy import reference
-from triton_ops.redundancy.reference import NONE, UNSEEN
+from triton_ops.redundancy.places import NONE, UNSEEN
 
 __all__ = ["NONE", "UNSEEN", "redundancy"]
 

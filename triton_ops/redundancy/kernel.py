@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_ops.redundancy import places
 from triton_ops.tiles import Tile, block_d, dot_rows, load_rows
 
-# As in the entry point, which the reference defines them for.
-NONE = tl.constexpr(-1)
-UNSEEN = tl.constexpr(-2)
+NONE = tl.constexpr(places.NONE)
+UNSEEN = tl.constexpr(places.UNSEEN)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def redundancy_triton(
     keys, known = keys.contiguous(), known.contiguous()
     # Keys before this place have been compared with each other.
     place = torch.arange(1, tokens + 1, device=keys.device)
-    compared = (place * (known != UNSEEN.value) * valid).amax(-1)
+    compared = (place * (known != places.UNSEEN) * valid).amax(-1)
     mask = valid.contiguous().view(torch.uint8)
     # Without a known end the search is not pipelined, and products of larger tiles spill.
     whole = keys.dtype == torch.float32

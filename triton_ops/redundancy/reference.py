@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from triton_ops.redundancy.places import NONE, UNSEEN
+
 # Columns per step of the search. Below 256, so that a column's place in its block fits a byte: the
 # byte-wise "last hit" is 3 to 4 times cheaper than the same search over int64 or float32.
 BLOCK = 128
 # Cosines held at once (4 MB in float32), so that they stay in a cache and a long prompt, whose
 # heads are searched one after another, borrows little memory.
 TILE = 1 << 20
-
-NONE, UNSEEN = -1, -2
 
 
 def redundancy(

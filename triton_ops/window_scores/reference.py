@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Logits held at once (4 MB in float32).
+TILE = 1 << 20
+
 
 def window_scores_reference(
     queries: torch.Tensor,
@@ -16,9 +19,27 @@ def window_scores_reference(
     sees: str,
 ) -> torch.Tensor:
     """See `triton_ops.window_scores.window_scores`; arguments are taken as valid."""
+    _, heads, group_size, window, _ = queries.shape
+    seen = _seen(query_positions, key_positions, sees).expand(-1, heads, -1, -1, -1)
+    # A head of a long prompt takes as much scratch as its keys; a few at a time keep it small.
+    some = max(1, TILE // max(1, len(queries) * group_size * window * keys.shape[2]))
+    parts = zip(queries.split(some, 1), keys.split(some, 1), seen.split(some, 1), strict=True)
+    present = query_positions >= 0
+    scores = [_of_heads(*part, present, scaling, group) for part in parts]
+    return torch.cat(scores, dim=1)
+
+
+def _of_heads(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    seen: torch.Tensor,
+    present: torch.Tensor,
+    scaling: float,
+    group: str,
+) -> torch.Tensor:
+    """`window_scores` of a few heads, whose scratch is all that lives at once."""
     rows, heads, group_size, window, size = queries.shape
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    present = query_positions >= 0
     # An absent query may hold anything; zeroed, it can neither spread NaN nor win the maximum of
     # the group.
     used = (queries.to(dtype) * scaling).where(present[:, None, None, :, None], 0.0)
@@ -26,8 +47,6 @@ def window_scores_reference(
     logits = logits.view(rows, heads, group_size, window, -1)
     if group == "max":
         logits = logits.amax(2, keepdim=True)
-
-    seen = _seen(query_positions, key_positions, sees)
     # The smallest finite number instead of -inf: a query that sees nothing yields numbers, not NaN,
     # and the second fill turns them into the zeros they should be.
     probabilities = logits.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
