@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: the launches of a step, recorded once and repeated as one.
 
 Between two evictions a step of our caches has static shapes, allocates nothing that stays and never
-waits for the device: positions and lengths are counted there. What an eager forward costs the host
-(8 to 14 ms for an 8B model) then shrinks to one launch.
+waits for the device: positions and lengths are counted there. What an eager forward costs the host,
+dozens of launches per layer, then shrinks to one.
 """
 
 from __future__ import annotations
