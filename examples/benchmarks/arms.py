@@ -51,17 +51,16 @@ class Arm:
         self.work.fill(cache, self.work.context)
         return cache
 
-    def round(self, clock: Callable[[], float]) -> list[float]:
-        """Take the steps of one round and return the seconds of each."""
-        self.model.set_attn_implementation(self.attention)
-        seconds = []
+    def round(self, clock: Callable[[], float]) -> Iterator[float]:
+        """Take the steps of one round, yielding the seconds of each."""
         # Always new tokens: a text that repeats itself would be easy to compress.
         for token in self._draw(self.steps):
+            # Other arms may have run the model since.
+            self.model.set_attn_implementation(self.attention)
             start = clock()
             self._step(token)
-            seconds.append(clock() - start)
+            yield clock() - start
         self._undo()
-        return seconds
 
     def _draw(self, steps: int) -> torch.Tensor:
         size = (steps, self.work.batch, 1)
@@ -71,7 +70,7 @@ class Arm:
 
     def warm_up(self) -> None:
         """Take untimed steps until a round is like every other round."""
-        self.round(time.perf_counter)
+        list(self.round(time.perf_counter))
 
     def _step(self, token: torch.Tensor) -> None:
         self.forward(input_ids=token, past_key_values=self.cache, use_cache=True)
@@ -193,12 +192,12 @@ class Compressed(Arm):
 
     def warm_up(self) -> None:
         """Fill the buffer, after which every round starts with an eviction."""
-        super().round(time.perf_counter)
+        list(super().round(time.perf_counter))
 
-    def round(self, clock: Callable[[], float]) -> list[float]:
+    def round(self, clock: Callable[[], float]) -> Iterator[float]:
         """See `Arm.round`; checks that the evictions came at their true rate."""
         before = self.cache.report().evictions
-        seconds = super().round(clock)
+        yield from super().round(clock)
         found = self.cache.report().evictions - before
         expected = self.work.shape.layers * self.work.batch
         if found != expected:
@@ -206,7 +205,6 @@ class Compressed(Arm):
                 f"expected {expected} compactions in {self.steps} steps, got {found}; the time "
                 "per token would not be that of a long generation."
             )
-        return seconds
 
     def _undo(self) -> None:
         """Nothing: the cache stays between `budget` and `budget + buffer` tokens by itself."""

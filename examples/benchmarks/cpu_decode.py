@@ -4,10 +4,10 @@
     python -m examples.benchmarks.cpu_decode --quick
 
 A random 16-layer Llama (hidden 512, 32 query and 8 KV heads of size 64) decodes one token per step.
-All arms of a configuration live at the same time and take turns, so that whatever else the machine
-does falls on all of them. The caches are filled with random keys and values; only the memory of a
-prompt is measured by letting the model read one. On a machine that others use too, `--threads 1
---clock cpu` gives steadier numbers.
+All arms of a configuration live at the same time and take turns, a few steps each, so that whatever
+else the machine does falls on all of them. The caches are filled with random keys and values; only
+the memory of a prompt is measured by letting the model read one. On a machine that others use too,
+`--threads 1 --clock cpu` gives steadier numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ from examples.benchmarks.results import Block, Row, draw, memory_table, write_cs
 from examples.benchmarks.workload import DTYPES, Shape, Work, held_bytes
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+TURNS = 16
+"""Parts that a round is cut into."""
 
 UNCOMPRESSED_GOAL = 1.5
 COMPRESSED_GOALS = {1: 4.0, 4: 10.0}
@@ -72,14 +76,31 @@ def measure_speed(model: LlamaForCausalLM, plan: Plan, dtype: str, batch: int) -
     """Run all arms of one configuration in turns."""
     arms, missing = build_arms(model, plan.work(dtype, batch), plan.compile_limit)
     seconds: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
-    for index in range(plan.rounds):
-        # Another arm begins each time: who runs after whom should not decide.
-        for arm in arms[index % len(arms) :] + arms[: index % len(arms)]:
-            seconds[arm.name].append(arm.round(CLOCKS[plan.clock]))
+    for _ in range(plan.rounds):
+        for name, steps in take_turns(arms, CLOCKS[plan.clock]).items():
+            seconds[name].append(steps)
     rows = [_row(arm, seconds[arm.name], plan, dtype, batch) for arm in arms]
     for name, (kind, reason) in missing.items():
         rows.insert(1, Row(dtype, batch, plan.context, name, kind, note=reason))
     return Block(tuple(rows))
+
+
+def take_turns(arms: Sequence[Arm], clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Run one round of every arm, a few steps at a time, and return the seconds of each step.
+
+    The load of a machine comes and goes within seconds, and falls on all arms alike this way.
+    """
+    rounds = {arm.name: arm.round(clock) for arm in arms}
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for turn in range(TURNS):
+        # Another arm begins each time: who runs after whom should not decide.
+        for arm in [*arms[turn % len(arms) :], *arms[: turn % len(arms)]]:
+            share = arm.steps * (turn + 1) // TURNS - arm.steps * turn // TURNS
+            seconds[arm.name] += islice(rounds[arm.name], share)
+    for steps in rounds.values():
+        # What is left is what an arm does after its last step.
+        next(steps, None)
+    return seconds
 
 
 def _row(arm: Arm, rounds: list[list[float]], plan: Plan, dtype: str, batch: int) -> Row:
