@@ -39,7 +39,7 @@ class Arm:
         self.forward: Callable[..., Any] = model
         self.cache = self._make_cache()
         self.note = ""
-        self._generator = torch.Generator().manual_seed(work.seed)
+        self._generator = torch.Generator(work.device).manual_seed(work.seed)
 
     @property
     def steps(self) -> int:
@@ -64,7 +64,9 @@ class Arm:
 
     def _draw(self, steps: int) -> torch.Tensor:
         size = (steps, self.work.batch, 1)
-        return torch.randint(self.work.shape.vocabulary, size, generator=self._generator)
+        return torch.randint(
+            self.work.shape.vocabulary, size, generator=self._generator, device=self.work.device
+        )
 
     def warm_up(self) -> None:
         """Take untimed steps until a round is like every other round."""
@@ -94,6 +96,7 @@ class Compiled(Arm):
     """A cache of static size under torch.compile."""
 
     name = "StaticCache + compile"
+    mode = "default"
 
     def __init__(self, model: LlamaForCausalLM, work: Work, limit: float) -> None:
         if limit <= 0:
@@ -101,7 +104,7 @@ class Compiled(Arm):
         super().__init__(model, work)
         model.set_attn_implementation(self.attention)
         torch._dynamo.reset()
-        self.forward = torch.compile(model.forward, dynamic=False)
+        self.forward = torch.compile(model.forward, dynamic=False, mode=self.mode)
         start = time.perf_counter()
         try:
             with _time_limit(limit):
