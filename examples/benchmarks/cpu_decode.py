@@ -29,6 +29,7 @@ from examples.benchmarks.prefill_memory import PrefillMemory, measure_prefill
 from examples.benchmarks.results import Block, Row, draw, memory_table, write_csv
 from examples.benchmarks.workload import DTYPES, Shape, Work, held_bytes
 
+PARTS = ("speed", "memory")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 TURNS = 16
@@ -57,6 +58,7 @@ class Plan:
     clock: str
     seed: int
     goals: bool
+    parts: tuple[str, ...]
 
     def work(self, dtype: str, batch: int) -> Work:
         """One configuration."""
@@ -157,18 +159,19 @@ def run(plan: Plan, say: Callable[[str], None], output: Path | None) -> None:
 
     for dtype in plan.dtypes:
         model = shape.build(plan.seed).to(DTYPES[dtype])
-        for batch in plan.batches:
+        for batch in plan.batches if "speed" in plan.parts else ():
             block = measure_speed(model, plan, dtype, batch)
             goals = judge(block, batch) if plan.goals else []
             say("\n".join(["", block.table(), *goals]))
             blocks.append(block)
             save()
-        found = measure_prefill(model, plan.work(dtype, 1))
-        say("\n" + memory_table(found))
-        memory += found
-        save()
+        if "memory" in plan.parts:
+            found = measure_prefill(model, plan.work(dtype, 1))
+            say("\n" + memory_table(found))
+            memory += found
+            save()
     if output is not None:
-        say(f"\nwrote cpu_decode.csv, cpu_prefill.csv and cpu_decode.png to {output}")
+        say(f"\nwrote {', '.join(sorted(path.name for path in output.iterdir()))} to {output}")
 
 
 def write_all(
@@ -181,9 +184,10 @@ def write_all(
     """Write what there is to a folder, which is made if needed."""
     output.mkdir(parents=True, exist_ok=True)
     columns = {"clock": plan.clock, "budget": plan.budget, "buffer": plan.buffer}
-    rows = [row for block in blocks for row in block.rows]
-    write_csv(output / "cpu_decode.csv", rows, machine, **columns)
-    draw(output / "cpu_decode.png", blocks, machine, plan.clock)
+    if blocks:
+        rows = [row for block in blocks for row in block.rows]
+        write_csv(output / "cpu_decode.csv", rows, machine, **columns)
+        draw(output / "cpu_decode.png", blocks, machine, plan.clock)
     if memory:
         write_csv(output / "cpu_prefill.csv", memory, machine, **columns)
 
@@ -200,6 +204,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | Non
     parser.add_argument("--context", type=int, default=8192, help="tokens in the cache")
     parser.add_argument("--batches", default="1,4", help="rows decoded together, comma-separated")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
+    parser.add_argument(
+        "--parts", choices=PARTS, nargs="+", default=PARTS, help="decoding, or reading a prompt"
+    )
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--buffer", type=int, default=128)
@@ -241,6 +248,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | Non
         clock=chosen.clock,
         seed=chosen.seed,
         goals=not chosen.quick,
+        parts=tuple(chosen.parts),
     )
     if unknown := set(plan.dtypes) - set(DTYPES):
         parser.error(f"--dtypes: expected some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
