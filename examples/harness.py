@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from examples.tiny_reasoner.evaluate import Share, share
+from examples.tiny_reasoner.evaluate import Share, encode, share
 from examples.tiny_reasoner.tasks import Outcome, Problem, check
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.report import storage_bytes
@@ -150,13 +150,7 @@ def run_arm(
     seconds = bytes_per_row = 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
-        inputs = tokenizer(
-            [problem.prompt for problem in batch],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            return_token_type_ids=False,
-        )
+        inputs = encode(tokenizer, batch)
         cache = arm.make_cache(model.config)
         begin = time.perf_counter()
         output = model.generate(
