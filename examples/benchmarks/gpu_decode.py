@@ -147,14 +147,14 @@ def _new_tensors(device: str, dtype: torch.dtype) -> Iterator[None]:
 def measure(kind: type[Arm], model: LlamaForCausalLM, plan: Plan, work: Work, gpu: Gpu) -> Row:
     """Run one arm alone."""
     row = Row(plan.shape, work.batch, work.context, getattr(kind, "name", ""), kind.__name__)
-    gc.collect()
     if gpu.real:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
         arm = kind(model, work)
         arm.warm_up()
-        rounds = [arm.round(gpu.clock) for _ in range(plan.rounds)]
+        rounds = [list(arm.round(gpu.clock)) for _ in range(plan.rounds)]
     except NotBuiltError as error:
         return replace(row, note=str(error))
     except torch.OutOfMemoryError:
