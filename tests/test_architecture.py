@@ -28,18 +28,19 @@ PARTS: dict[str, set[str]] = {
     "protection": set(),
     "risk": {"triton_ops"},
     "scorers": {"triton_ops"},
+    "geometry": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
     "report": {"layers"},
     "branching": CACHES,
-    "calibration": {"scorers", "budgets"},
+    "calibration": {"scorers", "budgets", "geometry"},
     "evaluation": CACHES | {"branching"},
 }
 for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = {"attention", "layers", "scorers", "budgets", "protection", "risk"}
-    PARTS[_cache] |= {"report", "calibration.profile"} | CACHES
+    PARTS[_cache] |= {"report", "geometry", "calibration.profile"} | CACHES
 # "cli" and the package's own __init__ may import every part; nothing imports "cli".
 PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
 
@@ -48,6 +49,7 @@ LIBRARIES: dict[str, set[str]] = {
     "triton_ops": {"torch", "triton"},
     "hf_reasoncache": {"torch"},
     "hf_reasoncache.attention": {"torch", "transformers"},
+    "hf_reasoncache.geometry": {"transformers"},
     "hf_reasoncache.layers": {"torch", "transformers"},
     "hf_reasoncache.branching": {"torch", "transformers"},
     "hf_reasoncache.calibration": {"torch", "safetensors", "tqdm"},
