@@ -1,0 +1,272 @@
+"""The paper's estimator: how many tokens a layer's attention needs.
+
+Streaming: a layer keeps sums, and of the attention only the rows of the last few queries, one
+layer at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.calibration.replay import replay
+from hf_reasoncache.calibration.traces import Trace
+from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.selection import gather_held
+from hf_reasoncache.scorers.base import HeldTokens
+from triton_ops.redundancy import redundancy
+
+RECENCY_BINS = 20
+"""Bin `k` holds the distances `2**k - 1` to `2**(k + 1) - 2`: the token itself, the two before,
+the four before those, ... and the last bin all that is left."""
+
+
+@dataclass(frozen=True)
+class CoverageSettings:
+    """What is measured, and when.
+
+    Attributes
+    ----------
+    interval : int
+        Generated tokens between two measurements.
+    queries : int
+        Queries of each measurement: the newest.
+    mass : float
+        Share of the attention that the demand must cover (rho; the paper's 0.93).
+    shares : tuple of float
+        Further shares for which the tokens are counted.
+    sinks : int
+        First tokens of a text whose attention counts as sink mass.
+    """
+
+    interval: int = 128
+    queries: int = 8
+    mass: float = 0.93
+    shares: tuple[float, ...] = (0.5, 0.8, 0.99)
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.queries <= self.interval:
+            raise ValueError(
+                "coverage: expected 1 <= queries <= interval, got "
+                f"queries = {self.queries} and interval = {self.interval}."
+            )
+        if not all(0 < share < 1 for share in self.all_shares):
+            raise ValueError(
+                f"coverage: expected shares of the attention between 0 and 1, got "
+                f"{self.all_shares}; the paper uses 0.93."
+            )
+        if self.sinks < 0:
+            raise ValueError(f"sinks: expected at least 0, got {self.sinks}.")
+
+    @property
+    def all_shares(self) -> tuple[float, ...]:
+        """The share of the demand, then the further ones."""
+        return (self.mass, *self.shares)
+
+
+class CoverageLayer(PooledLayer):
+    """An exact layer that looks at its own attention at the end of every full chunk.
+
+    Attributes
+    ----------
+    sums, squares : dict[str, Tensor[H_kv, ...]]
+        Of each statistic over the queries measured, float64 on the CPU.
+    count : int
+        Queries measured.
+    """
+
+    def __init__(self, index: int, settings: CoverageSettings) -> None:
+        self.settings = settings
+        self.sums: dict[str, torch.Tensor] = {}
+        self.squares: dict[str, torch.Tensor] = {}
+        self.count = 0
+        super().__init__(index)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+        **settings: Any,
+    ) -> torch.Tensor:
+        """See `GuardedLayer.attend`."""
+        out = super().attend(query, keys, values, valid, **settings)
+        if query.shape[2] == self.settings.interval:
+            self._measure(query[:, :, -self.settings.queries :], **settings)
+        return out
+
+    def _measure(
+        self,
+        query: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+    ) -> None:
+        held, *_ = gather_held(
+            self._require_pool(),
+            torch.arange(query.shape[0]),
+            first=self.first,
+            columns=self.seen,
+            queries=query,
+            scaling=scaling,
+            layer=self.index,
+        )
+        mass = attention_mass(held, softcap, s_aux)
+        found = statistics(held, mass, self.settings)
+        self.count += query.shape[0] * query.shape[2]
+        for name, each in found.items():
+            exact = each.to("cpu", torch.float64)
+            for target, values in ((self.sums, exact), (self.squares, exact.square())):
+                target[name] = target.get(name, 0.0) + values.sum((0, 2))
+
+
+def attention_mass(
+    held: HeldTokens, softcap: float | None, s_aux: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention probability of every held token, averaged over the query group.
+
+    Parameters
+    ----------
+    held : HeldTokens
+        With queries.
+    softcap : float or None
+        As in `triton_ops.decode_attention`.
+    s_aux : Tensor[H_q] or None
+        Learned sink logits, which take their part of the mass away.
+
+    Returns
+    -------
+    Tensor[R, H_kv, A, N]
+        float32.
+    """
+    queries, at = held.window(2**31)
+    logits = queries.float() @ held.keys.float().mT.unsqueeze(2) * held.scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    later = held.positions[:, :, None, :] > at[:, None, :, None]
+    hidden = (later | ~held.valid[:, :, None, :]).unsqueeze(2)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if s_aux is not None:
+        sink = s_aux.float().view(1, logits.shape[1], -1, 1, 1).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sink], -1).softmax(-1)[..., :-1].mean(2)
+    return logits.softmax(-1).mean(2)
+
+
+def statistics(
+    held: HeldTokens, mass: torch.Tensor, settings: CoverageSettings
+) -> dict[str, torch.Tensor]:
+    """What one measurement says.
+
+    Parameters
+    ----------
+    held : HeldTokens
+    mass : Tensor[R, H_kv, A, N]
+        See `attention_mass`.
+    settings : CoverageSettings
+
+    Returns
+    -------
+    dict[str, Tensor[R, H_kv, A, ...]]
+        ``tokens`` `[..., shares]`: fewest tokens that hold each share of the mass. ``entropy`` in
+        nats. ``sink``: mass on the first tokens of the text. ``recency`` `[..., bins]`: mass by
+        distance, see `RECENCY_BINS`. ``redundancy``: mean redundancy of the keys held.
+    """
+    total = mass.sum(-1, keepdim=True)
+    covered = mass.sort(-1, descending=True).values.cumsum(-1)
+    wanted = mass.new_tensor(settings.all_shares) * total
+    # The last sum may fall short of the total by a rounding error.
+    fewest = torch.searchsorted(covered, wanted).clamp(max=covered.shape[-1] - 1) + 1
+    _, at = held.window(mass.shape[2])
+    distance = (at[:, None, :, None] - held.positions[:, :, None, :]).clamp(min=0)
+    bins = (distance + 1).log2().floor().long().clamp(max=RECENCY_BINS - 1)
+    recency = mass.new_zeros(*mass.shape[:-1], RECENCY_BINS).scatter_add_(-1, bins, mass)
+    first = (held.positions < settings.sinks) & held.valid
+    repeated = redundancy(held.keys, held.valid).sum(-1) / held.count
+    return {
+        "tokens": fewest,
+        "entropy": torch.special.entr(mass).sum(-1),
+        "sink": mass.masked_fill(~first[:, :, None, :], 0.0).sum(-1),
+        "recency": recency,
+        "redundancy": repeated[..., None].expand(mass.shape[:3]),
+    }
+
+
+@torch.inference_mode()
+def measure_coverage(
+    model: PreTrainedModel, trace: Trace, settings: CoverageSettings
+) -> dict[str, torch.Tensor]:
+    """Statistics of one trace, for every full-attention layer and KV head.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Runs the "reasoncache" attention.
+    trace : Trace
+    settings : CoverageSettings
+
+    Returns
+    -------
+    dict[str, Tensor]
+        ``count`` `[]`, the queries measured (0 if the completion is shorter than the interval),
+        and, if there are any, for each of the `statistics` ``<name>.mean`` and
+        ``<name>.variance`` over them, `[L, H_kv, ...]`, float64.
+    """
+    layers: list[CoverageLayer] = []
+
+    def make_layer(index: int, rank: int, count: int) -> PooledLayer:
+        layers.append(CoverageLayer(index, settings))
+        return layers[-1]
+
+    cache = ReasonCache(model.config, make_layer)
+    edges = range(len(trace.prompt), trace.length, settings.interval)
+    for _ in replay(model, cache, trace, rows=1, edges=edges, longest=settings.interval):
+        pass
+    count = layers[0].count
+    result = {"count": torch.tensor(count)}
+    for name in layers[0].sums:
+        total = torch.stack([layer.sums[name] for layer in layers])
+        squares = torch.stack([layer.squares[name] for layer in layers])
+        result[f"{name}.mean"] = total / count
+        spread = (squares - total.square() / count).clamp(min=0)
+        result[f"{name}.variance"] = spread / max(count - 1, 1)
+    return result
+
+
+def coverage_demand(
+    records: Sequence[Mapping[str, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Demand of every layer, and its standard error over the prompts.
+
+    Parameters
+    ----------
+    records : sequence of dict
+        What `measure_coverage` gave for each prompt.
+
+    Returns
+    -------
+    demand, standard_error : Tensor[L]
+        Tokens per KV head; float64. With one prompt the error is NaN.
+
+    Raises
+    ------
+    ValueError
+        If no completion was long enough to be measured.
+    """
+    measured = [record["tokens.mean"][..., 0] for record in records if record["count"] > 0]
+    if not measured:
+        raise ValueError(
+            "coverage: expected completions of at least one interval, got none; generate more "
+            "tokens (max_new_tokens) or measure more often (interval)."
+        )
+    wanted = torch.stack(measured).mean(-1)
+    error = wanted.std(0) / math.sqrt(len(wanted)) if len(wanted) > 1 else wanted[0] * math.nan
+    return wanted.mean(0), error
