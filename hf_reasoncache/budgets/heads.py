@@ -31,10 +31,10 @@ def head_budgets(
 
     **The lattice.** Attention over heads of many different capacities is many small calls; over
     heads of equal capacity it is one batched call. So the budgets are moved to `lo + k * unit` with
-    `unit = max(1, (mean - lo) // 4)` and `lo` the effective lower bound, by largest remainder: at
-    most about ten classes under the default bounds, a few in practice. The sum stays exact: what no
-    unit divides goes to one head, the one furthest below its share. Where the bounds are too narrow
-    for the lattice, the unit is 1.
+    `unit = max(1, (mean - lo) // 2)` and `lo` the effective lower bound, by largest remainder: at
+    most six classes under the default bounds, one to three in practice. The sum stays exact: what
+    no unit divides goes to one head, the one furthest below its share. Where the bounds are too
+    narrow for the lattice, the unit is 1.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def _on_lattice(
     """Move budgets `[R, H]` to `lower + k * unit`, but for one head per row; keep the sum."""
     heads = budgets.shape[1]
     spare = total - heads * lower
-    unit = (spare // heads // 4).clamp(min=1)
+    unit = (spare // heads // 2).clamp(min=1)
     steps = (upper - lower) // unit
     # Some head must have room for the remainder besides its units.
     fits = heads * steps >= spare // unit + (spare % unit > 0)

@@ -68,18 +68,18 @@ def test_budgets_lie_on_a_lattice_but_for_one_head(seed, rows, heads, mean, odd,
     floor = int(total // heads * floor_share)
     budgets = head_budgets(scores, valid, total, floor=floor)
     lowest = max(math.ceil(0.25 * total / heads - 1e-9), floor)
-    unit = max(1, (total // heads - lowest) // 4)
+    unit = max(1, (total // heads - lowest) // 2)
     for row in budgets - lowest:
         off = (row % unit != 0).sum()
         assert off <= 1 or unit == 1
-        assert len(row.unique()) <= 11
+        assert len(row.unique()) <= 7
 
 
 @pytest.mark.parametrize("comparable", ["length", "raw"])
 @given(seed=st.integers(0, 9999))
 def test_without_a_lattice_it_is_r_of_the_pooled_counts(comparable, seed):
     scores, valid = example(seed, 3, 5, 40)
-    total = torch.tensor([15, 25, 30])  # means below 8: the unit is 1
+    total = torch.tensor([15, 20, 25])  # means below 6: the unit is 1
     budgets = head_budgets(scores, valid, total, comparable=comparable)
     for row in range(3):
         mean = int(total[row]) / 5
@@ -94,7 +94,7 @@ def test_the_lattice_stays_near_r(seed):
     budgets = head_budgets(scores, valid, 8 * 128, comparable="raw")
     demand = reaching(scores[0], valid[0], 8 * 128, "raw")
     exact = robustify(torch.tensor([demand]), 8 * 128, exponent=0.5, low=32, high=256)
-    assert (budgets - exact).abs().max() < 2 * (128 - 32) // 4
+    assert (budgets - exact).abs().max() < 2 * (128 - 32) // 2
 
 
 @given(**PROBLEMS)
@@ -151,7 +151,10 @@ def test_equal_heads_get_equal_budgets_and_one_takes_the_odd_remainder():
 def test_a_row_that_holds_less_than_its_total_is_counted_whole():
     scores = torch.rand(1, 2, 8)
     valid = torch.arange(8) < torch.tensor([[[8], [2]]])
-    assert head_budgets(scores, valid, 40, exponent=1.0)[0].tolist() == [32, 8]
+    assert head_budgets(scores, valid, 40, exponent=1.0)[0].tolist() == [
+        33,
+        7,
+    ]  # 32 and 8 on a lattice of 5 + 7 k
 
 
 @given(
@@ -178,10 +181,10 @@ def best_tokens(counts, held):
 @pytest.mark.parametrize(
     ("counts", "low", "high", "expected"),
     [
-        # Unit 3, four steps of it end 1 short of the bound 13: the remainder of 2 fits nowhere.
+        # Unit 6, two steps of it end 1 short of the bound 13: the remainder of 2 fits nowhere.
         ([13, 13], 0.0, 1.0, [13, 13]),
-        # Unit 7: the first head lacks more of its 46 than the second, but has no room for 6.
-        ([46, 16], 0.0, 1.5, [42, 20]),
+        # Unit 15: both heads lack 1, the first is served first but has no room for 2.
+        ([46, 16], 0.0, 1.5, [45, 17]),
         # The lower bound is 7, though 0.07 * 100 is 7.000000000000001.
         ([200, 0], 0.07, 2.0, [193, 7]),
     ],
