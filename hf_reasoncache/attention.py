@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
 
 BASES = {
@@ -149,18 +150,18 @@ def attention_function(
         "softcap": kwargs.get("softcap"),
         "s_aux": kwargs.get("s_aux"),
     }
+    tokens = (query.detach(), keys.detach(), values.detach())
+    chunk = Chunk(*tokens, attention_mask.valid, settings)
     if layer.rows is None:
         result = _run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
-        tokens = (query.detach(), keys.detach(), values.detach())
-        layer.store_first(*tokens, attention_mask.valid, **settings)
+        layer.store_first(chunk)
         return result
     if query.shape[2] > 1 and not attention_mask.is_plain:
         raise ValueError(
             f"layer {layer.index}: expected causal attention after the first forward, got a "
             "model-specific mask pattern over several tokens; feed such a prompt in one forward."
         )
-    tokens = (query.detach(), keys.detach(), values.detach())
-    return layer.attend(*tokens, attention_mask.valid, **settings), None
+    return layer.attend(chunk), None
 
 
 def _scaling(kwargs: dict[str, Any], query: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.report import storage_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,11 +105,10 @@ class Work:
                 query = torch.randn(
                     self.batch, self.shape.query_heads, 1, self.shape.head_size, dtype=self.dtype
                 )
+                announced = layer.take_incoming()
+                settings = {"scaling": self.shape.head_size**-0.5}
                 layer.store_first(
-                    query.expand(-1, -1, tokens, -1),
-                    *layer.take_incoming(),
-                    None,
-                    scaling=self.shape.head_size**-0.5,
+                    Chunk(query.expand(-1, -1, tokens, -1), *announced, None, settings)
                 )
 
 

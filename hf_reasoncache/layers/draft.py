@@ -1,48 +1,14 @@
-"""The tokens of one forward, and what it takes to undo it."""
+"""What it takes to undo a forward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """New tokens of one layer.
-
-    Attributes
-    ----------
-    query : Tensor[B, H_q, T, D]
-    keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
-    valid : BoolTensor[B, T] or None
-        False for padding; None when nothing is padded.
-    settings : dict
-        `scaling`, `softcap`, `s_aux` of the attention.
-    """
-
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    valid: torch.Tensor | None
-    settings: dict[str, Any]
-
-    @property
-    def steps(self) -> int:
-        """Number of columns."""
-        return self.query.shape[2]
-
-    def columns(self, first: int, last: int) -> Chunk:
-        """Return the chunk's own columns `first` to `last - 1`."""
-        return replace(
-            self,
-            query=self.query[:, :, first:last],
-            keys=self.keys[:, :, first:last],
-            values=self.values[:, :, first:last],
-            valid=None if self.valid is None else self.valid[:, first:last],
-        )
+from hf_reasoncache.layers.chunk import Chunk
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from hf_reasoncache.layers.draft import Chunk, Draft
+from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.layers.draft import Draft
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pool import HeldPositions, RaggedPool
 from hf_reasoncache.layers.pooled import PooledLayer
@@ -77,21 +78,13 @@ class EvictingLayer(PooledLayer):
     def _grows_prompt(self, steps: int) -> bool:
         return self._prompt_open and steps > 1 and not self.recording
 
-    def store_first(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> None:
+    def store_first(self, chunk: Chunk) -> None:
         """See `GuardedLayer.store_first`; a prompt beyond the budget is cut here."""
-        batch, heads, steps, _ = keys.shape
+        batch, heads, steps, _ = chunk.keys.shape
         self.first = torch.full((batch,), -1)
-        stored = torch.full((batch,), steps) if valid is None else valid.sum(-1).cpu()
+        stored = torch.full((batch,), steps) if chunk.valid is None else chunk.valid.sum(-1).cpu()
         room = stored[:, None].expand(batch, heads).contiguous()
-        self.pool = RaggedPool(room, keys, values, self.statistics)
-        chunk = Chunk(query, keys, values, valid, settings)
+        self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
         if self.recording:
             # A draft follows the prompt and may be cropped; the next forward fixes the budgets.
             self._draft = Draft(chunk, self._save(deep=False), token_by_token=False)
@@ -101,48 +94,39 @@ class EvictingLayer(PooledLayer):
             self._allocate()
             self._cut()
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> torch.Tensor:
+    def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`."""
-        chunk, steps = Chunk(query, keys, values, valid, settings), query.shape[2]
         if self.recording:
             return self._attend_draft(chunk)
-        grows = self._grows_prompt(steps)
+        grows = self._grows_prompt(chunk.steps)
         self._prompt_open = grows
-        self._make_room(steps)
+        self._make_room(chunk.steps)
         out = self._step(chunk, self.seen)
         if grows:
             self._allocate()
-        if steps > 1:
+        if chunk.steps > 1:
             self._cut()
         return out
 
     def _step(self, chunk: Chunk, end: int) -> torch.Tensor:
         """Append, attend and take note of tokens whose last one is column `end - 1`."""
-        self._append(chunk.keys, chunk.values, chunk.valid, end)
+        self._take(chunk, end)
+        return self._attend(chunk, end, **self._mass_arguments(chunk.query))
+
+    def _take(self, chunk: Chunk, end: int) -> None:
+        self._append(chunk, end)
         self._log.append(chunk.query)
-        self._settings = chunk.settings
-        mass = self._mass_arguments(chunk.query)
-        return self._attend(chunk.query, chunk.valid, end=end, **chunk.settings, **mass)
+        self._scaling = chunk.settings["scaling"]
 
     def _store(self, chunk: Chunk, end: int) -> None:
         """`_step` without the attention's result, for tokens whose result is known already."""
-        self._append(chunk.keys, chunk.values, chunk.valid, end)
-        self._log.append(chunk.query)
-        self._settings = chunk.settings
+        self._take(chunk, end)
         if not self.policy.scorer.needs_mass:
             return
         for first in range(0, chunk.steps, _MASS_BLOCK):
             block = chunk.columns(first, first + _MASS_BLOCK)
-            mass = self._mass_arguments(block.query)
             last = end - chunk.steps + first + block.steps
-            self._attend(block.query, block.valid, end=last, **block.settings, **mass)
+            self._attend(block, last, **self._mass_arguments(block.query))
 
     def _mass_arguments(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
         """What makes `decode_attention` accumulate the attention mass, if the scorer needs it."""
@@ -217,7 +201,7 @@ class EvictingLayer(PooledLayer):
             first=self.first[rows],
             columns=columns,
             queries=self._log.last(),
-            scaling=self._settings["scaling"],
+            scaling=self._scaling,
             layer=self.index,
         )
         protected = at >= columns - policy.window

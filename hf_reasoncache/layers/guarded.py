@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
 
 
@@ -60,46 +61,12 @@ class GuardedLayer(CacheLayerMixin):
         """Keep, repeat or reorder rows: new row `i` copies row `rows[i]` (LongTensor, CPU)."""
 
     @abstractmethod
-    def store_first(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> None:
-        """Take in the tokens of the first forward, which the base implementation attended to.
-
-        Parameters
-        ----------
-        query : Tensor[B, H_q, T, D]
-        keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
-        valid : BoolTensor[B, T] or None
-            False for padding; None when nothing is padded.
-        **settings
-            `scaling`, `softcap`, `s_aux` of the attention.
-        """
+    def store_first(self, chunk: Chunk) -> None:
+        """Take in the tokens of the first forward, which the base implementation attended to."""
 
     @abstractmethod
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> torch.Tensor:
-        """Store the new tokens and attend to all held ones.
-
-        Parameters
-        ----------
-        query : Tensor[B, H_q, T, D]
-        keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
-            What the last `update` announced.
-        valid : BoolTensor[B, T] or None
-            False for padding; None when nothing is padded.
-        **settings
-            `scaling`, `softcap`, `s_aux` of the attention; see `triton_ops.decode_attention`.
+    def attend(self, chunk: Chunk) -> torch.Tensor:
+        """Store the new tokens, which the last `update` announced, and attend to all held ones.
 
         Returns
         -------

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.guarded import GuardedLayer
 from hf_reasoncache.layers.pool import RaggedPool
 from triton_ops.decode_attention import decode_attention
@@ -51,34 +52,19 @@ class PooledLayer(GuardedLayer):
     def _begin(self, steps: int) -> None:
         """Nothing is ever due in a layer that keeps everything."""
 
-    def store_first(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> None:
+    def store_first(self, chunk: Chunk) -> None:
         """See `GuardedLayer.store_first`."""
-        batch, heads, steps, _ = keys.shape
+        batch, heads, steps, _ = chunk.keys.shape
         self.first = torch.full((batch,), -1)
-        self.pool = RaggedPool(
-            torch.full((batch, heads), steps + FIRST_ROOM), keys, values, self.statistics
-        )
-        self._append(keys, values, valid)
+        room = torch.full((batch, heads), steps + FIRST_ROOM)
+        self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
+        self._append(chunk, self.seen)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> torch.Tensor:
+    def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`."""
-        self._make_room(query.shape[2])
-        self._append(keys, values, valid)
-        return self._attend(query, valid, **settings)
+        self._make_room(chunk.steps)
+        self._append(chunk, self.seen)
+        return self._attend(chunk, self.seen)
 
     # -------------------------------------------------------------------------------------- storage
 
@@ -100,49 +86,36 @@ class PooledLayer(GuardedLayer):
             doubled = max(2 * int(pool.capacity.max()), needed)
             pool.relayout(torch.full_like(pool.capacity, doubled))
 
-    def _append(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        end: int | None = None,
-    ) -> None:
-        """Append tokens whose last one is column `end - 1` (by default the newest column)."""
-        batch, heads, steps, _ = keys.shape
-        end = self.seen if end is None else end
-        columns = torch.arange(end - steps, end, device=keys.device)
-        keep = None if valid is None else valid[:, None].expand(batch, heads, steps)
-        self._place_first(end - steps, valid)
-        self._require_pool().append(keys, values, columns, keep)
-        self._tail = self._tail + steps if valid is None else 0
+    def _append(self, chunk: Chunk, end: int) -> None:
+        """Append tokens whose last one is column `end - 1`."""
+        batch, heads, steps, _ = chunk.keys.shape
+        columns = torch.arange(end - steps, end, device=chunk.keys.device)
+        keep = None if chunk.valid is None else chunk.valid[:, None].expand(batch, heads, steps)
+        self._place_first(end - steps, chunk.valid)
+        self._require_pool().append(chunk.keys, chunk.values, columns, keep)
+        self._tail = self._tail + steps if chunk.valid is None else 0
 
-    def _attend(
-        self,
-        query: torch.Tensor,
-        valid: torch.Tensor | None,
-        *,
-        end: int | None = None,
-        **settings: Any,
-    ) -> torch.Tensor:
+    def _attend(self, chunk: Chunk, end: int, **accumulate: Any) -> torch.Tensor:
         """Attend to the pool with queries whose last one is at column `end - 1`."""
         pool = self._require_pool()
-        batch, query_heads, steps, head_size = query.shape
+        batch, query_heads, steps, head_size = chunk.query.shape
         heads = pool.length.shape[1]
-        end = self.seen if end is None else end
         asking = None
         if steps > 1:
-            asking = torch.arange(end - steps, end, device=query.device).expand(batch, steps)
-            if valid is not None:
-                asking = asking.masked_fill(~valid, -1)
+            asking = torch.arange(end - steps, end, device=chunk.query.device)
+            asking = asking.expand(batch, steps)
+            if chunk.valid is not None:
+                asking = asking.masked_fill(~chunk.valid, -1)
         return decode_attention(
-            query.reshape(batch, heads, query_heads // heads, steps, head_size),
+            chunk.query.reshape(batch, heads, query_heads // heads, steps, head_size),
             pool.fields["keys"],
             pool.fields["values"],
             pool.fields["positions"],
             pool.layout,
             pool.length,
             query_positions=asking,
-            **settings,
+            **chunk.settings,
+            **accumulate,
         )
 
     def _require_pool(self) -> RaggedPool:
