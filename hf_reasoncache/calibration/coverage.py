@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
+from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.selection import gather_held
 from hf_reasoncache.scorers.base import HeldTokens
@@ -89,18 +89,11 @@ class CoverageLayer(PooledLayer):
         self.count = 0
         super().__init__(index)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        **settings: Any,
-    ) -> torch.Tensor:
+    def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`."""
-        out = super().attend(query, keys, values, valid, **settings)
-        if query.shape[2] == self.settings.interval:
-            self._measure(query[:, :, -self.settings.queries :], **settings)
+        out = super().attend(chunk)
+        if chunk.steps == self.settings.interval:
+            self._measure(chunk.query[:, :, -self.settings.queries :], **chunk.settings)
         return out
 
     def _measure(
