@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.calibration.estimate import Estimate, Record
 from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.selection import gather_held
 from hf_reasoncache.scorers.base import HeldTokens
@@ -28,8 +31,13 @@ the four before those, ... and the last bin all that is left."""
 
 
 @dataclass(frozen=True)
-class CoverageSettings:
-    """What is measured, and when.
+class Coverage:
+    """Demand by attention: the tokens that hold 93% of it (arXiv 2606.11164).
+
+    The paper's: the share, the demand as a count of tokens. Ours, since the paper leaves it open:
+    every `interval` generated tokens take the newest `queries`; average the attention over the
+    query heads of a group; count tokens; average over queries, heads, steps and prompts. The other
+    statistics are ours.
 
     Attributes
     ----------
@@ -38,7 +46,7 @@ class CoverageSettings:
     queries : int
         Queries of each measurement: the newest.
     mass : float
-        Share of the attention that the demand must cover (rho; the paper's 0.93).
+        Share of the attention that the demand must cover (rho).
     shares : tuple of float
         Further shares for which the tokens are counted.
     sinks : int
@@ -50,6 +58,8 @@ class CoverageSettings:
     mass: float = 0.93
     shares: tuple[float, ...] = (0.5, 0.8, 0.99)
     sinks: int = 4
+
+    name: ClassVar[str] = "coverage"
 
     def __post_init__(self) -> None:
         if not 1 <= self.queries <= self.interval:
@@ -70,6 +80,66 @@ class CoverageSettings:
         """The share of the demand, then the further ones."""
         return (self.mass, *self.shares)
 
+    def resolve(self, traces: Sequence[Trace]) -> Coverage:
+        """See `Estimator.resolve`."""
+        return self
+
+    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
+        """See `Estimator.cost`."""
+        steps = sum(len(trace.completion) // self.interval for trace in traces)
+        return f"{len(traces)} traces: as many passes, {steps} measurements of each layer"
+
+    @torch.inference_mode()
+    def measure(self, model: PreTrainedModel, trace: Trace) -> Record:
+        """See `Estimator.measure`.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            ``count`` `[L]`, the queries measured (0 if the completion is shorter than the
+            interval), and for each of the `statistics` ``<name>.mean`` and ``<name>.variance`` over
+            them, `[L, H_kv, ...]`, float64.
+        """
+        layers: list[CoverageLayer] = []
+
+        def make_layer(index: int, rank: int, count: int) -> PooledLayer:
+            layers.append(CoverageLayer(index, self))
+            return layers[-1]
+
+        cache = ReasonCache(model.config, make_layer)
+        edges = range(len(trace.prompt), trace.length, self.interval)
+        for _ in replay(model, cache, trace, rows=1, edges=edges, longest=self.interval):
+            pass
+        record = {"count": torch.tensor([layer.count for layer in layers])}
+        heads = Geometry.of(model.config).kv_heads
+        shapes = {"tokens": (len(self.all_shares),), "recency": (RECENCY_BINS,)}
+        for name in ("tokens", "entropy", "sink", "recency", "redundancy"):
+            nothing = torch.zeros(heads, *shapes.get(name, ()), dtype=torch.float64)
+            total = torch.stack([layer.sums.get(name, nothing) for layer in layers])
+            squares = torch.stack([layer.squares.get(name, nothing) for layer in layers])
+            count = max(layers[0].count, 1)
+            record[f"{name}.mean"] = total / count
+            spread = (squares - total.square() / count).clamp(min=0)
+            record[f"{name}.variance"] = spread / max(count - 1, 1)
+        return record
+
+    def estimate(self, records: Sequence[Record], traces: Sequence[Trace]) -> Estimate:
+        """See `Estimator.estimate`; prompts with completions shorter than the interval count not.
+
+        The standard error is that of the mean over the prompts.
+        """
+        measured = [r["tokens.mean"][..., 0] for r in records if bool(r["count"].all())]
+        if len(measured) < 2:
+            raise ValueError(
+                f"coverage: expected at least 2 completions of {self.interval} tokens or more, got "
+                f"{len(measured)} of {len(records)}; use more prompts, generate more tokens "
+                "(max_new_tokens) or measure more often (interval)."
+            )
+        by_head = torch.stack(measured)
+        by_layer = by_head.mean(-1)
+        error = by_layer.std(0) / len(by_layer) ** 0.5
+        return Estimate(by_layer.mean(0), error, BudgetRule(), by_head.mean(0))
+
 
 class CoverageLayer(PooledLayer):
     """An exact layer that looks at its own attention at the end of every full chunk.
@@ -82,7 +152,7 @@ class CoverageLayer(PooledLayer):
         Queries measured.
     """
 
-    def __init__(self, index: int, settings: CoverageSettings) -> None:
+    def __init__(self, index: int, settings: Coverage) -> None:
         self.settings = settings
         self.sums: dict[str, torch.Tensor] = {}
         self.squares: dict[str, torch.Tensor] = {}
@@ -155,7 +225,7 @@ def attention_mass(
 
 
 def statistics(
-    held: HeldTokens, mass: torch.Tensor, settings: CoverageSettings
+    held: HeldTokens, mass: torch.Tensor, settings: Coverage
 ) -> dict[str, torch.Tensor]:
     """What one measurement says.
 
@@ -164,7 +234,7 @@ def statistics(
     held : HeldTokens
     mass : Tensor[R, H_kv, A, N]
         See `attention_mass`.
-    settings : CoverageSettings
+    settings : Coverage
 
     Returns
     -------
@@ -191,75 +261,3 @@ def statistics(
         "recency": recency,
         "redundancy": repeated[..., None].expand(mass.shape[:3]),
     }
-
-
-@torch.inference_mode()
-def measure_coverage(
-    model: PreTrainedModel, trace: Trace, settings: CoverageSettings
-) -> dict[str, torch.Tensor]:
-    """Statistics of one trace, for every full-attention layer and KV head.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Runs the "reasoncache" attention.
-    trace : Trace
-    settings : CoverageSettings
-
-    Returns
-    -------
-    dict[str, Tensor]
-        ``count`` `[]`, the queries measured (0 if the completion is shorter than the interval),
-        and, if there are any, for each of the `statistics` ``<name>.mean`` and
-        ``<name>.variance`` over them, `[L, H_kv, ...]`, float64.
-    """
-    layers: list[CoverageLayer] = []
-
-    def make_layer(index: int, rank: int, count: int) -> PooledLayer:
-        layers.append(CoverageLayer(index, settings))
-        return layers[-1]
-
-    cache = ReasonCache(model.config, make_layer)
-    edges = range(len(trace.prompt), trace.length, settings.interval)
-    for _ in replay(model, cache, trace, rows=1, edges=edges, longest=settings.interval):
-        pass
-    count = layers[0].count
-    result = {"count": torch.tensor(count)}
-    for name in layers[0].sums:
-        total = torch.stack([layer.sums[name] for layer in layers])
-        squares = torch.stack([layer.squares[name] for layer in layers])
-        result[f"{name}.mean"] = total / count
-        spread = (squares - total.square() / count).clamp(min=0)
-        result[f"{name}.variance"] = spread / max(count - 1, 1)
-    return result
-
-
-def coverage_demand(
-    records: Sequence[Mapping[str, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Demand of every layer, and its standard error over the prompts.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        What `measure_coverage` gave for each prompt.
-
-    Returns
-    -------
-    demand, standard_error : Tensor[L]
-        Tokens per KV head; float64. With one prompt the error is NaN.
-
-    Raises
-    ------
-    ValueError
-        If no completion was long enough to be measured.
-    """
-    measured = [record["tokens.mean"][..., 0] for record in records if record["count"] > 0]
-    if not measured:
-        raise ValueError(
-            "coverage: expected completions of at least one interval, got none; generate more "
-            "tokens (max_new_tokens) or measure more often (interval)."
-        )
-    wanted = torch.stack(measured).mean(-1)
-    error = wanted.std(0) / math.sqrt(len(wanted)) if len(wanted) > 1 else wanted[0] * math.nan
-    return wanted.mean(0), error

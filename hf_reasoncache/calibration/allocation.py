@@ -1,0 +1,81 @@
+"""Budgets from measured curves: every token goes where it lowers the error most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+_NOISE = 1e-3
+"""Share of the largest measured error below which an error counts as none."""
+
+Point = tuple[float, float]
+
+
+def marginal_allocation(
+    budgets: Sequence[int], errors: torch.Tensor, length: int, total: int, low: int, high: int
+) -> list[int]:
+    """Split a budget over layers so that the sum of their errors is smallest.
+
+    Errors fall about exponentially with the budget, so each layer's curve is the lower convex hull
+    of its measured points in the logarithm, continued to the left with its first slope. Such curves
+    are convex, and for those it is optimal to hand out the tokens one by one, each to the layer
+    whose error falls most. Tokens that are measured to help nobody go to the layer that has least.
+
+    Parameters
+    ----------
+    budgets : sequence of int
+        Where errors were measured, ascending.
+    errors : Tensor[L, len(budgets)]
+        Error of the output when one layer has that budget and all others keep everything.
+    length : int
+        Tokens of a text: with as many, a layer makes no error.
+    total : int
+        Sum of the result.
+    low, high : int
+        Bounds of each layer, with `low * L <= total <= high * L`.
+
+    Returns
+    -------
+    list of int
+        One budget per layer.
+    """
+    layers = len(errors)
+    floor = max(float(errors.max()) * _NOISE, torch.finfo(torch.float64).tiny)
+    logs = errors.double().clamp(min=floor).log()
+    end = (float(length), float(torch.tensor(floor, dtype=torch.float64).log()))
+    curves = []
+    for layer in logs.tolist():
+        points = [(float(b), e) for b, e in zip(budgets, layer, strict=True) if b < length]
+        curves.append(_on_hull([*points, end], low, high))
+    # By budget, then by layer: of equal gains a stable sort takes the layer that has least.
+    gains = -torch.stack(curves).exp().diff(dim=1).T.flatten()
+    chosen = gains.argsort(descending=True, stable=True)[: total - low * layers]
+    return (low + (chosen % layers).bincount(minlength=layers)).tolist()
+
+
+def convex_hull(points: Sequence[Point]) -> list[Point]:
+    """Lower convex hull of points `(x, y)` that ascend in `x`."""
+    hull: list[Point] = []
+    for point in points:
+        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _on_hull(points: Sequence[Point], low: int, high: int) -> torch.Tensor:
+    """Hull of the points at the budgets `low` to `high`: float64; constant beyond the last."""
+    hull = convex_hull(points)
+    at = torch.arange(low, high + 1, dtype=torch.float64)
+    result = torch.full_like(at, hull[-1][1])
+    # From right to left, so that the first segment covers all that is left of it.
+    for left, right in reversed(list(pairwise(hull))):
+        inside = at < right[0]
+        result[inside] = left[1] + _slope(left, right) * (at[inside] - left[0])
+    return result
+
+
+def _slope(left: Point, right: Point) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])

@@ -1,0 +1,239 @@
+"""One calibration, from prompts to profile, in as many processes as accelerate started."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_reasoncache
+from hf_reasoncache.calibration.checkpoint import Checkpoint
+from hf_reasoncache.calibration.coverage import Coverage
+from hf_reasoncache.calibration.estimate import Estimator, Record
+from hf_reasoncache.calibration.fingerprint import fingerprint
+from hf_reasoncache.calibration.profile import BudgetProfile
+from hf_reasoncache.calibration.prompts import PromptSet
+from hf_reasoncache.calibration.provenance import Calibration
+from hf_reasoncache.calibration.traces import Trace, TraceSettings, generate_traces
+from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """All that a profile depends on besides model and prompts.
+
+    Attributes
+    ----------
+    estimator : Estimator
+        `Coverage`, the paper's, or `Sensitivity`, ours.
+    traces : TraceSettings
+        How the model answers the prompts.
+    chat : bool
+        Whether prompts of plain text become the message of a user.
+    """
+
+    estimator: Estimator = field(default_factory=Coverage)
+    traces: TraceSettings = field(default_factory=TraceSettings)
+    chat: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; a scorer shows as its repr."""
+        return _plain(self)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    directory: str | Path,
+    settings: CalibrationSettings | None = None,
+    *,
+    resume: bool = True,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> BudgetProfile:
+    """Measure a model and save its profile.
+
+    Every finished prompt is written to `<directory>.partial`, which is deleted in the end; a run
+    that was killed goes on from there and gives the same profile, bit for bit. Started by
+    `accelerate launch`, the processes share the prompts and all of them return the profile; they
+    must see the same file system.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Runs the "reasoncache" attention.
+    tokenizer : PreTrainedTokenizerBase
+    prompts : PromptSet
+        See `read_prompts`.
+    directory : str or Path
+        Where the profile goes.
+    settings : CalibrationSettings, optional
+    resume : bool
+        Whether to go on with an unfinished run of the same settings.
+    progress : bool, optional
+        Show progress bars; by default where standard error is a terminal.
+    say : Callable[[str], None]
+        Is told what will be done, in the main process.
+
+    Raises
+    ------
+    ValueError
+        If a prompt is unusable, the completions are too short for the estimator, or
+        `<directory>.partial` holds a run with other settings.
+    """
+    settings = settings or CalibrationSettings()
+    run = _Run(model, tokenizer, prompts, settings, Path(directory), progress, say)
+    return run.profile(resume)
+
+
+class _Run:
+    """The state that the steps of one calibration share."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptSet,
+        settings: CalibrationSettings,
+        directory: Path,
+        progress: bool | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.settings, self.prompts = model, settings, prompts
+        self.directory, self.progress, self.say = directory, progress, say
+        self.ids = [each.encode(tokenizer, chat=settings.chat) for each in prompts.prompts]
+        self.geometry = Geometry.of(model.config)
+        self.fingerprint = fingerprint(model)
+        self.state = PartialState(cpu=model.device.type == "cpu")
+        self.checkpoint = Checkpoint(directory.with_name(f"{directory.name}.partial"))
+
+    def profile(self, resume: bool) -> BudgetProfile:
+        """Go through all steps."""
+        if self.state.is_main_process:
+            self.checkpoint.begin(self.identity(), resume=resume)
+        self.state.wait_for_everyone()
+        traces = self.traces()
+        estimator = self.settings.estimator.resolve(traces)
+        records = self.records(estimator, traces)
+        found = estimator.estimate(records, traces)
+        by_head = found.head_demand
+        profile = BudgetProfile(
+            base_model=_name(self.model),
+            base_model_revision=getattr(self.model.config, "_commit_hash", None),
+            fingerprint=self.fingerprint,
+            geometry=self.geometry,
+            estimator=estimator.name,
+            demand=tuple(found.demand.tolist()),
+            standard_error=tuple(found.standard_error.tolist()),
+            head_demand=None if by_head is None else tuple(map(tuple, by_head.tolist())),
+            rule=found.rule,
+            calibration=self.calibration(estimator, traces),
+            statistics={name: torch.stack([r[name] for r in records]) for name in records[0]},
+        )
+        if self.state.is_main_process:
+            profile.save_pretrained(self.directory)
+            self.checkpoint.remove()
+        self.state.wait_for_everyone()
+        return profile
+
+    def traces(self) -> list[Trace]:
+        """Complete all prompts; the batches are dealt out to the processes."""
+        size = self.settings.traces.batch_size
+        batches = [range(i, min(i + size, len(self.ids))) for i in range(0, len(self.ids), size)]
+        mine = range(self.state.process_index, len(batches), self.state.num_processes)
+        with self.bar("traces", sum(len(batches[index]) for index in mine)) as bar:
+            for index in mine:
+                batch = batches[index]
+                if any(self.checkpoint.load(f"trace-{place:06d}") is None for place in batch):
+                    prompts = [self.ids[place] for place in batch]
+                    made = generate_traces(self.model, prompts, self.settings.traces, stream=index)
+                    for place, trace in zip(batch, made, strict=True):
+                        part = {"completion": torch.tensor(trace.completion)}
+                        self.checkpoint.save(f"trace-{place:06d}", part)
+                bar.update(len(batch))
+        self.state.wait_for_everyone()
+        completions = (
+            self.checkpoint.require(f"trace-{place:06d}")["completion"].tolist()
+            for place in range(len(self.ids))
+        )
+        return [Trace(ids, tuple(c)) for ids, c in zip(self.ids, completions, strict=True)]
+
+    def records(self, estimator: Estimator, traces: Sequence[Trace]) -> list[Record]:
+        """Measure all prompts; they are dealt out to the processes."""
+        if self.state.is_main_process:
+            cost = estimator.cost(traces, self.geometry)
+            self.say(f"{estimator.name}: {cost}")
+        mine = range(self.state.process_index, len(traces), self.state.num_processes)
+        parts = [f"{estimator.name}-{place:06d}" for place in range(len(traces))]
+        with self.bar(estimator.name, len(mine)) as bar:
+            for place in mine:
+                if self.checkpoint.load(parts[place]) is None:
+                    record = estimator.measure(self.model, traces[place])
+                    self.checkpoint.save(parts[place], record)
+                bar.update()
+        self.state.wait_for_everyone()
+        return [self.checkpoint.require(part) for part in parts]
+
+    def bar(self, name: str, total: int) -> tqdm:
+        """Progress of the main process; the others have about as much to do."""
+        disable = None if self.progress is None else not self.progress
+        hidden = disable if self.state.is_main_process else True
+        return tqdm(total=total, desc=name, unit="prompt", disable=hidden)
+
+    def identity(self) -> dict[str, Any]:
+        """All that the finished parts depend on."""
+        return {
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+            "prompts": hashlib.sha256(repr(self.ids).encode()).hexdigest(),
+            "settings": self.settings.to_json(),
+            "versions": _versions(),
+        }
+
+    def calibration(self, estimator: Estimator, traces: Sequence[Trace]) -> Calibration:
+        """What the profile says about this run; nothing of it depends on the machine's paths."""
+        resolved = replace(self.settings, estimator=estimator).to_json()
+        return Calibration(
+            data=self.prompts.name,
+            data_revision=self.prompts.revision,
+            prompts=tuple(each.digest for each in self.prompts.prompts),
+            seed=self.settings.traces.seed,
+            tokens=sum(len(trace.completion) for trace in traces),
+            settings=resolved
+            | {"dtype": str(self.model.dtype), "device": self.model.device.type},
+            versions=_versions(),
+        )
+
+
+def _name(model: PreTrainedModel) -> str:
+    """Id on the Hub, or the name of the directory."""
+    name = model.config._name_or_path
+    return Path(name).resolve().name if Path(name).exists() else name or type(model).__name__
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "hf-reasoncache": hf_reasoncache.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _plain(value: object) -> Any:
+    if is_dataclass(value) and not isinstance(value, type | Scorer):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    # Scorers are dataclasses too, but their name matters most, and their repr has it.
+    return value if isinstance(value, str | int | float | None) else repr(value)

@@ -1,0 +1,163 @@
+"""Our estimator: how much the output changes when one layer alone is squeezed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.calibration.allocation import marginal_allocation
+from hf_reasoncache.calibration.estimate import Estimate, Record
+from hf_reasoncache.calibration.squeeze import output_error
+from hf_reasoncache.calibration.traces import Trace
+from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.scorers import RKV
+from hf_reasoncache.scorers.base import Scorer
+
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """How a measurement evicts: the settings of `ReasonAllocCache` that matter here.
+
+    Attributes
+    ----------
+    scorer : Scorer
+    buffer : int
+        Tokens between two compactions.
+    window : int
+        Newest tokens that are never evicted.
+    protect_prompt : bool
+    head_budgets : bool
+    """
+
+    scorer: Scorer = field(default_factory=RKV)
+    buffer: int = 128
+    window: int = 8
+    protect_prompt: bool = False
+    head_budgets: bool = False
+
+    def policy(self) -> EvictionPolicy:
+        """Return the policy of a layer, whose budgets come from elsewhere."""
+        return EvictionPolicy(budget=1, **vars(self))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Demand by what eviction does to the output.
+
+    The curves are measured by teacher-forcing: one layer has a budget, all others keep everything,
+    and the divergence of the next-token distribution from the full cache is averaged over the
+    completion. The demand is the split of `budget` that has the least error by these curves, within
+    the bounds of `rule`; it is in tokens per KV head, and the rule's exponent is 1.
+
+    Errors of several layers are added, as if they did not interact; `tune` measures all layers
+    squeezed together.
+
+    Attributes
+    ----------
+    budgets : tuple of int
+        Where the curves are measured, in tokens per KV head; empty takes 1/16, 1/8, 1/4 and 1/2 of
+        the median trace.
+    budget : int or None
+        The mean budget that the demand is to be best for; None takes 1/4 of the median trace.
+    eviction : Eviction
+    rule : BudgetRule
+    rows : int
+        Squeezes that share a forward.
+    """
+
+    budgets: tuple[int, ...] = ()
+    budget: int | None = None
+    eviction: Eviction = field(default_factory=Eviction)
+    rule: BudgetRule = field(default_factory=lambda: BudgetRule(exponent=1.0))
+    rows: int = 8
+
+    name: ClassVar[str] = "sensitivity"
+
+    def __post_init__(self) -> None:
+        for name, value in (("rows", self.rows), ("budget", self.budget)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}.")
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets: expected ascending integers, got {self.budgets}.")
+        if self.budgets and self.budgets[0] <= self.eviction.window:
+            raise ValueError(
+                f"budgets: expected more than the window of {self.eviction.window} tokens, which "
+                f"are never evicted, got {self.budgets[0]}."
+            )
+        if self.rule.exponent != 1.0:
+            raise ValueError(
+                "rule: expected exponent 1, as this demand is in tokens, got "
+                f"{self.rule.exponent}."
+            )
+
+    def resolve(self, traces: Sequence[Trace]) -> Sensitivity:
+        """See `Estimator.resolve`."""
+        middle = int(median(trace.length for trace in traces))
+        least = self.eviction.window + 1
+        shares = sorted({max(least, middle // part) for part in (16, 8, 4, 2)})
+        return replace(
+            self,
+            budgets=self.budgets or tuple(shares),
+            budget=self.budget or max(least, middle // 4),
+        )
+
+    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
+        """See `Estimator.cost`."""
+        layers = len(geometry.full_attention_layers)
+        batches = -(-layers // self.rows)
+        passes = len(traces) * len(self.budgets) * batches
+        rows = len(traces) * len(self.budgets) * (layers + batches)
+        tokens = sum(trace.length for trace in traces) / len(traces)
+        return (
+            f"{len(traces)} traces x {len(self.budgets)} budgets x {layers} layers: {passes} "
+            f"batched passes, {rows} rows of {tokens:.0f} tokens"
+        )
+
+    def measure(self, model: PreTrainedModel, trace: Trace) -> Record:
+        """See `Estimator.measure`: ``divergence`` `[L, budgets]` in nats."""
+        geometry = Geometry.of(model.config)
+        layers, heads = len(geometry.full_attention_layers), geometry.kv_heads
+        policy = self.eviction.policy()
+
+        def errors(budget: int) -> Iterator[torch.Tensor]:
+            for some in torch.arange(layers).split(self.rows):
+                kept = torch.full((len(some), layers, heads), trace.length)
+                kept[torch.arange(len(some)), some] = budget
+                yield output_error(model, trace, policy, kept)
+
+        columns = [torch.cat(list(errors(budget))) for budget in self.budgets]
+        return {"divergence": torch.stack(columns, 1)}
+
+    def estimate(self, records: Sequence[Record], traces: Sequence[Trace]) -> Estimate:
+        """See `Estimator.estimate`; the error is that of 200 bootstrap samples of the prompts."""
+        if len(records) < 2:
+            raise ValueError(f"sensitivity: expected at least 2 prompts, got {len(records)}.")
+        curves = torch.stack([record["divergence"] for record in records])
+        length = max(trace.length for trace in traces)
+        layers = curves.shape[1]
+        budget = self.resolve(traces).budget or 1
+        budgets = self.resolve(traces).budgets
+        low, high = -int(-self.rule.low * budget // 1), int(self.rule.high * budget)
+
+        def split(some: torch.Tensor) -> torch.Tensor:
+            parts = marginal_allocation(
+                budgets, some.mean(0), length, budget * layers, low, high
+            )
+            return torch.tensor(parts, dtype=torch.float64)
+
+        draws = torch.randint(
+            len(curves),
+            (_RESAMPLES, len(curves)),
+            generator=torch.Generator().manual_seed(0),
+        )
+        spread = torch.stack([split(curves[draw]) for draw in draws]).std(0)
+        return Estimate(split(curves), spread, self.rule)
