@@ -5,9 +5,10 @@ Importing the package registers the attention implementations "reasoncache", "re
 """
 
 from hf_reasoncache.attention import register
+from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.reason_alloc import ReasonAllocCache
 
-__all__ = ["ReasonAllocCache"]
+__all__ = ["BudgetProfile", "ReasonAllocCache"]
 __version__ = "0.1.0"
 
 register()

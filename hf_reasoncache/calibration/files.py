@@ -27,7 +27,13 @@ def read_bounded(path: Path) -> bytes:
         If it cannot be read; FileNotFoundError if it is not there.
     """
     limit = LIMITS[path.name]
-    found = path.stat()
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: expected this file of a profile, got none; check the path, or copy the "
+            "profile again."
+        ) from error
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path}: expected a regular file, got another kind of file.")
     with path.open("rb") as file:
@@ -56,15 +62,20 @@ def write_profile(directory: Path, files: Mapping[str, bytes]) -> None:
     Raises
     ------
     ValueError
-        If a file is over its limit.
+        If the directory's `config.json` is not a profile's, or a file is over its limit.
     OSError
         If the directory cannot be written.
     """
     for name, data in files.items():
         if len(data) > LIMITS[name]:
             raise too_large(str(directory / name), len(data))
-    directory.mkdir(parents=True, exist_ok=True)
     config, statistics = directory / CONFIG, directory / STATISTICS
+    if config.exists() and b'"format_version"' not in read_bounded(config):
+        raise ValueError(
+            f"{config}: expected no file or a profile's, got another file, perhaps a model's "
+            "config; save into a directory of its own."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
     if STATISTICS not in files:
         _replace(config, files[CONFIG])
         statistics.unlink(missing_ok=True)

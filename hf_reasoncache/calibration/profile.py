@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration import files, schema
+from hf_reasoncache.calibration.encoding import PARTS, decode, encode
 from hf_reasoncache.calibration.fingerprint import fingerprint
+from hf_reasoncache.calibration.loading import Directory, Source, read_profile
 from hf_reasoncache.calibration.provenance import Calibration
-from hf_reasoncache.calibration.statistics import (
-    check_statistics,
-    dump_statistics,
-    parse_statistics,
-)
+from hf_reasoncache.calibration.statistics import check_statistics
 from hf_reasoncache.geometry import Geometry
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +73,7 @@ class BudgetProfile:
 
     def __post_init__(self) -> None:
         """Check and normalise."""
-        for name, kind in _PARTS.items():
+        for name, kind in PARTS.items():
             if not isinstance(part := getattr(self, name), kind):
                 schema.refuse(name, f"a {kind.__name__}", part)
         layers, heads = len(self.geometry.full_attention_layers), self.geometry.kv_heads
@@ -123,78 +116,103 @@ class BudgetProfile:
         """
         return self.rule.layer_budgets(self.demand, budget, floor=floor)
 
-    def check_config(self, config: Any) -> None:
-        """Compare with `model.config`: geometry, and the commit where both are known.
+    def check_config(self, config: PretrainedConfig) -> None:
+        """Compare with `model.config`: the geometry, and the commit where both are known.
 
-        A model from the Hub under another id or of another commit gives a warning that says what
-        differs. A directory says nothing about its weights; `check` looks at them.
+        A model at another commit than the calibrated one gives a warning: its weights may be the
+        same, which `check` finds out.
 
         Raises
         ------
         ValueError
             If the geometry differs, or the model is not supported.
         """
-        if differences := self.geometry.differences(Geometry.of(config)):
-            raise ValueError(
-                f"profile: expected a model with the geometry of {self.base_model}, got "
-                f"{'; '.join(differences)}; use a profile that was calibrated on this model."
-            )
-        name = getattr(config, "_name_or_path", "") or "this model"
+        self._check_geometry(config)
         commit = getattr(config, "_commit_hash", None)
-        other_commit = commit and self.base_model_revision and commit != self.base_model_revision
-        if other_commit:
+        if commit and self.base_model_revision and commit != self.base_model_revision:
             warnings.warn(
-                f"profile of {self.base_model} at commit {self.base_model_revision}: {name} is at "
-                f"commit {commit}. profile.check(model) compares the weights.",
-                stacklevel=2,
+                f"profile: expected {self.base_model} at commit {self.base_model_revision}, got "
+                f"{getattr(config, '_name_or_path', '') or 'a model'} at commit {commit}; "
+                "profile.check(model) compares the weights.",
+                stacklevel=3,
             )
 
     def check(self, model: nn.Module) -> None:
-        """Compare with a model: `check_config`, and its weights by their fingerprint.
+        """Compare with a model: the geometry, and the weights by their fingerprint.
 
-        Other weights give a warning: a fine-tuned model often has the wave of its base, but nobody
+        Other weights give a warning: a fine-tuned model may have the wave of its base, but nobody
         has measured it.
 
         Raises
         ------
         ValueError
-            If the geometry differs, or weights have no data.
+            If the geometry differs, the model is not supported, or weights have no data.
         """
-        self.check_config(model.config)
+        self._check_geometry(model.config)
         found = fingerprint(model)
         if found != self.fingerprint:
             warnings.warn(
-                f"profile of {self.base_model}: expected weights with the fingerprint "
-                f"{self.fingerprint}, got {found}; calibrate this model, or check on your "
-                "task that the profile fits it.",
+                f"profile: expected the weights of {self.base_model} (fingerprint "
+                f"{self.fingerprint}), got other ones ({found}); calibrate this model, or check on "
+                "your task that the profile fits it.",
                 stacklevel=2,
+            )
+
+    def _check_geometry(self, config: PretrainedConfig) -> None:
+        if differences := self.geometry.differences(Geometry.of(config)):
+            raise ValueError(
+                f"profile: expected a model with the geometry of {self.base_model}, got "
+                f"{'; '.join(differences)}; use a profile that was calibrated on this model."
             )
 
     # ---------------------------------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> BudgetProfile:
-        """Load a profile from a directory.
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        with_statistics: bool = True,
+    ) -> BudgetProfile:
+        """Load a profile from a directory, or from the Hub.
+
+        Parameters
+        ----------
+        path_or_repo : str or path
+            A directory; where there is none of that name, a repository ORG/NAME.
+        revision : str, optional
+            Branch, tag or commit of the repository.
+        local_files_only : bool
+            Whether to look for the repository in the Hub's cache only; so does HF_HUB_OFFLINE=1.
+        cache_dir : path, optional
+            The Hub's cache.
+        token : str or bool, optional
+            For the Hub.
+        with_statistics : bool
+            Whether to load the statistics, if the profile has them. Budgets do not need them.
 
         Raises
         ------
         ValueError
-            If the files are no valid profile.
-        FileNotFoundError
-            If there is no `config.json`.
+            If the files are no valid profile, or the name is neither a directory nor a repository.
+        OSError
+            If a file is not there or cannot be read, or the Hub refuses or cannot be reached.
         """
-        directory = Path(path)
-        config, statistics = directory / files.CONFIG, directory / files.STATISTICS
-        profile, digest = cls._parse(str(config), files.read_bounded(config))
-        if digest is None:
-            return profile
-        data = files.read_bounded(statistics)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(
-                f"{statistics}: expected SHA-256 {digest}, as {files.CONFIG} says, got other "
-                "content; copy or download the profile again."
-            )
-        return dataclasses.replace(profile, statistics=parse_statistics(str(statistics), data))
+        source: Source
+        if Path(path_or_repo).is_dir():
+            source = Directory(Path(path_or_repo))
+        else:
+            # Caches import this module, and a cache with a local profile needs no network.
+            from hf_reasoncache.calibration.hub import Repository, require_repo_id
+
+            repo_id = require_repo_id(path_or_repo)
+            source = Repository(repo_id, revision, local_files_only, cache_dir, token)
+        content = read_profile(source, with_statistics=with_statistics)
+        return cls.from_files(content, name=os.fspath(path_or_repo))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the profile into a directory, which is made if needed.
@@ -206,56 +224,70 @@ class BudgetProfile:
         ValueError
             If the directory's `config.json` is not a profile's, or a file would be too large.
         """
-        target = Path(directory)
-        config = target / files.CONFIG
-        if config.exists() and b'"format_version"' not in files.read_bounded(config):
-            raise ValueError(
-                f"{config}: expected no file or a profile's, got another file, perhaps a model's "
-                "config; save into a directory of its own."
-            )
-        files.write_profile(target, self.to_files())
+        files.write_profile(Path(directory), self.to_files())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload budget profile",
+    ) -> str:
+        """Upload the profile with a model card and its picture, in one commit.
+
+        The repository is made if needed; a `README.md` that is there is replaced.
+
+        Parameters
+        ----------
+        repo_id : str
+            ORG/NAME.
+        private : bool, optional
+            Whether a new repository is private; by default what the organisation has set.
+        revision : str, optional
+            Branch to commit to.
+        token : str or bool, optional
+        commit_message : str
+
+        Returns
+        -------
+        str
+            Address of the commit.
+
+        Raises
+        ------
+        OSError
+            If access is denied or the upload fails; nothing is committed then.
+        ModuleNotFoundError
+            If matplotlib, which draws the picture, is not installed.
+        """
+        from hf_reasoncache.calibration.card import card_files
+        from hf_reasoncache.calibration.hub import upload
+
+        return upload(
+            {**self.to_files(), **card_files(self, repo_id)},
+            repo_id,
+            private=private,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
+        )
 
     def to_files(self) -> dict[str, bytes]:
         """Return the content of the profile's files by name; equal profiles give equal bytes."""
-        result = {}
-        digest = None
-        if self.statistics:
-            result[files.STATISTICS] = dump_statistics(self.statistics)
-            digest = {"sha256": hashlib.sha256(result[files.STATISTICS]).hexdigest()}
-        content = {"format_version": FORMAT_VERSION, **vars(self), "statistics": digest}
-        content |= {name: vars(getattr(self, name)) for name in _PARTS}
-        text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        return {files.CONFIG: text.encode(), **result}
+        return encode(vars(self), self.statistics)
 
     @classmethod
-    def _parse(cls, name: str, data: bytes) -> tuple[BudgetProfile, str | None]:
-        """Read `config.json`: the profile without statistics, and their SHA-256 if any."""
-        content = schema.parse(name, data)
-        version = content.get("format_version")
-        if version is None:
-            raise ValueError(f"{name}: expected a profile with a format_version, got none.")
-        if schema.count(f"{name}: format_version", version) != FORMAT_VERSION:
-            raise ValueError(
-                f"{name}: expected format_version {FORMAT_VERSION}, got {version}; upgrade "
-                "hf-reasoncache to a release that reads it."
-            )
-        digest = content.pop("statistics", None)
+    def from_files(cls, content: Mapping[str, bytes], *, name: str = "profile") -> BudgetProfile:
+        """Make a profile of what `to_files` returned; without the second file, no statistics.
+
+        Raises
+        ------
+        ValueError
+            If it is not valid, beginning with `name`.
+        """
         try:
-            if digest is not None:
-                digest = schema.matching(
-                    "statistics.sha256",
-                    digest.get("sha256") if isinstance(digest, dict) else digest,
-                    "[0-9a-f]{64}",
-                    "64 hexadecimal digits",
-                )
-            parts = {
-                part: kind(**schema.fields(kind, part, content[part]))
-                for part, kind in _PARTS.items()
-                if part in content
-            }
-            return cls(**{**schema.fields(cls, "profile", content), **parts}), digest
+            return cls(**schema.fields(cls, "profile", decode(content)))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-
-
-_PARTS = {"geometry": Geometry, "rule": BudgetRule, "calibration": Calibration}

@@ -47,7 +47,7 @@ def dump_statistics(statistics: Mapping[str, torch.Tensor]) -> bytes:
     return save({name: statistics[name].contiguous().cpu() for name in sorted(statistics)})
 
 
-def parse_statistics(name: str, data: bytes) -> dict[str, torch.Tensor]:
+def parse_statistics(data: bytes) -> dict[str, torch.Tensor]:
     """Read what `dump_statistics` wrote.
 
     Raises
@@ -60,6 +60,6 @@ def parse_statistics(name: str, data: bytes) -> dict[str, torch.Tensor]:
     # Besides its own error, the library lets through what torch and its tables of types raise.
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{name}: expected a safetensors file, got something else: {error}; copy or download "
-            "the profile again."
+            f"expected a safetensors file, got something else: {error}; copy or download the "
+            "profile again."
         ) from error
