@@ -26,6 +26,7 @@ from hf_reasoncache.layers.row_budgets import RowBudgets
 from hf_reasoncache.layers.selection import gather_held, keep_top
 
 _MASS_BLOCK = 64  # prompt queries per pass while attention mass is accumulated
+_STATISTICS = {"mass": torch.float32, "notes": torch.int32}
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
 
 
@@ -50,7 +51,10 @@ class EvictingLayer(PooledLayer):
 
     def __init__(self, index: int, rank: int, policy: EvictionPolicy) -> None:
         self.rank, self.policy = rank, policy
-        self.statistics = ("mass",) if policy.scorer.needs_mass else ()
+        wanted = {"mass": policy.scorer.needs_mass, "notes": policy.scorer.keeps_notes}
+        self.statistics = {
+            name: _STATISTICS[name] for name, is_wanted in wanted.items() if is_wanted
+        }
         super().__init__(index)
 
     def _clear(self) -> None:
@@ -208,6 +212,8 @@ class EvictingLayer(PooledLayer):
         if policy.protect_prompt:
             protected |= at < self._prompt_columns
         scores = policy.scorer.score(held).masked_fill(protected, torch.inf)
+        if held.notes is not None:
+            pool.fields["notes"][slots[held.valid]] = held.notes[held.valid]
         scores = scores.masked_fill(~held.valid, -torch.inf)
         self.budgets = self._require_budgets().resplit(rows, scores, held.valid, columns)
         keep = keep_top(scores, self.budgets.heads[rows]) & held.valid

@@ -7,7 +7,7 @@ age and whoever needs age reads `positions`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,8 @@ class RaggedPool:
     """Keys, values, positions and per-slot statistics of one layer.
 
     Invariants: `0 <= length <= capacity` for every head; the used slots of a head are its first
-    `length` ones; every slot holds finite numbers, used or not.
+    `length` ones; every slot holds finite numbers, used or not, and statistics are zero in unused
+    ones.
 
     Attributes
     ----------
@@ -74,7 +75,7 @@ class RaggedPool:
         capacity: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        statistics: Sequence[str] = (),
+        statistics: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         """Allocate an empty pool.
 
@@ -83,8 +84,8 @@ class RaggedPool:
         capacity : LongTensor[B, H_kv]
         keys, values : Tensor[..., D], Tensor[..., D_v]
             Give head sizes, dtype and device; not stored.
-        statistics : sequence of str
-            Names of float32 numbers to keep per slot.
+        statistics : mapping from str to dtype, optional
+            Names and types of further numbers to keep per slot.
         """
         self.layout = RaggedLayout(capacity)
         self.length = torch.zeros_like(capacity)
@@ -96,8 +97,8 @@ class RaggedPool:
                 "values": torch.zeros(slots, values.shape[-1], dtype=values.dtype, device=device),
                 "positions": torch.full((slots,), -1, dtype=torch.int32, device=device),
             }
-            for name in statistics:
-                self.fields[name] = torch.zeros(slots, dtype=torch.float32, device=device)
+            for name, dtype in (statistics or {}).items():
+                self.fields[name] = torch.zeros(slots, dtype=dtype, device=device)
 
     @property
     def length(self) -> torch.Tensor:
@@ -152,12 +153,9 @@ class RaggedPool:
         new = {"keys": keys, "values": values, "positions": positions, **statistics}
         if added is None and self.layout.is_uniform and self.shortest == self.longest:
             fresh = slice(self.longest, self.longest + steps)
-            for name, field in self.fields.items():
-                target = field.view(batch, heads, -1, *field.shape[1:])[:, :, fresh]
-                if name in new:
-                    target.copy_(new[name])
-                else:
-                    target.zero_()
+            for name, value in new.items():
+                field = self.fields[name]
+                field.view(batch, heads, -1, *field.shape[1:])[:, :, fresh] = value
         else:
             self._scatter(new, steps, keep)
         if added is None:
@@ -175,13 +173,10 @@ class RaggedPool:
             slots = (tail + torch.arange(steps, device=device)).flatten()
         else:
             slots = (tail + keep.cumsum(-1) - 1)[keep]
-        for name, field in self.fields.items():
-            if name not in new:
-                field.index_fill_(0, slots, 0)
-            elif keep is None:
-                field.index_copy_(0, slots, new[name].reshape(-1, *field.shape[1:]))
-            else:
-                field.index_copy_(0, slots, new[name][keep])
+        for name, value in new.items():
+            field = self.fields[name]
+            flat = value.reshape(-1, *field.shape[1:]) if keep is None else value[keep]
+            field.index_copy_(0, slots, flat)
 
     def slots(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of the tokens that some rows hold, in slot order.
@@ -211,15 +206,25 @@ class RaggedPool:
         self, rows: torch.Tensor, slots: torch.Tensor, offset: torch.Tensor, keep: torch.Tensor
     ) -> None:
         """Evict in place all tokens of `rows` that are not kept; see `triton_ops.compact`."""
+        kept = keep.sum(-1)
         compact(self.fields.values(), slots, offset, keep)
-        self.length = self.length.index_put((rows,), keep.sum(-1).cpu())
+        self._clear(slots[offset >= kept[..., None]])
+        self.length = self.length.index_put((rows,), kept.cpu())
+
+    def _clear(self, slots: torch.Tensor) -> None:
+        """Set the statistics of slots that are no longer used to zero."""
+        for name, field in self.fields.items():
+            if name not in ("keys", "values", "positions"):
+                field.index_fill_(0, slots, 0)
 
     def drop_newest(self, count: int) -> None:
         """Take back the last `count` appended tokens of every head.
 
         Right only when no compaction came in between: a compaction moves the newest tokens.
         """
+        slots, offset = self.slots(torch.arange(self.length.shape[0]))
         self.length = (self.length - count).clamp_min(0)
+        self._clear(slots[offset >= self.length.to(offset.device)[..., None]])
 
     def relayout(self, capacity: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Move into a new storage with other capacities or other rows.

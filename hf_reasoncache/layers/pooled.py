@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class PooledLayer(GuardedLayer):
         Column of each row's first real token, on the CPU; -1 while a row has only seen padding.
     """
 
-    statistics: tuple[str, ...] = ()
+    statistics: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def _clear(self) -> None:
         super()._clear()

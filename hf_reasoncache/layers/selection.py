@@ -48,9 +48,15 @@ def gather_held(
     order = at.masked_fill(offset < 0, columns + 1).argsort(dim=-1, stable=True)
     slots, offset, at = (x.gather(-1, order) for x in (slots, offset, at))
     valid, start = offset >= 0, first.to(device)
+    filler = None if bool(valid.all()) else ~valid
 
     def load(name: str) -> torch.Tensor:
-        return fields[name][slots].masked_fill(~valid[..., None], 0)
+        field = fields[name][slots]
+        return (
+            field
+            if filler is None
+            else field.masked_fill_(filler.view(*filler.shape, *[1] * (field.dim() - 3)), 0)
+        )
 
     grouped = asked_at = None
     if queries is not None:
@@ -58,7 +64,6 @@ def gather_held(
         grouped = chosen.unflatten(1, (slots.shape[1], -1))
         asked_at = torch.arange(columns - chosen.shape[2], columns, device=device) - start[:, None]
         asked_at = asked_at.clamp_min(-1)
-    mass = fields.get("mass")
     held = HeldTokens(
         keys=load("keys"),
         positions=(at - start[:, None, None]).masked_fill(~valid, -1),
@@ -69,7 +74,8 @@ def gather_held(
         load_values=lambda: load("values"),
         queries=grouped,
         query_positions=asked_at,
-        mass=None if mass is None else mass[slots].masked_fill(~valid, 0),
+        mass=load("mass") if "mass" in fields else None,
+        notes=load("notes") if "notes" in fields else None,
     )
     return held, slots, offset, at
 

@@ -46,6 +46,9 @@ class HeldTokens:
         Attention probability each token has received since it came, summed over all queries and
         over the query group, decayed by `scorer.mass_decay` per query; only for scorers with
         `needs_mass`.
+    notes : IntTensor[R, H_kv, N] or None
+        One number per token that the scorer may write to, in place, and finds again at the next
+        eviction; 0 for tokens that came since, and for filler. Only for scorers with `keeps_notes`.
     load_values : Callable
         Gathers the values; use `values`.
     """
@@ -60,6 +63,7 @@ class HeldTokens:
     queries: torch.Tensor | None = None
     query_positions: torch.Tensor | None = None
     mass: torch.Tensor | None = None
+    notes: torch.Tensor | None = None
 
     @cached_property
     def values(self) -> torch.Tensor:
@@ -120,6 +124,9 @@ class Scorer(Protocol):
 
     needs_mass: ClassVar[bool] = False
     """Whether the layer sums up attention probabilities: a pass over the keys per step."""
+
+    keeps_notes: ClassVar[bool] = False
+    """Whether the layer stores `HeldTokens.notes` from one eviction to the next."""
 
     @property
     def mass_decay(self) -> float:

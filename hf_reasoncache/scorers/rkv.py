@@ -10,7 +10,7 @@ import torch
 from hf_reasoncache.scorers._checks import at_least, odd, share
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 from hf_reasoncache.scorers.pooling import pool
-from triton_ops.redundancy import redundancy
+from triton_ops.redundancy import NONE, UNSEEN, redundancy
 from triton_ops.window_scores import window_scores
 
 
@@ -24,8 +24,9 @@ class RKV(Scorer):
     each row exempted.
 
     The paper's: the formula and the defaults (its code mixes with 0.07). Ours: every batch row is
-    scored by its own keys, the cosine matrix is never formed, and fewer than `queries` queries are
-    used as they are. Tokens of the window itself get `I = 0`; the layer protects them.
+    scored by its own keys, the cosine matrix is never formed, repeats found at one eviction are not
+    sought again at the next, and fewer than `queries` queries are used as they are. Tokens of the
+    window itself get `I = 0`; the layer protects them.
 
     Both terms are normalised over a head's own tokens, hence `comparable`.
 
@@ -47,6 +48,7 @@ class RKV(Scorer):
     threshold: float = 0.5
 
     comparable: ClassVar[Literal["length", "raw"]] = "length"
+    keeps_notes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         share(self, "lam", self.lam, "the paper uses 0.1, its code 0.07")
@@ -66,8 +68,30 @@ class RKV(Scorer):
             group="max",
             past_only=True,
         )
-        repeated = redundancy(held.keys, held.valid, threshold=self.threshold)
+        known = None if held.notes is None else _places(held.notes, held)
+        repeated, repeat = redundancy(held.keys, held.valid, threshold=self.threshold, known=known)
+        if held.notes is not None:
+            held.notes.copy_(_notes(repeat, held))
         lowest = torch.finfo(repeated.dtype).min
         repeated = repeated.masked_fill(~held.valid, lowest).softmax(-1)
         importance = pool(importance, held.valid, self.kernel, "max")
         return (self.lam * importance - (1.0 - self.lam) * repeated).float()
+
+
+# A note is the position of the token's most recent repeat, plus 2; 1 if it has none; 0 if it was
+# never scored.
+
+
+def _notes(repeat: torch.Tensor, held: HeldTokens) -> torch.Tensor:
+    """Turn places among the held tokens into notes."""
+    position = held.positions.gather(-1, repeat.clamp(min=0))
+    return (position + 2).where(repeat != NONE, 1).masked_fill(~held.valid, 0)
+
+
+def _places(notes: torch.Tensor, held: HeldTokens) -> torch.Tensor:
+    """Turn notes into places among the held tokens; `UNSEEN` where the repeat is gone."""
+    positions = held.positions.masked_fill(~held.valid, torch.iinfo(torch.long).max)
+    wanted = notes.long() - 2
+    place = torch.searchsorted(positions, wanted).clamp(max=positions.shape[-1] - 1)
+    found = positions.gather(-1, place) == wanted
+    return place.where(found, UNSEEN).masked_fill(notes == 1, NONE)

@@ -47,7 +47,7 @@ class PoolMachine(RuleBasedStateMachine):
     def allocate(self, batch, heads, data):
         capacity = self.draw_counts(data, batch * heads, high=4).view(batch, heads)
         self.pool = RaggedPool(
-            capacity, torch.zeros(1, KEY_SIZE), torch.zeros(1, VALUE_SIZE), ("mass",)
+            capacity, torch.zeros(1, KEY_SIZE), torch.zeros(1, VALUE_SIZE), {"mass": torch.float32}
         )
         self.model = [[[] for _ in range(heads)] for _ in range(batch)]
         self.next_id, self.column, self.tail = 1, 0, 0
@@ -284,7 +284,9 @@ TestPoolAgainstLists = PoolMachine.TestCase
 
 def small_pool(capacity):
     """Heads `[[1, 2, 3], [4, 5, 6]], [[7, ...` with mass 1."""
-    pool = RaggedPool(capacity, torch.zeros(1, KEY_SIZE), torch.zeros(1, VALUE_SIZE), ("mass",))
+    pool = RaggedPool(
+        capacity, torch.zeros(1, KEY_SIZE), torch.zeros(1, VALUE_SIZE), {"mass": torch.float32}
+    )
     ids = torch.arange(1, 13).view(2, 2, 3)
     pool.append(token_keys(ids), token_values(ids), torch.arange(3), mass=torch.ones(2, 2, 3))
     return pool
@@ -347,7 +349,7 @@ def test_pool_keeps_dtype_and_mass_is_float32(dtype):
         torch.tensor([[2, 3]]),
         torch.zeros(1, 2, dtype=dtype),
         torch.zeros(1, 3, dtype=dtype),
-        ("mass",),
+        {"mass": torch.float32},
     )
     pool.relayout(torch.tensor([[3, 4]]))
     pool.select_rows(torch.tensor([0, 0]))

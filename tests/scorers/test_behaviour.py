@@ -51,6 +51,34 @@ def test_the_average_of_h2o_forgives_late_arrival():
     torch.testing.assert_close(even, torch.ones_like(even))
 
 
+@pytest.mark.parametrize("common", [0.0, 0.6, 1.5])
+def test_rkv_scores_the_same_with_notes_of_earlier_evictions(common):
+    heads, size, budget, new = 3, 16, 40, 20
+    keys = torch.randn(1, heads, 0, size)
+    positions = torch.zeros(1, heads, 0, dtype=torch.long)
+    notes = torch.zeros(1, heads, 0, dtype=torch.int32)
+    for event in range(6):
+        seen = budget + (event + 1) * new
+        fresh = torch.arange(0 if event == 0 else seen - new, seen).expand(1, heads, -1)
+        keys = torch.cat([keys, torch.randn(*fresh.shape, size) + common], dim=2)
+        positions = torch.cat([positions, fresh], dim=2)
+        notes = torch.cat([notes, torch.zeros_like(fresh, dtype=torch.int32)], dim=2)
+        held = dataclasses.replace(
+            held_tokens([[keys.shape[2]] * heads], [seen]),
+            keys=keys,
+            positions=positions,
+            valid=torch.ones_like(positions, dtype=torch.bool),
+            notes=notes,
+        )
+        scores = RKV().score(held)
+        torch.testing.assert_close(scores, RKV().score(dataclasses.replace(held, notes=None)))
+        assert (notes > 0).all()
+        # Evict at random, so that repeats are lost too.
+        stay = torch.rand(positions.shape).topk(budget, dim=-1).indices.sort(-1).values
+        keys = keys.gather(2, stay[..., None].expand(-1, -1, -1, size))
+        positions, notes = positions.gather(2, stay), notes.gather(2, stay)
+
+
 def test_tova_listens_to_the_last_query_alone():
     held = held_tokens([[12, 9]], [12])
     louder = held.queries.clone()

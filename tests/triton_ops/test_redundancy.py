@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_ops.redundancy import redundancy, reference
+from triton_ops.redundancy import NONE, UNSEEN, redundancy, reference
+
+
+def mean_of(keys, valid, **settings):
+    """The redundancy alone, without who repeats whom."""
+    return redundancy(keys, valid, **settings)[0]
 
 
 def by_definition(keys, valid, threshold=0.5):
@@ -43,8 +48,8 @@ def test_it_is_its_definition(held, common):
     keys = keys_with(common, (2, 2, held, 8))
     valid = prefix([[held, held // 2], [1, max(1, held - 3)]], held)
     expected = by_definition(keys, valid)
-    torch.testing.assert_close(redundancy(keys, valid), expected, rtol=0, atol=1e-12)
-    single = redundancy(keys.float(), valid)
+    torch.testing.assert_close(mean_of(keys, valid), expected, rtol=0, atol=1e-12)
+    single = mean_of(keys.float(), valid)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-6)
 
@@ -54,7 +59,7 @@ def test_the_threshold(threshold):
     keys = keys_with(0.6, (1, 2, 150, 8))
     valid = prefix([[150, 140]], 150)
     torch.testing.assert_close(
-        redundancy(keys, valid, threshold=threshold),
+        mean_of(keys, valid, threshold=threshold),
         by_definition(keys, valid, threshold),
         rtol=0,
         atol=1e-12,
@@ -67,9 +72,7 @@ def test_rows_that_find_no_repeat_are_searched_to_the_end():
     for head, odd in ((0, [3, 77, 399]), (1, [5])):
         keys[0, head, [0, *odd]] = -2.0 + 0.1 * torch.randn(len(odd) + 1, 16, dtype=torch.float64)
     valid = torch.ones(1, 2, 400, dtype=torch.bool)
-    torch.testing.assert_close(
-        redundancy(keys, valid), by_definition(keys, valid), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(mean_of(keys, valid), by_definition(keys, valid), rtol=0, atol=1e-12)
 
 
 @given(
@@ -83,25 +86,68 @@ def test_repeated_and_zero_keys(counts, kinds, seed):
     distinct[0] = 0.0
     pick = torch.randint(kinds, (len(counts), 1, 40), generator=generator)
     keys, valid = distinct[pick], prefix([[count] for count in counts], 40)
-    torch.testing.assert_close(
-        redundancy(keys, valid), by_definition(keys, valid), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(mean_of(keys, valid), by_definition(keys, valid), rtol=0, atol=1e-12)
 
 
 def test_the_newest_of_the_repeats_is_spared():
     keys = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])[None, None]
-    scores = redundancy(keys, torch.ones(1, 1, 4, dtype=torch.bool))[0, 0]
+    scores = mean_of(keys, torch.ones(1, 1, 4, dtype=torch.bool))[0, 0]
     # Rows 0 and 1 exempt column 2, row 2 exempts column 1.
     torch.testing.assert_close(scores, torch.tensor([2.0, 1.0, 0.0, 0.0]) / 4)
+
+
+@pytest.mark.parametrize("common", [0.0, 0.9, 2.0])
+@pytest.mark.parametrize("held", [2, 129, 300])
+def test_the_repeat_is_the_newest_neighbour_over_the_threshold(common, held):
+    keys, valid = keys_with(common, (1, 2, held, 8)), prefix([[held, held - 1]], held)
+    _, repeat = redundancy(keys, valid)
+    for head, count in enumerate([held, held - 1]):
+        unit = keys[0, head, :count] / keys[0, head, :count].norm(dim=-1, keepdim=True)
+        over = (unit @ unit.T > 0.5) & ~torch.eye(count, dtype=torch.bool)
+        expected = [max(row.nonzero().flatten().tolist(), default=NONE) for row in over]
+        assert repeat[0, head].tolist() == expected + [NONE] * (held - count)
+
+
+@given(
+    counts=st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    new=st.lists(st.integers(0, 140), min_size=1, max_size=3),
+    lost=st.floats(0.0, 0.9),
+    common=st.sampled_from([0.0, 0.5, 0.9]),
+    seed=st.integers(0, 999),
+)
+def test_a_search_goes_on_from_an_earlier_one(counts, new, lost, common, seed):
+    generator = torch.Generator().manual_seed(seed)
+    new = (new * 3)[: len(counts)]
+    width = max(c + n for c, n in zip(counts, new, strict=True))
+    keys = torch.randn(1, len(counts), width, 8, generator=generator, dtype=torch.float64) + common
+    before = prefix([counts], width)
+    after = prefix([[c + n for c, n in zip(counts, new, strict=True)]], width)
+    _, repeat = redundancy(keys, before)
+    known = repeat.where(before, UNSEEN)
+    # Some keys lose what they knew: their repeat was evicted.
+    forgotten = torch.rand(known.shape, generator=generator) < lost
+    known = known.masked_fill(forgotten & (known != NONE), UNSEEN)
+    expected, searched = redundancy(keys, after), redundancy(keys, after, known=known)
+    assert torch.equal(searched[1], expected[1])
+    torch.testing.assert_close(searched[0], expected[0], rtol=0, atol=1e-14)
+
+
+def test_what_is_known_is_not_computed_again():
+    keys = keys_with(0.0, (1, 2, 1024, 16))
+    old = prefix([[896, 896]], 1024)
+    known = redundancy(keys, old)[1].where(old, UNSEEN)
+    with Sizes() as sizes:
+        redundancy(keys, torch.ones_like(old), known=known)
+    assert sizes.cosines == 2 * 1024 * 128
 
 
 def test_every_row_is_scored_by_its_own_keys():
     keys = keys_with(0.6, (3, 2, 140, 8))
     valid = prefix([[140, 20], [50, 60], [1, 139]], 140)
-    together = redundancy(keys, valid)
+    together = mean_of(keys, valid)
     for row in range(3):
         held = int(valid[row].sum(-1).max())
-        alone = redundancy(keys[row : row + 1, :, :held], valid[row : row + 1, :, :held])
+        alone = mean_of(keys[row : row + 1, :, :held], valid[row : row + 1, :, :held])
         torch.testing.assert_close(together[row : row + 1, :, :held], alone, rtol=0, atol=1e-14)
         assert (together[row, :, held:] == 0).all()
 
@@ -109,9 +155,9 @@ def test_every_row_is_scored_by_its_own_keys():
 def test_filler_may_hold_nan():
     keys = keys_with(0.6, (1, 2, 30, 8))
     valid = prefix([[30, 12]], 30)
-    clean = redundancy(keys, valid)
+    clean = mean_of(keys, valid)
     keys[0, 1, 12:] = torch.nan
-    assert torch.equal(redundancy(keys, valid), clean)
+    assert torch.equal(mean_of(keys, valid), clean)
 
 
 class Sizes(TorchDispatchMode):
@@ -133,17 +179,17 @@ class Sizes(TorchDispatchMode):
 def test_no_buffer_grows_with_the_square_of_the_tokens():
     keys = keys_with(0.0, (1, 1, 1024, 16), torch.float32)
     with Sizes() as sizes:
-        redundancy(keys, torch.ones(1, 1, 1024, dtype=torch.bool))
+        mean_of(keys, torch.ones(1, 1, 1024, dtype=torch.bool))
     assert sizes.largest == 1024 * reference.BLOCK
 
 
 def test_many_heads_are_worked_off_in_groups(monkeypatch):
     keys = keys_with(0.6, (3, 3, 160, 8))
     valid = prefix([[160, 1, 30], [2, 160, 60], [159, 58, 57]], 160)
-    at_once = redundancy(keys, valid)
+    at_once = mean_of(keys, valid)
     monkeypatch.setattr(reference, "TILE", 160 * reference.BLOCK * 2)
     with Sizes() as sizes:
-        in_groups = redundancy(keys, valid)
+        in_groups = mean_of(keys, valid)
     assert sizes.largest <= 160 * reference.BLOCK * 2
     torch.testing.assert_close(in_groups, at_once, rtol=0, atol=1e-14)
 
@@ -153,7 +199,7 @@ def test_a_sink_does_not_keep_every_row_searching():
     valid = torch.ones(1, 2, 1024, dtype=torch.bool)
     keys[:, :, 0] = -keys[:, :, 0]  # resembles nothing
     with Sizes() as sizes:
-        redundancy(keys, valid)
+        mean_of(keys, valid)
     assert sizes.cosines < 1.1 * 2 * 1024 * reference.BLOCK
 
 
@@ -169,4 +215,10 @@ def test_a_sink_does_not_keep_every_row_searching():
 )
 def test_faults_are_named(keys, valid, threshold, words):
     with pytest.raises(ValueError, match=words):
-        redundancy(keys, valid, threshold=threshold)
+        mean_of(keys, valid, threshold=threshold)
+
+
+def test_a_wrong_shape_of_what_is_known_is_named():
+    keys, valid = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"known \[1, 2, 3\] like valid, got \[1, 2, 4\]"):
+        redundancy(keys, valid, known=torch.full((1, 2, 4), UNSEEN))

@@ -11,8 +11,12 @@ BLOCK = 128
 # heads are searched one after another, borrows little memory.
 TILE = 1 << 20
 
+NONE, UNSEEN = -1, -2
 
-def redundancy(keys: torch.Tensor, valid: torch.Tensor, *, threshold: float) -> torch.Tensor:
+
+def redundancy(
+    keys: torch.Tensor, valid: torch.Tensor, *, threshold: float, known: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `triton_ops.redundancy.redundancy`; arguments are taken as valid."""
     rows, heads, count, size = keys.shape
     dtype = torch.promote_types(keys.dtype, torch.float32)
@@ -22,93 +26,115 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor, *, threshold: float) -> 
         unit = unit.where(held[..., None], 0.0)
     norm = unit.norm(dim=-1, keepdim=True)
     unit = unit / norm.clamp(min=torch.finfo(dtype).tiny)
+    repeat = torch.full_like(held, NONE, dtype=torch.long)
+    group = max(1, TILE // max(1, count * BLOCK))
+    for first in range(0, rows * heads, group):
+        some = slice(first, first + group)
+        _find(unit[some], held[some], known.view_as(held)[some], repeat[some], threshold)
+
+    found, place = repeat != NONE, repeat.clamp(min=0)
+    head = torch.arange(rows * heads, device=keys.device)[:, None]
+    exempted = (unit[head, place] * unit).sum(-1)
     # sum_i c[i, j] = u_j . (sum_i u_i), less the diagonal, which is 1, or 0 for a zero key.
     total = (unit @ unit.sum(1).unsqueeze(-1) - (norm > 0).to(dtype)).squeeze(-1)
-    group = max(1, TILE // max(1, count * BLOCK))
-    parts = zip(unit.split(group), held.split(group), strict=True)
-    spared = [_spared(*part, threshold) for part in parts]
-    mean = (total - torch.cat(spared)).view(rows, heads, count)
-    return (mean / valid.sum(-1, keepdim=True).clamp(min=1)).where(valid, 0.0)
+    total.scatter_add_(1, place, -exempted.where(found, 0.0))
+    mean = total.view(rows, heads, count) / valid.sum(-1, keepdim=True).clamp(min=1)
+    return mean.where(valid, 0.0), repeat.view(rows, heads, count)
 
 
-def _spared(unit: torch.Tensor, held: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Sum the cosines each column is spared because it is some row's most recent neighbour.
+def _find(
+    unit: torch.Tensor,
+    held: torch.Tensor,
+    known: torch.Tensor,
+    repeat: torch.Tensor,
+    threshold: float,
+) -> None:
+    """Write every key's most recent repeat into `repeat`.
 
     Columns are scanned in blocks from the most recent backwards, by the rows of the block and older
     ones. Cosines are symmetric, so the same block answers its own rows for all older columns, after
-    which they are done: half of the matrix is all that is ever computed. A row also leaves with its
-    first match, and the scan ends when none is left; real keys, which share a large common
-    component, mostly match within the first block.
+    which they are done: half of the matrix is all that is ever computed. A row leaves with its
+    first match, or once only columns are left for which its answer is known. The scan ends when no
+    row is left; real keys, which share a large common component, mostly match within the first
+    block.
 
     Parameters
     ----------
     unit : Tensor[S, N, D]
         Keys of unit norm, or zero.
     held : BoolTensor[S, N]
-        Rows to search for.
+        False for filler.
+    known : LongTensor[S, N]
+        See `triton_ops.redundancy.redundancy`.
+    repeat : LongTensor[S, N]
+        Filled with `NONE`; written in place.
     threshold : float
-
-    Returns
-    -------
-    Tensor[S, N]
     """
-    spared, open_ = unit.new_zeros(held.shape), held.clone()
+    open_, seen = held.clone(), known != UNSEEN
+    # Keys before this place have been compared with each other.
+    place = torch.arange(1, seen.shape[1] + 1, device=unit.device)
+    compared = (place * seen).amax(-1, keepdim=True) if bool(seen.any()) else None
     for end in range(unit.shape[1], 0, -BLOCK):
+        if compared is not None:
+            done = open_ & seen & (compared >= end)
+            repeat.copy_(known.where(done, repeat))
+            open_ &= ~done
         left = int(open_[:, :end].sum(-1).amax())
         if left == 0:
             break
         if 2 * left <= end:
             # Few rows keep searching (an attention sink resembles nothing): carry only those.
-            _search(unit, open_[:, :end], left, threshold, spared)
+            _search(unit, open_[:, :end], left, repeat, threshold)
             break
         start = max(0, end - BLOCK)
         cosine = unit[:, :end] @ unit[:, start:end].mT
         cosine[:, start:].diagonal(dim1=-2, dim2=-1).zero_()
-        _settle(cosine, open_[:, :end], threshold, spared[:, start:end])
+        _settle(cosine, start, open_[:, :end], repeat[:, :end], threshold)
         if start and bool(open_[:, start:end].any()):
-            _settle(cosine[:, :start].mT, open_[:, start:end], threshold, spared[:, :start])
-    return spared
+            older = cosine[:, :start].mT
+            _settle(older, 0, open_[:, start:end], repeat[:, start:end], threshold)
 
 
 def _search(
-    unit: torch.Tensor, open_: torch.Tensor, left: int, threshold: float, spared: torch.Tensor
+    unit: torch.Tensor, open_: torch.Tensor, left: int, repeat: torch.Tensor, threshold: float
 ) -> None:
-    """Scan the columns before `open_.shape[1]` for at most `left` open rows per head."""
+    """Scan the columns before `open_.shape[1]` for the open rows, at most `left` per head."""
     end = open_.shape[1]
     # Heads with fewer of them carry some closed rows along.
     row = open_.to(torch.uint8).topk(left, dim=-1).indices
-    open_ = open_.gather(1, row)
+    open_, found = open_.gather(1, row), repeat.gather(1, row)
     searching = unit.gather(1, row.unsqueeze(-1).expand(-1, -1, unit.shape[2]))
     for last in range(end, 0, -BLOCK):
         first = max(0, last - BLOCK)
         cosine = searching @ unit[:, first:last].mT
         head, own = ((row >= first) & (row < last)).nonzero(as_tuple=True)
         cosine[head, own, row[head, own] - first] = 0.0
-        _settle(cosine, open_, threshold, spared[:, first:last])
+        _settle(cosine, first, open_, found, threshold)
         if not bool(open_.any()):
             break
+    repeat.scatter_(1, row, found)
 
 
 def _settle(
-    cosine: torch.Tensor, open_: torch.Tensor, threshold: float, spared: torch.Tensor
+    cosine: torch.Tensor, first: int, open_: torch.Tensor, repeat: torch.Tensor, threshold: float
 ) -> None:
-    """Close the rows that match among some columns and spare each the last of them, in place.
+    """Close the rows that match among some columns; the last match is their answer.
 
     Parameters
     ----------
     cosine : Tensor[S, R, C]
-    open_ : BoolTensor[S, R]
+    first : int
+        Place of the first of the columns.
+    open_, repeat : BoolTensor[S, R], LongTensor[S, R]
+        Written in place.
     threshold : float
-    spared : Tensor[S, C]
     """
     # A maximum is 4 to 8 times cheaper than a comparison that writes a mask, so the exact place is
     # sought only for the rows that match here; each row does that once.
     hit = ((cosine.amax(-1) > threshold) & open_).nonzero(as_tuple=True)
-    near = cosine[hit]
+    near = cosine[hit] > threshold
     columns = near.shape[1]
-    places = torch.arange(
-        1, columns + 1, dtype=torch.uint8 if columns < 256 else torch.int32, device=near.device
-    )
-    place = ((near > threshold).view(torch.uint8) * places).amax(-1).long() - 1
-    spared.index_put_((hit[0], place), near.gather(1, place[:, None]).squeeze(1), accumulate=True)
+    dtype = torch.uint8 if columns < 256 else torch.int32
+    places = torch.arange(1, columns + 1, dtype=dtype, device=near.device)
+    repeat[hit] = (near.view(torch.uint8) * places).amax(-1).long() - 1 + first
     open_[hit] = False
