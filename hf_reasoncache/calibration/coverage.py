@@ -6,9 +6,9 @@ layer at a time.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -18,8 +18,8 @@ from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.estimate import Estimate, Record
 from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
-from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.selection import gather_held
 from hf_reasoncache.scorers.base import HeldTokens

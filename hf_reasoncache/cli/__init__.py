@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from hf_reasoncache.cli.calibrate import calibrate
 from hf_reasoncache.cli.profiles import compare, pull, push, show
 
 app = typer.Typer(
@@ -18,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (show, compare, push, pull):
+for _command in (calibrate, show, compare, push, pull):
     app.command()(_command)
 
 
