@@ -19,7 +19,7 @@ from huggingface_hub import (
     HfApi,
     hf_hub_download,
 )
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, XetDownloadError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_reasoncache.calibration.files import LIMITS, STATISTICS, too_large
@@ -74,6 +74,11 @@ class Repository:
     cache_dir: str | os.PathLike[str] | None = None
     token: Token = None
 
+    @property
+    def name(self) -> str:
+        """The repository, at its revision."""
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
+
     def locate(self, name: str, beside: Path | None = None) -> Path:
         """Return the path of a file of a profile; see `Source`.
 
@@ -95,7 +100,7 @@ class Repository:
             found = hf_hub_download(self.repo_id, name, dry_run=True, **where)
             # Some mirrors do not tell the size; reading the file has the same limit.
             if found.file_size is not None and found.file_size > LIMITS[name]:
-                raise too_large(f"{self.repo_id}/{name}", found.file_size)
+                raise too_large(f"{self.name}/{name}", found.file_size)
             return Path(hf_hub_download(self.repo_id, name, **where))
 
 
@@ -136,7 +141,7 @@ def _as_os_error(repo_id: str) -> Iterator[None]:
     """Turn what the HTTP client raises, where the Hub's library lets it through, into OSError."""
     try:
         yield
-    except HTTPError as error:
+    except (HTTPError, XetDownloadError) as error:
         if isinstance(error, OSError):
             raise
         raise OSError(

@@ -13,6 +13,10 @@ from hf_reasoncache.calibration.files import CONFIG, STATISTICS, read_bounded
 class Source(Protocol):
     """Where the files of a profile are: a directory, or a repository of the Hub."""
 
+    @property
+    def name(self) -> str:
+        """What the user calls it, for errors."""
+
     def locate(self, name: str, beside: Path | None = None) -> Path:
         """Return the path of a file, of the same version as its neighbour `beside`."""
 
@@ -22,6 +26,11 @@ class Directory:
     """A directory on this machine."""
 
     path: Path
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
 
     def locate(self, name: str, beside: Path | None = None) -> Path:
         """Return the path of a file, which may not exist."""
@@ -45,7 +54,7 @@ def read_profile(source: Source, *, with_statistics: bool = True) -> dict[str, b
     try:
         digest = statistics_digest(content[CONFIG])
     except ValueError as error:
-        raise ValueError(f"{config.parent}: {error}") from error
+        raise ValueError(f"{source.name}: {error}") from error
     if with_statistics and digest is not None:
         content[STATISTICS] = read_bounded(source.locate(STATISTICS, config))
     return content

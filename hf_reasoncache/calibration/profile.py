@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration import files, schema
@@ -137,7 +136,7 @@ class BudgetProfile:
                 stacklevel=3,
             )
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Compare with a model: the geometry, and the weights by their fingerprint.
 
         Other weights give a warning: a fine-tuned model may have the wave of its base, but nobody
@@ -212,7 +211,7 @@ class BudgetProfile:
             repo_id = require_repo_id(path_or_repo)
             source = Repository(repo_id, revision, local_files_only, cache_dir, token)
         content = read_profile(source, with_statistics=with_statistics)
-        return cls.from_files(content, name=os.fspath(path_or_repo))
+        return cls.from_files(content, name=source.name)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the profile into a directory, which is made if needed.

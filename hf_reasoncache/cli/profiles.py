@@ -135,9 +135,10 @@ def pull(
 
     A profile that is not valid leaves the directory as it is.
     """
-    content = read_profile(Repository(require_repo_id(repo_id), revision))
+    source = Repository(require_repo_id(repo_id), revision)
+    content = read_profile(source)
     # Read before it is written, and written as it is: a copy keeps what this release ignores.
-    BudgetProfile.from_files(content, name=repo_id)
+    BudgetProfile.from_files(content, name=source.name)
     write_profile(out, content)
     typer.echo(out)
 

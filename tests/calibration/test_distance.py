@@ -9,7 +9,8 @@ from scipy.stats import wasserstein_distance
 
 from hf_reasoncache.calibration.distance import wave_distance
 
-WAVES = st.lists(st.floats(0, 1e6), min_size=1, max_size=12).filter(any)
+DEMAND = st.just(0.0) | st.floats(1e-6, 1e6)
+WAVES = st.lists(DEMAND, min_size=1, max_size=12).filter(any)
 
 
 def cut(wave: list[float], parts: int) -> tuple[list[float], list[float]]:
