@@ -1,6 +1,6 @@
 """Print development problems as JSON lines, to calibrate a tiny reasoner on.
 
-    python -m examples.tiny_reasoner.prompts --family llama > prompts.jsonl
+python -m examples.tiny_reasoner.prompts --family llama > prompts.jsonl
 """
 
 from __future__ import annotations

@@ -14,41 +14,39 @@ Point = tuple[float, float]
 
 
 def marginal_allocation(
-    budgets: Sequence[int], errors: torch.Tensor, length: int, total: int, low: int, high: int
+    budgets: Sequence[int], errors: torch.Tensor, length: int, total: int
 ) -> list[int]:
     """Split a budget over layers so that the sum of their errors is smallest.
 
     Errors fall about exponentially with the budget, so each layer's curve is the lower convex hull
-    of its measured points in the logarithm, continued to the left with its first slope. Such curves
-    are convex, and for those it is optimal to hand out the tokens one by one, each to the layer
-    whose error falls most. Tokens that are measured to help nobody go to the layer that has least.
+    of its measured points in the logarithm. Such curves are convex, and for those it is optimal to
+    hand out the tokens one by one, each to the layer whose error falls most. Tokens that are
+    measured to help nobody go to the layer that has least.
 
     Parameters
     ----------
     budgets : sequence of int
-        Where errors were measured, ascending.
+        Where errors were measured, ascending. No layer gets less than the first.
     errors : Tensor[L, len(budgets)]
         Error of the output when one layer has that budget and all others keep everything.
     length : int
         Tokens of a text: with as many, a layer makes no error.
     total : int
-        Sum of the result.
-    low, high : int
-        Bounds of each layer, with `low * L <= total <= high * L`.
+        Sum of the result, at least `budgets[0] * L`.
 
     Returns
     -------
     list of int
         One budget per layer.
     """
-    layers = len(errors)
+    layers, low = len(errors), budgets[0]
     floor = max(float(errors.max()) * _NOISE, torch.finfo(torch.float64).tiny)
     logs = errors.double().clamp(min=floor).log()
     end = (float(length), float(torch.tensor(floor, dtype=torch.float64).log()))
     curves = []
     for layer in logs.tolist():
         points = [(float(b), e) for b, e in zip(budgets, layer, strict=True) if b < length]
-        curves.append(_on_hull([*points, end], low, high))
+        curves.append(_on_hull([*points, end], low, total))
     # By budget, then by layer: of equal gains a stable sort takes the layer that has least.
     gains = -torch.stack(curves).exp().diff(dim=1).T.flatten()
     chosen = gains.argsort(descending=True, stable=True)[: total - low * layers]
@@ -70,9 +68,8 @@ def _on_hull(points: Sequence[Point], low: int, high: int) -> torch.Tensor:
     hull = convex_hull(points)
     at = torch.arange(low, high + 1, dtype=torch.float64)
     result = torch.full_like(at, hull[-1][1])
-    # From right to left, so that the first segment covers all that is left of it.
-    for left, right in reversed(list(pairwise(hull))):
-        inside = at < right[0]
+    for left, right in pairwise(hull):
+        inside = (left[0] <= at) & (at < right[0])
         result[inside] = left[1] + _slope(left, right) * (at[inside] - left[0])
     return result
 

@@ -52,9 +52,9 @@ class Checkpoint:
             found = json.loads(path.read_text("utf-8"))
             if found != wanted:
                 raise ValueError(
-                    f"{self.directory}: expected an unfinished calibration with these settings, got "
-                    f"one that differs in {', '.join(_differences(found, wanted))}; repeat it as it "
-                    "was, or pass --no-resume to throw it away."
+                    f"{self.directory}: expected an unfinished calibration with these settings, "
+                    f"got one that differs in {', '.join(_differences(found, wanted))}; repeat it "
+                    "as it was, or pass --no-resume to throw it away."
                 )
             return
         self.directory.mkdir(parents=True, exist_ok=True)

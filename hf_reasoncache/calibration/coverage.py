@@ -224,9 +224,7 @@ def attention_mass(
     return logits.softmax(-1).mean(2)
 
 
-def statistics(
-    held: HeldTokens, mass: torch.Tensor, settings: Coverage
-) -> dict[str, torch.Tensor]:
+def statistics(held: HeldTokens, mass: torch.Tensor, settings: Coverage) -> dict[str, torch.Tensor]:
     """What one measurement says.
 
     Parameters
@@ -250,10 +248,12 @@ def statistics(
     fewest = torch.searchsorted(covered, wanted).clamp(max=covered.shape[-1] - 1) + 1
     _, at = held.window(mass.shape[2])
     distance = (at[:, None, :, None] - held.positions[:, :, None, :]).clamp(min=0)
-    bins = (distance + 1).log2().floor().long().clamp(max=RECENCY_BINS - 1)
-    recency = mass.new_zeros(*mass.shape[:-1], RECENCY_BINS).scatter_add_(-1, bins, mass)
+    # The exponent is floor(log2) without rounding.
+    bins = (torch.frexp((distance + 1).float()).exponent - 1).clamp(max=RECENCY_BINS - 1)
+    recency = mass.new_zeros(*mass.shape[:-1], RECENCY_BINS).scatter_add_(-1, bins.long(), mass)
     first = (held.positions < settings.sinks) & held.valid
-    repeated = redundancy(held.keys, held.valid).sum(-1) / held.count
+    each_key, _ = redundancy(held.keys, held.valid)
+    repeated = each_key.sum(-1) / held.count
     return {
         "tokens": fewest,
         "entropy": torch.special.entr(mass).sum(-1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,21 +50,20 @@ class Prompt:
             token.
         """
         if isinstance(self.content, str) and not chat:
-            ids = tokenizer(self.content)["input_ids"]
+            encoded = tokenizer(self.content)
         else:
-            messages = (
-                [{"role": "user", "content": self.content}]
-                if isinstance(self.content, str)
-                else list(self.content)
-            )
-            ids = self._from_template(tokenizer, messages)
+            # A template writes the special tokens itself.
+            encoded = tokenizer(self._conversation(tokenizer), add_special_tokens=False)
+        ids = tuple(encoded["input_ids"])
         if not ids:
             raise ValueError(f"{self.place}: expected at least one token, got none.")
-        return tuple(ids)
+        return ids
 
-    def _from_template(
-        self, tokenizer: PreTrainedTokenizerBase, messages: list[Message]
-    ) -> list[int]:
+    def _conversation(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of the chat template, up to where the model begins."""
+        messages = self.content
+        if isinstance(messages, str):
+            messages = ({"role": "user", "content": messages},)
         if not tokenizer.chat_template:
             raise ValueError(
                 f"{self.place}: expected a tokenizer with a chat template, got one without; give "
@@ -72,9 +71,11 @@ class Prompt:
             )
         # A template is a program of the model's author and may raise anything.
         try:
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=True, tokenize=False
+                )
+            )
         except Exception as error:
             raise ValueError(
                 f"{self.place}: expected messages that the chat template accepts, got: {error}"
@@ -180,9 +181,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield place, line
 
 
-def _data_set(
-    name: str, split: str, column: str | None, revision: str | None
-) -> Iterator[Prompt]:
+def _data_set(name: str, split: str, column: str | None, revision: str | None) -> Iterator[Prompt]:
     try:
         import datasets
     except ImportError as error:
@@ -205,10 +204,13 @@ def _from_row(row: Mapping[str, Any], column: str | None, place: str) -> Prompt:
     content = row[field]
     if isinstance(content, str) and content.strip():
         return Prompt(content, place)
-    if isinstance(content, Sequence) and not isinstance(content, str) and content:
-        if all(isinstance(m, Mapping) and "role" in m and "content" in m for m in content):
-            return Prompt(tuple(dict(message) for message in content), place)
+    if isinstance(content, list) and content and all(map(_is_message, content)):
+        return Prompt(tuple(dict(message) for message in content), place)
     raise ValueError(
         f"{place}: expected {field!r} to be text that is not empty, or messages with role and "
         f"content, got {ascii(content)[:80]}."
     )
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and "role" in value and "content" in value

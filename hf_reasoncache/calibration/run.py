@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import hf_reasoncache
 from hf_reasoncache.calibration.checkpoint import Checkpoint
 from hf_reasoncache.calibration.coverage import Coverage
-from hf_reasoncache.calibration.estimate import Estimator, Record
+from hf_reasoncache.calibration.estimate import Estimate, Estimator, Record
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.calibration.prompts import PromptSet
 from hf_reasoncache.calibration.provenance import Calibration
 from hf_reasoncache.calibration.traces import Trace, TraceSettings, generate_traces
+from hf_reasoncache.calibration.tune import Tune, Tuned, choose
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.scorers.base import Scorer
 
@@ -37,12 +38,15 @@ class CalibrationSettings:
         `Coverage`, the paper's, or `Sensitivity`, ours.
     traces : TraceSettings
         How the model answers the prompts.
+    tune : Tune or None
+        Whether and how the budget rule is chosen by measured error.
     chat : bool
         Whether prompts of plain text become the message of a user.
     """
 
     estimator: Estimator = field(default_factory=Coverage)
     traces: TraceSettings = field(default_factory=TraceSettings)
+    tune: Tune | None = None
     chat: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -123,9 +127,16 @@ class _Run:
             self.checkpoint.begin(self.identity(), resume=resume)
         self.state.wait_for_everyone()
         traces = self.traces()
-        estimator = self.settings.estimator.resolve(traces)
-        records = self.records(estimator, traces)
-        found = estimator.estimate(records, traces)
+        seen, held_out = list(range(len(traces))), list[int]()
+        if self.settings.tune is not None:
+            seen, held_out = self.settings.tune.split(len(traces))
+        estimator = self.settings.estimator.resolve([traces[place] for place in seen])
+        records, found = self.estimate(estimator, {place: traces[place] for place in seen})
+        settings = replace(self.settings, estimator=estimator).to_json()
+        if self.settings.tune is not None:
+            held = {place: traces[place] for place in held_out}
+            tuned, report = self.tuned(self.settings.tune.resolve(traces), found, held)
+            found, settings = replace(found, rule=tuned.rule), settings | {"tune": report}
         by_head = found.head_demand
         profile = BudgetProfile(
             base_model=_name(self.model),
@@ -137,7 +148,15 @@ class _Run:
             standard_error=tuple(found.standard_error.tolist()),
             head_demand=None if by_head is None else tuple(map(tuple, by_head.tolist())),
             rule=found.rule,
-            calibration=self.calibration(estimator, traces),
+            calibration=Calibration(
+                data=self.prompts.name,
+                data_revision=self.prompts.revision,
+                prompts=self.digests(seen),
+                seed=self.settings.traces.seed,
+                tokens=sum(len(traces[place].completion) for place in seen),
+                settings=settings | self.precision(),
+                versions=_versions(),
+            ),
             statistics={name: torch.stack([r[name] for r in records]) for name in records[0]},
         )
         if self.state.is_main_process:
@@ -151,7 +170,7 @@ class _Run:
         size = self.settings.traces.batch_size
         batches = [range(i, min(i + size, len(self.ids))) for i in range(0, len(self.ids), size)]
         mine = range(self.state.process_index, len(batches), self.state.num_processes)
-        with self.bar("traces", sum(len(batches[index]) for index in mine)) as bar:
+        with self.bar("answers", sum(len(batches[index]) for index in mine)) as bar:
             for index in mine:
                 batch = batches[index]
                 if any(self.checkpoint.load(f"trace-{place:06d}") is None for place in batch):
@@ -168,21 +187,49 @@ class _Run:
         )
         return [Trace(ids, tuple(c)) for ids, c in zip(self.ids, completions, strict=True)]
 
-    def records(self, estimator: Estimator, traces: Sequence[Trace]) -> list[Record]:
-        """Measure all prompts; they are dealt out to the processes."""
-        if self.state.is_main_process:
-            cost = estimator.cost(traces, self.geometry)
-            self.say(f"{estimator.name}: {cost}")
-        mine = range(self.state.process_index, len(traces), self.state.num_processes)
-        parts = [f"{estimator.name}-{place:06d}" for place in range(len(traces))]
-        with self.bar(estimator.name, len(mine)) as bar:
+    def estimate(
+        self, estimator: Estimator, traces: Mapping[int, Trace]
+    ) -> tuple[list[Record], Estimate]:
+        """Measure these prompts, by their place, and join what was found."""
+        chosen = list(traces.values())
+        self.tell(f"{estimator.name}: {estimator.cost(chosen, self.geometry)}")
+        records = self.records(
+            estimator.name, traces, lambda trace: estimator.measure(self.model, trace)
+        )
+        return records, estimator.estimate(records, chosen)
+
+    def tuned(
+        self, tune: Tune, found: Estimate, traces: Mapping[int, Trace]
+    ) -> tuple[Tuned, dict[str, Any]]:
+        """Choose a rule on the prompts held out; also return what the profile says about it."""
+        candidates = tune.candidates(found)
+        splits = list(candidates)
+        self.tell(f"tune: {tune.cost(list(traces.values()), len(splits))}")
+        records = self.records(
+            "tune", traces, lambda trace: tune.measure(self.model, trace, splits)
+        )
+        result = choose(torch.stack([record["divergence"] for record in records]), candidates)
+        for comparison in result.comparisons:
+            self.tell(f"tuned rule: {comparison}")
+        self.tell(f"rule: {result.rule}")
+        return result, _plain(tune) | {
+            "prompts": self.digests(traces),
+            "outcome": result.to_json(),
+        }
+
+    def records(
+        self, name: str, traces: Mapping[int, Trace], measure: Callable[[Trace], Record]
+    ) -> list[Record]:
+        """Measure prompts, which are dealt out to the processes."""
+        places = list(traces)
+        mine = places[self.state.process_index :: self.state.num_processes]
+        with self.bar(name, len(mine)) as bar:
             for place in mine:
-                if self.checkpoint.load(parts[place]) is None:
-                    record = estimator.measure(self.model, traces[place])
-                    self.checkpoint.save(parts[place], record)
+                if self.checkpoint.load(f"{name}-{place:06d}") is None:
+                    self.checkpoint.save(f"{name}-{place:06d}", measure(traces[place]))
                 bar.update()
         self.state.wait_for_everyone()
-        return [self.checkpoint.require(part) for part in parts]
+        return [self.checkpoint.require(f"{name}-{place:06d}") for place in places]
 
     def bar(self, name: str, total: int) -> tqdm:
         """Progress of the main process; the others have about as much to do."""
@@ -190,30 +237,27 @@ class _Run:
         hidden = disable if self.state.is_main_process else True
         return tqdm(total=total, desc=name, unit="prompt", disable=hidden)
 
+    def tell(self, line: str) -> None:
+        """Say something once, however many processes there are."""
+        if self.state.is_main_process:
+            self.say(line)
+
+    def digests(self, places: Iterable[int]) -> tuple[str, ...]:
+        """SHA-256 of some prompts."""
+        return tuple(self.prompts.prompts[place].digest for place in places)
+
+    def precision(self) -> dict[str, str]:
+        """What rounding depends on."""
+        return {"dtype": str(self.model.dtype), "device": self.model.device.type}
+
     def identity(self) -> dict[str, Any]:
         """All that the finished parts depend on."""
         return {
             "fingerprint": self.fingerprint,
-            "dtype": str(self.model.dtype),
-            "device": self.model.device.type,
             "prompts": hashlib.sha256(repr(self.ids).encode()).hexdigest(),
-            "settings": self.settings.to_json(),
+            "settings": self.settings.to_json() | self.precision(),
             "versions": _versions(),
         }
-
-    def calibration(self, estimator: Estimator, traces: Sequence[Trace]) -> Calibration:
-        """What the profile says about this run; nothing of it depends on the machine's paths."""
-        resolved = replace(self.settings, estimator=estimator).to_json()
-        return Calibration(
-            data=self.prompts.name,
-            data_revision=self.prompts.revision,
-            prompts=tuple(each.digest for each in self.prompts.prompts),
-            seed=self.settings.traces.seed,
-            tokens=sum(len(trace.completion) for trace in traces),
-            settings=resolved
-            | {"dtype": str(self.model.dtype), "device": self.model.device.type},
-            versions=_versions(),
-        )
 
 
 def _name(model: PreTrainedModel) -> str:

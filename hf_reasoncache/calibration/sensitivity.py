@@ -55,10 +55,11 @@ class Sensitivity:
 
     The curves are measured by teacher-forcing: one layer has a budget, all others keep everything,
     and the divergence of the next-token distribution from the full cache is averaged over the
-    completion. The demand is the split of `budget` that has the least error by these curves, within
-    the bounds of `rule`; it is in tokens per KV head, and the rule's exponent is 1.
+    completion. The demand is the split of `budget` that has the least error by these curves, each
+    layer getting at least the smallest budget that was measured. It is in tokens per KV head, so
+    the rule's exponent is 1; the rule's bounds are the paper's.
 
-    Errors of several layers are added, as if they did not interact; `tune` measures all layers
+    Errors of several layers are added, as if they did not interact; `Tune` measures all layers
     squeezed together.
 
     Attributes
@@ -69,7 +70,6 @@ class Sensitivity:
     budget : int or None
         The mean budget that the demand is to be best for; None takes 1/4 of the median trace.
     eviction : Eviction
-    rule : BudgetRule
     rows : int
         Squeezes that share a forward.
     """
@@ -77,7 +77,6 @@ class Sensitivity:
     budgets: tuple[int, ...] = ()
     budget: int | None = None
     eviction: Eviction = field(default_factory=Eviction)
-    rule: BudgetRule = field(default_factory=lambda: BudgetRule(exponent=1.0))
     rows: int = 8
 
     name: ClassVar[str] = "sensitivity"
@@ -93,10 +92,10 @@ class Sensitivity:
                 f"budgets: expected more than the window of {self.eviction.window} tokens, which "
                 f"are never evicted, got {self.budgets[0]}."
             )
-        if self.rule.exponent != 1.0:
+        if self.budgets and self.budget is not None and self.budget < self.budgets[0]:
             raise ValueError(
-                "rule: expected exponent 1, as this demand is in tokens, got "
-                f"{self.rule.exponent}."
+                f"budget: expected at least the smallest of the measured budgets, "
+                f"{self.budgets[0]}, got {self.budget}."
             )
 
     def resolve(self, traces: Sequence[Trace]) -> Sensitivity:
@@ -104,11 +103,8 @@ class Sensitivity:
         middle = int(median(trace.length for trace in traces))
         least = self.eviction.window + 1
         shares = sorted({max(least, middle // part) for part in (16, 8, 4, 2)})
-        return replace(
-            self,
-            budgets=self.budgets or tuple(shares),
-            budget=self.budget or max(least, middle // 4),
-        )
+        budgets = self.budgets or tuple(shares)
+        return replace(self, budgets=budgets, budget=self.budget or max(budgets[0], middle // 4))
 
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
         """See `Estimator.cost`."""
@@ -143,16 +139,12 @@ class Sensitivity:
             raise ValueError(f"sensitivity: expected at least 2 prompts, got {len(records)}.")
         curves = torch.stack([record["divergence"] for record in records])
         length = max(trace.length for trace in traces)
-        layers = curves.shape[1]
-        budget = self.resolve(traces).budget or 1
-        budgets = self.resolve(traces).budgets
-        low, high = -int(-self.rule.low * budget // 1), int(self.rule.high * budget)
+        resolved = self.resolve(traces)
+        total = (resolved.budget or 0) * curves.shape[1]
 
         def split(some: torch.Tensor) -> torch.Tensor:
-            parts = marginal_allocation(
-                budgets, some.mean(0), length, budget * layers, low, high
-            )
-            return torch.tensor(parts, dtype=torch.float64)
+            found = marginal_allocation(resolved.budgets, some.mean(0), length, total)
+            return torch.tensor(found, dtype=torch.float64)
 
         draws = torch.randint(
             len(curves),
@@ -160,4 +152,4 @@ class Sensitivity:
             generator=torch.Generator().manual_seed(0),
         )
         spread = torch.stack([split(curves[draw]) for draw in draws]).std(0)
-        return Estimate(split(curves), spread, self.rule)
+        return Estimate(split(curves), spread, BudgetRule(exponent=1.0))

@@ -1,7 +1,7 @@
-"""What eviction does to a model's output: the error of many budgets at once, against the full cache.
+"""What eviction does to a model's output: the error of many budgets at once.
 
 Every row of a batch reads the same trace, and every row has its own budget in each layer and head.
-The first row keeps everything and is what the others are compared with.
+The first row keeps everything; the others are compared with it.
 """
 
 from __future__ import annotations

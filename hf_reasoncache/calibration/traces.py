@@ -108,7 +108,7 @@ def generate_traces(
     cache = ReasonCache(model.config, lambda index, rank, layers: PooledLayer(index))
     with torch.random.fork_rng():
         torch.manual_seed((settings.seed << 20) + stream)
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             past_key_values=cache,

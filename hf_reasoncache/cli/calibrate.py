@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import typer
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +20,7 @@ from hf_reasoncache.calibration.run import CalibrationSettings
 from hf_reasoncache.calibration.run import calibrate as run_calibration
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.traces import TraceSettings
+from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -55,9 +58,6 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-_SENSITIVITY = "Sensitivity and --tune"
-
-
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or ORG/NAME.")],
     prompts: Annotated[
@@ -73,6 +73,14 @@ def calibrate(
         EstimatorName,
         typer.Option(help="The paper's attention coverage, or our output sensitivity."),
     ] = EstimatorName.coverage,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Choose exponent and bounds of the budgets by what eviction does to the output on "
+            "a third of the prompts, which is kept from the demand.",
+        ),
+    ] = False,
     push_to: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Then upload it.", show_default=False)
     ] = None,
@@ -126,7 +134,7 @@ def calibrate(
         int | None,
         typer.Option(
             min=1,
-            help="Sensitivity: the mean budget the demand is to suit.",
+            help="Sensitivity, tune: the mean budget to be best for.",
             show_default="1/4 of the median text",
         ),
     ] = None,
@@ -138,18 +146,20 @@ def calibrate(
             show_default="1/16 to 1/2 of the median text",
         ),
     ] = "",
-    scorer: Annotated[ScorerName, typer.Option(help="Sensitivity: what evicts.")] = ScorerName.rkv,
+    scorer: Annotated[
+        ScorerName, typer.Option(help="Sensitivity, tune: what evicts.")
+    ] = ScorerName.rkv,
     buffer: Annotated[
-        int, typer.Option(min=1, help="Sensitivity: tokens between two compactions.")
+        int, typer.Option(min=1, help="Sensitivity, tune: tokens between two compactions.")
     ] = 128,
     window: Annotated[
-        int, typer.Option(min=1, help="Sensitivity: newest tokens, never evicted.")
+        int, typer.Option(min=1, help="Sensitivity, tune: newest tokens, never evicted.")
     ] = 8,
     protect_prompt: Annotated[
-        bool, typer.Option(help="Sensitivity: never evict the prompt.")
+        bool, typer.Option(help="Sensitivity, tune: never evict the prompt.")
     ] = False,
     rows: Annotated[
-        int, typer.Option(min=1, help="Sensitivity: squeezed copies of a text per forward.")
+        int, typer.Option(min=1, help="Sensitivity, tune: squeezed copies of a text per forward.")
     ] = 8,
 ) -> None:
     """Measure how much each layer of a model needs, and write the profile.
@@ -171,9 +181,12 @@ def calibrate(
     settings = CalibrationSettings(
         estimator=chosen,
         traces=TraceSettings(max_new_tokens, batch_size, temperature, seed),
+        tune=Tune(budget=budget, eviction=eviction, rows=rows) if tune else None,
         chat=chat,
     )
     found = read_prompts(prompts, limit=limit, split=split, column=column, revision=data_revision)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     profile = run_calibration(
         AutoModelForCausalLM.from_pretrained(
