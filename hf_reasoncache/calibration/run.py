@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_reasoncache
 from hf_reasoncache.calibration.checkpoint import Checkpoint
 from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.estimate import Estimate, Estimator, Record
@@ -203,14 +203,14 @@ class _Run:
     ) -> tuple[Tuned, dict[str, Any]]:
         """Choose a rule on the prompts held out; also return what the profile says about it."""
         candidates = tune.candidates(found)
-        splits = list(candidates)
-        self.tell(f"tune: {tune.cost(list(traces.values()), len(splits))}")
+        rules = list(candidates.values())
+        self.tell(f"tune: {tune.cost(list(traces.values()), len(rules))}")
         records = self.records(
-            "tune", traces, lambda trace: tune.measure(self.model, trace, splits)
+            "tune", traces, lambda trace: tune.measure(self.model, trace, found, rules)
         )
         result = choose(torch.stack([record["divergence"] for record in records]), candidates)
         for comparison in result.comparisons:
-            self.tell(f"tuned rule: {comparison}")
+            self.tell(f"tuned rule {comparison}")
         self.tell(f"rule: {result.rule}")
         return result, _plain(tune) | {
             "prompts": self.digests(traces),
@@ -268,7 +268,7 @@ def _name(model: PreTrainedModel) -> str:
 
 def _versions() -> dict[str, str]:
     return {
-        "hf-reasoncache": hf_reasoncache.__version__,
+        "hf-reasoncache": version("hf-reasoncache"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

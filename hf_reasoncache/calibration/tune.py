@@ -62,7 +62,10 @@ class Tune:
             BudgetRule(*rule)
 
     def split(self, prompts: int) -> tuple[list[int], list[int]]:
-        """Indices of the prompts for the demand, and of those held out, evenly spread.
+        """Indices of the prompts for the demand, and of those held out, drawn at random.
+
+        A fixed stride would hold out one kind of prompt where kinds take turns. The draw depends on
+        the number of prompts alone.
 
         Raises
         ------
@@ -75,8 +78,8 @@ class Tune:
                 f"tune: expected at least 6 prompts, 4 of them held out, got {prompts}; give more "
                 "prompts or do not tune."
             )
-        held = [(2 * index + 1) * prompts // (2 * count) for index in range(count)]
-        return [index for index in range(prompts) if index not in held], held
+        order = torch.randperm(prompts, generator=torch.Generator().manual_seed(0)).tolist()
+        return sorted(order[count:]), sorted(order[:count])
 
     def resolve(self, traces: Sequence[Trace]) -> Tune:
         """Fill in the budget."""
@@ -96,8 +99,11 @@ class Tune:
         ]
         found: dict[tuple[int, ...], BudgetRule] = {}
         for rule in rules:
-            found.setdefault(tuple(rule.layer_budgets(demand, self.budget or 1)), rule)
+            found.setdefault(tuple(self._split(rule, demand, self.eviction.window)), rule)
         return found
+
+    def _split(self, rule: BudgetRule, demand: Sequence[float], floor: int) -> list[int]:
+        return rule.layer_budgets(demand, self.budget or 1, floor=floor)
 
     def cost(self, traces: Sequence[Trace], candidates: int) -> str:
         """Say in a sentence what measuring will take."""
@@ -109,11 +115,13 @@ class Tune:
         )
 
     def measure(
-        self, model: PreTrainedModel, trace: Trace, splits: Sequence[Sequence[int]]
+        self, model: PreTrainedModel, trace: Trace, estimate: Estimate, rules: Sequence[BudgetRule]
     ) -> Record:
-        """Measure one prompt: ``divergence`` `[splits]` in nats."""
+        """Measure one prompt: ``divergence`` `[rules]` in nats."""
         heads = Geometry.of(model.config).kv_heads
-        policy = self.eviction.policy()
+        policy, demand = self.eviction.policy(), estimate.demand.tolist()
+        floor = policy.window + len(trace.prompt) * policy.protect_prompt
+        splits = [self._split(rule, demand, floor) for rule in rules]
 
         def errors() -> Iterator[torch.Tensor]:
             for some in torch.tensor(splits).split(self.rows):
@@ -150,7 +158,7 @@ class Comparison:
 
     def __str__(self) -> str:
         return (
-            f"{self.verdict} than {self.other}: {self.difference:+.3g} nats per token "
+            f"against {self.other}: {self.verdict}, {self.difference:+.3g} nats per token "
             f"(95% interval {self.low:+.3g} to {self.high:+.3g})"
         )
 
