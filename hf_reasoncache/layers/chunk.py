@@ -33,6 +33,13 @@ class Chunk:
         """Number of columns."""
         return self.query.shape[2]
 
+    def real_tokens(self) -> torch.Tensor:
+        """BoolTensor[B, H_kv, T]: False for padding; a new tensor."""
+        batch, heads, steps, _ = self.keys.shape
+        if self.valid is None:
+            return torch.ones(batch, heads, steps, dtype=torch.bool, device=self.keys.device)
+        return self.valid[:, None].repeat(1, heads, 1)
+
     def columns(self, first: int, last: int) -> Chunk:
         """Return the chunk's own columns `first` to `last - 1`."""
         return replace(

@@ -1,12 +1,10 @@
-"""A pooled layer with a budget: scores what it holds and evicts the rest, row by row.
+"""A budgeted layer in a forward: when it evicts, and how a forward is undone.
 
-When: a row is due when a head has no room for the next token, and is served at the start of the
+A row is due when a head has no room for the next token, and is served at the start of the
 next `update`, never between an attention and its logits. Until then a rejected draft can be cropped
 without a trace. Two forwards bring more tokens than the buffer holds and cannot wait, because the
 memory they need is the one to be saved: a prompt beyond the budget, and a later chunk beyond the
 buffer. They are cut right after their attention.
-
-Who: rows are independent. A row in a padded batch evicts at the same tokens as that row alone.
 """
 
 from __future__ import annotations
@@ -16,54 +14,29 @@ from typing import Any
 
 import torch
 
+from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.draft import Draft
-from hf_reasoncache.layers.policy import EvictionPolicy
-from hf_reasoncache.layers.pool import HeldPositions, RaggedPool
-from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.layers.query_log import QueryLog
-from hf_reasoncache.layers.row_budgets import RowBudgets
-from hf_reasoncache.layers.selection import gather_held, keep_top
+from hf_reasoncache.layers.held_positions import HeldPositions
+from hf_reasoncache.layers.pool import RaggedPool
+from hf_reasoncache.layers.selection import incoming_held
 
 _MASS_BLOCK = 64  # prompt queries per pass while attention mass is accumulated
-_STATISTICS = {"mass": torch.float32, "notes": torch.int32}
-_NO_ROWS = torch.zeros(0, dtype=torch.long)
 
 
-class EvictingLayer(PooledLayer):
+class EvictingLayer(BudgetedLayer):
     """One layer that holds a budget of tokens per KV head.
 
     Invariants between two forwards: no head holds more than its budget plus `policy.buffer`; the
     capacities of a row add up to exactly that; the newest `policy.window` columns and the protected
     prompt are held.
-
-    Attributes
-    ----------
-    budgets : RowBudgets or None
-        None until the prompt is complete.
-    evictions : int
-        Compactions so far, each row counted.
-    evicted : int
-        Tokens evicted so far, each row and head counted.
     """
 
     _STATE = ("budgets", "evictions", "evicted", "_tail")
 
-    def __init__(self, index: int, rank: int, policy: EvictionPolicy) -> None:
-        self.rank, self.policy = rank, policy
-        wanted = {"mass": policy.scorer.needs_mass, "notes": policy.scorer.keeps_notes}
-        self.statistics = {
-            name: _STATISTICS[name] for name, is_wanted in wanted.items() if is_wanted
-        }
-        super().__init__(index)
-
     def _clear(self) -> None:
         super()._clear()
-        self.budgets: RowBudgets | None = None
-        self.evictions = self.evicted = 0
-        self._log = QueryLog(self.policy.scorer.queries)
         self._prompt_open = True
-        self._prompt_columns = 0
         self._attended: HeldPositions | None = None
         self._draft: Draft | None = None
 
@@ -74,7 +47,7 @@ class EvictingLayer(PooledLayer):
         if self.pool is None:
             return
         if self.budgets is None:
-            self._allocate()
+            self._allocate_held()
             self._fit()
         if not (self._grows_prompt(steps) and self.policy.protect_prompt):
             self._evict(self._due(1 if self.recording else steps), self.seen)
@@ -87,6 +60,9 @@ class EvictingLayer(PooledLayer):
         batch, heads, steps, _ = chunk.keys.shape
         self.first = torch.full((batch,), -1)
         stored = torch.full((batch,), steps) if chunk.valid is None else chunk.valid.sum(-1).cpu()
+        if not self.recording and not self.policy.scorer.needs_mass:
+            self._store_cut(chunk, stored)
+            return
         room = stored[:, None].expand(batch, heads).contiguous()
         self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
         if self.recording:
@@ -95,8 +71,32 @@ class EvictingLayer(PooledLayer):
             self._prompt_open = False
         self._store(chunk, self.seen)
         if not self.recording:
-            self._allocate()
+            self._allocate_held()
             self._cut()
+
+    def _store_cut(self, chunk: Chunk, stored: torch.Tensor) -> None:
+        """Store of a prompt what stays; the pool never holds the rest."""
+        steps = chunk.steps
+        self._place_first(self.seen - steps, chunk.valid)
+        self._remember(chunk)
+        keep, notes = chunk.real_tokens(), {}
+        self._allocate(keep[..., : self._end_of_prompt()].sum(-1).cpu())
+        rows = (stored[:, None] > self._require_budgets().capacity).any(-1).nonzero()[:, 0]
+        if rows.numel():
+            self._attended = HeldPositions.of(keep)
+            occasion = self._occasion(rows, self.seen)
+            held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
+            chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))
+            keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, column, chosen)
+            if held.notes is not None:
+                notes["notes"] = torch.zeros_like(keep, dtype=torch.int32)
+                notes["notes"][rows] = notes["notes"][rows].scatter_(-1, column, held.notes)
+        capacity = torch.maximum(self._require_budgets().capacity, keep.sum(-1).cpu())
+        self.pool = RaggedPool(capacity, chunk.keys, chunk.values, self.statistics)
+        columns = torch.arange(self.seen - steps, self.seen, device=chunk.keys.device)
+        whole = chunk.valid is None and not rows.numel()
+        self.pool.append(chunk.keys, chunk.values, columns, None if whole else keep, **notes)
+        self._tail = steps if whole else 0
 
     def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`."""
@@ -107,7 +107,7 @@ class EvictingLayer(PooledLayer):
         self._make_room(chunk.steps)
         out = self._step(chunk, self.seen)
         if grows:
-            self._allocate()
+            self._allocate_held()
         if chunk.steps > 1:
             self._cut()
         return out
@@ -119,8 +119,7 @@ class EvictingLayer(PooledLayer):
 
     def _take(self, chunk: Chunk, end: int) -> None:
         self._append(chunk, end)
-        self._log.append(chunk.query)
-        self._scaling = chunk.settings["scaling"]
+        self._remember(chunk)
 
     def _store(self, chunk: Chunk, end: int) -> None:
         """`_step` without the attention's result, for tokens whose result is known already."""
@@ -144,39 +143,6 @@ class EvictingLayer(PooledLayer):
         age = torch.arange(steps - 1, -1, -1, device=query.device)
         return {"mass": mass, "mass_weight": scorer.mass_decay**age}
 
-    # ------------------------------------------------------------------------------------- eviction
-
-    def _allocate(self) -> None:
-        """Fix the budgets of every row from the prompt that the pool holds."""
-        pool, policy = self._require_pool(), self.policy
-        batch, heads = pool.length.shape
-        self._prompt_columns = min(policy.prompt_length or self.seen, self.seen)
-        prompt = torch.zeros(batch, dtype=torch.long)
-        if policy.protect_prompt:
-            slots, offset = pool.slots(torch.arange(batch))
-            in_prompt = (pool.fields["positions"][slots] < self._prompt_columns) & (offset >= 0)
-            prompt = in_prompt[:, 0].sum(-1).cpu()
-        self.budgets = RowBudgets.equal(policy, self.rank, prompt, heads)
-
-    def _require_budgets(self) -> RowBudgets:
-        if self.budgets is None:
-            raise ValueError(f"layer {self.index}: expected budgets, got a layer without a prompt.")
-        return self.budgets
-
-    def _due(self, steps: int) -> torch.Tensor:
-        """Rows that must evict before `steps` new tokens, given the capacity they should have."""
-        pool = self._require_pool()
-        if 0 < steps <= pool.least_free:
-            # Between two forwards every head has the capacity it should have.
-            return _NO_ROWS
-        over = pool.length + steps > self._require_budgets().capacity
-        return over.any(-1).nonzero()[:, 0]
-
-    def _make_room(self, steps: int) -> None:
-        pool = self._require_pool()
-        if steps > pool.least_free:
-            pool.relayout(torch.maximum(pool.capacity, pool.length + steps))
-
     def _cut(self) -> None:
         """Bring rows that a long forward has put over their capacity back to their budget."""
         pool = self._require_pool()
@@ -185,42 +151,6 @@ class EvictingLayer(PooledLayer):
             held = pool.held()
             self._attended = HeldPositions(held.positions.clone(), held.layout, held.length)
         self._evict(rows, self.seen)
-        self._fit()
-
-    def _fit(self) -> None:
-        """Give every head exactly the capacity it should have."""
-        pool = self._require_pool()
-        target = torch.maximum(self._require_budgets().capacity, pool.length)
-        if not torch.equal(target, pool.capacity):
-            pool.relayout(target)
-
-    def _evict(self, rows: torch.Tensor, columns: int) -> None:
-        """Compact `rows` to their budgets, when `columns` columns have been stored."""
-        if not rows.numel():
-            return
-        pool, policy = self._require_pool(), self.policy
-        held, slots, offset, at = gather_held(
-            pool,
-            rows,
-            first=self.first[rows],
-            columns=columns,
-            queries=self._log.last(),
-            scaling=self._scaling,
-            layer=self.index,
-        )
-        protected = at >= columns - policy.window
-        if policy.protect_prompt:
-            protected |= at < self._prompt_columns
-        scores = policy.scorer.score(held).masked_fill(protected, torch.inf)
-        if held.notes is not None:
-            pool.fields["notes"][slots[held.valid]] = held.notes[held.valid]
-        scores = scores.masked_fill(~held.valid, -torch.inf)
-        self.budgets = self._require_budgets().resplit(rows, scores, held.valid, columns)
-        keep = keep_top(scores, self.budgets.heads[rows]) & held.valid
-        self.evictions += rows.numel()
-        self.evicted += int((held.valid & ~keep).sum())
-        pool.compact(rows, slots, offset, keep)
-        self._tail = 0
         self._fit()
 
     # ------------------------------------------------------------------------ drafts and other rows

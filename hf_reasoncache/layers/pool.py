@@ -8,10 +8,10 @@ age and whoever needs age reads `positions`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
+from hf_reasoncache.layers.held_positions import HeldPositions
 from triton_ops.compact import compact
 from triton_ops.layout import RaggedLayout
 
@@ -22,34 +22,6 @@ def ordinary_tensors() -> torch.inference_mode:
     A cache outlives the call that filled it, and inference tensors are read-only elsewhere.
     """
     return torch.inference_mode(False)
-
-
-@dataclass(frozen=True, eq=False)
-class HeldPositions:
-    """Which positions every head holds, without the tokens.
-
-    Attributes
-    ----------
-    positions : IntTensor[slots]
-    layout : RaggedLayout
-    length : LongTensor[B, H_kv]
-    """
-
-    positions: torch.Tensor
-    layout: RaggedLayout
-    length: torch.Tensor
-
-    def lists(self) -> list[list[list[int]]]:
-        """Sorted positions per row and KV head."""
-        return [
-            [
-                sorted(self.positions[start : start + used].tolist())
-                for start, used in zip(starts, lengths, strict=True)
-            ]
-            for starts, lengths in zip(
-                self.layout.start.tolist(), self.length.tolist(), strict=True
-            )
-        ]
 
 
 class RaggedPool:

@@ -1,38 +1,49 @@
-"""From a pool to what a scorer sees, and from scores to what is kept."""
+"""From tokens to what a scorer sees, and from scores to what is kept."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+
 import torch
 
+from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pool import RaggedPool
+from hf_reasoncache.layers.row_budgets import RowBudgets
 from hf_reasoncache.scorers.base import HeldTokens
 
 
-def gather_held(
-    pool: RaggedPool,
-    rows: torch.Tensor,
-    *,
-    first: torch.Tensor,
-    columns: int,
-    queries: torch.Tensor | None,
-    scaling: float,
-    layer: int,
-) -> tuple[HeldTokens, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Collect what some rows hold, in order of position.
+@dataclass(frozen=True, eq=False)
+class Occasion:
+    """Which rows of a layer are to be scored, and when.
 
-    Parameters
+    Attributes
     ----------
-    pool : RaggedPool
     rows : LongTensor[R]
         On the CPU.
     first : LongTensor[R]
-        Column of each row's first real token.
+        Column of each of these rows' first real token.
     columns : int
-        Columns of the padded sequence stored so far.
+        Columns of the padded sequence seen so far.
     queries : Tensor[B, H_q, A, D] or None
         The queries of the newest `A` columns, all rows of the batch.
     scaling, layer
         See `HeldTokens`.
+    """
+
+    rows: torch.Tensor
+    first: torch.Tensor
+    columns: int
+    queries: torch.Tensor | None
+    scaling: float
+    layer: int
+
+
+def gather_held(
+    pool: RaggedPool, occasion: Occasion
+) -> tuple[HeldTokens, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Collect what some rows hold, in order of position.
 
     Returns
     -------
@@ -42,42 +53,119 @@ def gather_held(
     at : LongTensor[R, H_kv, N]
         Column of each token, -1 for filler.
     """
-    slots, offset = pool.slots(rows)
-    fields, device = pool.fields, slots.device
-    at = fields["positions"][slots].long().masked_fill(offset < 0, -1)
-    order = at.masked_fill(offset < 0, columns + 1).argsort(dim=-1, stable=True)
+    slots, offset = pool.slots(occasion.rows)
+    at = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1)
+    order = at.masked_fill(offset < 0, occasion.columns + 1).argsort(dim=-1, stable=True)
     slots, offset, at = (x.gather(-1, order) for x in (slots, offset, at))
-    valid, start = offset >= 0, first.to(device)
-    filler = None if bool(valid.all()) else ~valid
+    held = _held_tokens(occasion, at, lambda name: pool.fields[name][slots], pool.fields)
+    return held, slots, offset, at
+
+
+def incoming_held(
+    chunk: Chunk, occasion: Occasion, *, keeps_notes: bool
+) -> tuple[HeldTokens, torch.Tensor]:
+    """Collect what a first chunk brings for some rows, in order of position, before it is stored.
+
+    Without padding, and if all rows are asked for, keys and values are not copied.
+
+    Returns
+    -------
+    held : HeldTokens
+    column : LongTensor[R, H_kv, N]
+        Where each token lies in the chunk; filler lies on padding.
+    """
+    device, heads = chunk.keys.device, chunk.keys.shape[1]
+    rows = occasion.rows.to(device)
+    if chunk.valid is None:
+        column = torch.arange(chunk.steps, device=device).expand(len(rows), -1)
+        at = column
+    else:
+        real = chunk.valid[rows]
+        count = real.sum(-1, keepdim=True)
+        column = (~real).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(count.max())]
+        at = column.where(torch.arange(column.shape[1], device=device) < count, -1)
+    column, at = (x[:, None].expand(-1, heads, -1) for x in (column, at))
 
     def load(name: str) -> torch.Tensor:
-        field = fields[name][slots]
-        return (
-            field
-            if filler is None
-            else field.masked_fill_(filler.view(*filler.shape, *[1] * (field.dim() - 3)), 0)
-        )
+        if name == "notes":
+            return torch.zeros(at.shape, dtype=torch.int32, device=device)
+        source = chunk.keys if name == "keys" else chunk.values
+        source = source if len(rows) == len(source) else source[rows]
+        if chunk.valid is None:
+            return source
+        return source.gather(2, column[..., None].expand(-1, -1, -1, source.shape[-1]))
+
+    names = {"keys", "values", "notes"} if keeps_notes else {"keys", "values"}
+    return _held_tokens(occasion, at, load, names), column
+
+
+def _held_tokens(
+    occasion: Occasion,
+    at: torch.Tensor,
+    load: Callable[[str], torch.Tensor],
+    names: Container[str],
+) -> HeldTokens:
+    """Describe tokens to a scorer; `load` gives a quantity per token, anything for filler."""
+    device, columns = at.device, occasion.columns
+    valid, start = at >= 0, occasion.first.to(device)
+    filler = None if bool(valid.all()) else ~valid
+
+    def clean(name: str) -> torch.Tensor:
+        field = load(name)
+        if filler is None:
+            return field
+        return field.masked_fill(filler.view(*filler.shape, *[1] * (field.dim() - 3)), 0)
 
     grouped = asked_at = None
-    if queries is not None:
-        chosen = queries[rows.to(queries.device)]
-        grouped = chosen.unflatten(1, (slots.shape[1], -1))
+    if occasion.queries is not None:
+        chosen = occasion.queries[occasion.rows.to(device)]
+        grouped = chosen.unflatten(1, (at.shape[1], -1))
         asked_at = torch.arange(columns - chosen.shape[2], columns, device=device) - start[:, None]
         asked_at = asked_at.clamp_min(-1)
-    held = HeldTokens(
-        keys=load("keys"),
+    return HeldTokens(
+        keys=clean("keys"),
         positions=(at - start[:, None, None]).masked_fill(~valid, -1),
         valid=valid,
         length=columns - start,
-        scaling=scaling,
-        layer=layer,
-        load_values=lambda: load("values"),
+        scaling=occasion.scaling,
+        layer=occasion.layer,
+        load_values=lambda: clean("values"),
         queries=grouped,
         query_positions=asked_at,
-        mass=load("mass") if "mass" in fields else None,
-        notes=load("notes") if "notes" in fields else None,
+        mass=clean("mass") if "mass" in names else None,
+        notes=clean("notes") if "notes" in names else None,
     )
-    return held, slots, offset, at
+
+
+def choose(
+    policy: EvictionPolicy,
+    budgets: RowBudgets,
+    occasion: Occasion,
+    held: HeldTokens,
+    protected: torch.Tensor,
+) -> tuple[torch.Tensor, RowBudgets]:
+    """Choose the tokens that stay.
+
+    Parameters
+    ----------
+    policy : EvictionPolicy
+    budgets : RowBudgets
+        Of all rows of the layer.
+    occasion : Occasion
+    held : HeldTokens
+    protected : BoolTensor[R, H_kv, N]
+        Tokens that stay whatever their score.
+
+    Returns
+    -------
+    keep : BoolTensor[R, H_kv, N]
+    budgets : RowBudgets
+        With the heads re-allocated where that was due.
+    """
+    scores = policy.scorer.score(held).masked_fill(protected, torch.inf)
+    scores = scores.masked_fill(~held.valid, -torch.inf)
+    budgets = budgets.resplit(occasion.rows, scores, held.valid, occasion.columns)
+    return keep_top(scores, budgets.heads[occasion.rows]) & held.valid, budgets
 
 
 def keep_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:

@@ -18,28 +18,38 @@ def redundancy(
     keys: torch.Tensor, valid: torch.Tensor, *, threshold: float, known: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `triton_ops.redundancy.redundancy`; arguments are taken as valid."""
-    rows, heads, count, size = keys.shape
+    rows, heads, count = valid.shape
+    flat, held, known = (x.flatten(0, 1) for x in (keys, valid, known))
+    group = max(1, TILE // max(1, count * BLOCK))
+    parts = [
+        _of_heads(flat[some], held[some], known[some], threshold)
+        for some in (slice(first, first + group) for first in range(0, len(flat), group))
+    ]
+    mean, repeat = (torch.cat(part).view(rows, heads, count) for part in zip(*parts, strict=True))
+    return mean, repeat
+
+
+def _of_heads(
+    keys: torch.Tensor, held: torch.Tensor, known: torch.Tensor, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`redundancy` of a few heads `[S, N, D]`, whose scratch is all that lives at once."""
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    held = valid.reshape(rows * heads, count)
-    unit = keys.reshape(rows * heads, count, size).to(dtype)
+    unit = keys.to(dtype)
     if not bool(held.all()):
         unit = unit.where(held[..., None], 0.0)
     norm = unit.norm(dim=-1, keepdim=True)
     unit = unit / norm.clamp(min=torch.finfo(dtype).tiny)
-    repeat = torch.full_like(held, NONE, dtype=torch.long)
-    group = max(1, TILE // max(1, count * BLOCK))
-    for first in range(0, rows * heads, group):
-        some = slice(first, first + group)
-        _find(unit[some], held[some], known.view_as(held)[some], repeat[some], threshold)
+    repeat = torch.full_like(known, NONE)
+    _find(unit, held, known, repeat, threshold)
 
     found, place = repeat != NONE, repeat.clamp(min=0)
-    head = torch.arange(rows * heads, device=keys.device)[:, None]
+    head = torch.arange(len(unit), device=keys.device)[:, None]
     exempted = (unit[head, place] * unit).sum(-1)
     # sum_i c[i, j] = u_j . (sum_i u_i), less the diagonal, which is 1, or 0 for a zero key.
     total = (unit @ unit.sum(1).unsqueeze(-1) - (norm > 0).to(dtype)).squeeze(-1)
     total.scatter_add_(1, place, -exempted.where(found, 0.0))
-    mean = total.view(rows, heads, count) / valid.sum(-1, keepdim=True).clamp(min=1)
-    return mean.where(valid, 0.0), repeat.view(rows, heads, count)
+    mean = total / held.sum(-1, keepdim=True).clamp(min=1)
+    return mean.where(held, 0.0), repeat
 
 
 def _find(
