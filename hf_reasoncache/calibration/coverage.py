@@ -21,7 +21,7 @@ from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.layers.selection import gather_held
+from hf_reasoncache.layers.selection import Occasion, gather_held
 from hf_reasoncache.scorers.base import HeldTokens
 from triton_ops.redundancy import redundancy
 
@@ -174,15 +174,15 @@ class CoverageLayer(PooledLayer):
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
     ) -> None:
-        held, *_ = gather_held(
-            self._require_pool(),
-            torch.arange(query.shape[0]),
+        occasion = Occasion(
+            rows=torch.arange(query.shape[0]),
             first=self.first,
             columns=self.seen,
             queries=query,
             scaling=scaling,
             layer=self.index,
         )
+        held, *_ = gather_held(self._require_pool(), occasion)
         mass = attention_mass(held, softcap, s_aux)
         found = statistics(held, mass, self.settings)
         self.count += query.shape[0] * query.shape[2]
