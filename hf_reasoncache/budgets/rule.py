@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,19 +33,17 @@ class BudgetRule:
     def __post_init__(self) -> None:
         """Check and normalise."""
         for name, value in vars(self).items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{name}: expected a number, got {value!r}.")
-        if not (self.exponent >= 0 and self.exponent < math.inf):
-            raise ValueError(
-                f"exponent: expected a finite number >= 0, got {self.exponent!r}; the paper uses "
-                "0.5."
-            )
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            # Compared as it is: an integer may be too large to become a float.
+            if not number or not 0 <= value <= sys.float_info.max:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!a:.80}.")
+            object.__setattr__(self, name, float(value))
         expect_bounds("BudgetRule", self.low, self.high)
 
     def layer_budgets(
         self, demand: Sequence[float], mean_budget: int, *, floor: int = 0
     ) -> list[int]:
-        """Split `mean_budget` times the layers; see `hf_reasoncache.budgets.layer_budgets`."""
+        """Split a budget over layers; see `hf_reasoncache.budgets.layer_budgets`."""
         return layer_budgets(
             demand,
             mean_budget,

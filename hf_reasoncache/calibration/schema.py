@@ -10,18 +10,25 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 _SHOWN = 80  # characters of a wrong value in an error
+_DEEPEST = (
+    32  # levels of nested JSON; what recurses over it later, as `repr`, stays far from limits
+)
 
 
 def refuse(name: str, expected: str, got: object) -> NoReturn:
-    """Raise the ValueError; a long value is cut."""
-    shown = ascii(got)
-    if len(shown) > _SHOWN:
-        shown = f"{shown[:_SHOWN]}... ({type(got).__name__})"
-    raise ValueError(f"{name}: expected {expected}, got {shown}.")
+    """Raise the ValueError, without what a file could do to a terminal."""
+    raise ValueError(f"{name}: expected {expected}, got {shown(got)}.")
+
+
+def shown(value: object) -> str:
+    """Some characters of a value, in ASCII; of an error, of its text."""
+    text = ascii(str(value))[1:-1] if isinstance(value, Exception) else ascii(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def text(name: str, value: object) -> str:
@@ -74,16 +81,34 @@ def amounts(name: str, value: object, length: int) -> tuple[float, ...]:
 
 
 def plain_json(name: str, value: object) -> dict[str, Any]:
-    """A mapping that JSON can hold, with printable keys and finite numbers, in plain types."""
+    """A mapping that JSON can hold, with printable text and finite numbers, in plain types."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         refuse(name, "a mapping from text to JSON values", value)
     try:
         plain = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected JSON values, finite, got: {error}") from error
-    for key in plain:
-        text(f"a key of {name}", key)
+        raise ValueError(f"{name}: expected JSON values, finite, got: {shown(error)}.") from error
+    for each in _everything_in(name, plain):
+        if isinstance(each, str) and not each.isprintable():
+            refuse(name, "printable text", each)
     return plain
+
+
+def _everything_in(name: str, value: object) -> Iterator[object]:
+    """Yield keys and values of a JSON value at every level, without recursion."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        yield from level
+        inner: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += [*each, *each.values()]
+            elif isinstance(each, list):
+                inner += each
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"{name}: expected at most {_DEEPEST} levels of JSON, got more.")
 
 
 def fields(cls: type, name: str, value: object) -> dict[str, Any]:
@@ -126,7 +151,9 @@ def parse(name: str, data: bytes) -> dict[str, Any]:
             parse_constant=finite,
         )
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected JSON, got something else: {error}.") from error
+        raise ValueError(f"{name}: expected JSON, got something else: {shown(error)}.") from error
+    # Walks it all, for the depth.
+    deque(_everything_in(name, value), maxlen=0)
     if not isinstance(value, dict):
         refuse(name, "a JSON object", value)
     return value

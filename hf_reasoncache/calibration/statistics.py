@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from hf_reasoncache.calibration.schema import shown
+
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32)
 
 
@@ -27,7 +29,7 @@ def check_statistics(statistics: object, *, prompts: int, layers: int) -> None:
         )
     for name, tensor in statistics.items():
         if not isinstance(name, str) or not name.isprintable() or not name:
-            raise ValueError(f"statistics: expected printable names, got {name!a:.80}.")
+            raise ValueError(f"statistics: expected printable names, got {shown(name)}.")
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise ValueError(
@@ -60,6 +62,6 @@ def parse_statistics(data: bytes) -> dict[str, torch.Tensor]:
     # Besides its own error, the library lets through what torch and its tables of types raise.
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"expected a safetensors file, got something else: {error}; copy or download the "
-            "profile again."
+            f"expected a safetensors file, got something else: {shown(error)}; copy or download "
+            "the profile again."
         ) from error

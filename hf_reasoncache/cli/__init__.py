@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import typer
 
 from hf_reasoncache.cli.calibrate import calibrate
@@ -27,9 +24,5 @@ def main() -> None:
     """Run the command; what the user can mend is one line on stderr and exit status 1."""
     try:
         app()
-    except BrokenPipeError:
-        # The reader, `head` say, has had enough. Python would complain when it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -11,12 +11,16 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import close_session, constants
 
 TOKEN = "hf_a_token_of_this_test"
 
@@ -247,3 +251,22 @@ def running_hub() -> Iterator[Hub]:
         hub.shutdown()
         thread.join()
         hub.server_close()
+
+
+@contextmanager
+def connected_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub, with the endpoint, cache and token of this process's client pointed at it."""
+    with running_hub() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        # The client waits between its attempts.
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        # Connections to an earlier test's server are dead.
+        close_session()
+        yield hub
+        close_session()

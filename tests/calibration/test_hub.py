@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, close_session, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -18,7 +16,7 @@ from huggingface_hub.errors import (
 
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.calibration import files
-from tests.calibration.hub_server import TOKEN, Hub, running_hub
+from tests.calibration.hub_server import Hub, connected_hub
 from tests.calibration.profiles import make_profile
 from tests.models import build
 
@@ -28,21 +26,8 @@ PROFILE = make_profile()
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A Hub, with the client's endpoint, cache and token pointed at it."""
-    with running_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        # The client waits between its attempts.
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        # Connections to an earlier test's server are dead.
-        huggingface_hub.close_session()
+    with connected_hub(tmp_path / "cache", monkeypatch) as server:
         yield server
-        huggingface_hub.close_session()
 
 
 def same(found: BudgetProfile, expected: BudgetProfile) -> bool:
@@ -127,11 +112,11 @@ def test_offline_from_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch, how: 
     hub.requests.clear()
     if how == "environment":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        huggingface_hub.close_session()
+        close_session()
     elif how == "no server":
         hub.shutdown()
         hub.socket.close()
-        huggingface_hub.close_session()
+        close_session()
     local = how == "argument"
     assert same(BudgetProfile.from_pretrained(REPO, local_files_only=local), PROFILE)
     assert hub.requests == []
