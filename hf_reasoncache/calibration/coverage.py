@@ -86,7 +86,8 @@ class Coverage:
 
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
         """See `Estimator.cost`."""
-        steps = sum(len(trace.completion) // self.interval for trace in traces)
+        # The last token of a completion is not read: nothing follows it.
+        steps = sum((len(trace.completion) - 1) // self.interval for trace in traces)
         return f"{len(traces)} traces: as many passes, {steps} measurements of each layer"
 
     @torch.inference_mode()
@@ -96,8 +97,8 @@ class Coverage:
         Returns
         -------
         dict[str, Tensor]
-            ``count`` `[L]`, the queries measured (0 if the completion is shorter than the
-            interval), and for each of the `statistics` ``<name>.mean`` and ``<name>.variance`` over
+            ``count`` `[L]`, the queries measured (0 if the completion is not longer than
+            the interval), and for each of the `statistics` ``<name>.mean`` and ``<name>.variance`` over
             them, `[L, H_kv, ...]`, float64.
         """
         layers: list[CoverageLayer] = []
@@ -124,14 +125,14 @@ class Coverage:
         return record
 
     def estimate(self, records: Sequence[Record], traces: Sequence[Trace]) -> Estimate:
-        """See `Estimator.estimate`; prompts with completions shorter than the interval count not.
+        """See `Estimator.estimate`; completions not longer than the interval do not count.
 
         The standard error is that of the mean over the prompts.
         """
         measured = [r["tokens.mean"][..., 0] for r in records if bool(r["count"].all())]
         if len(measured) < 2:
             raise ValueError(
-                f"coverage: expected at least 2 completions of {self.interval} tokens or more, got "
+                f"coverage: expected at least 2 completions of more than {self.interval} tokens, got "
                 f"{len(measured)} of {len(records)}; use more prompts, generate more tokens "
                 "(max_new_tokens) or measure more often (interval)."
             )

@@ -35,8 +35,8 @@ class SqueezedLayer(EvictingLayer):
         self.heads = heads
         super().__init__(index, rank, replace(policy, budget=int(heads.max())))
 
-    def _allocate(self) -> None:
-        super()._allocate()
+    def _allocate(self, prompt: torch.Tensor) -> None:
+        super()._allocate(prompt)
         budgets = self._require_budgets()
         if bool((self.heads < budgets.floor[:, None]).any()):
             raise ValueError(
