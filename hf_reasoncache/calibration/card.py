@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_reasoncache.calibration.hub import is_repo_id
 from hf_reasoncache.calibration.plot import wave_png
 from hf_reasoncache.calibration.profile import BudgetProfile
-from hf_reasoncache.calibration.summary import facts, layer_rows
+from hf_reasoncache.calibration.summary import facts, layer_rows, title
 
 CARD = "README.md"
 PICTURE = "wave.png"
@@ -29,10 +31,9 @@ def card_files(profile: BudgetProfile, repo_id: str) -> dict[str, bytes]:
     ModuleNotFoundError
         If matplotlib is not installed.
     """
-    label = f"{profile.base_model} ({profile.estimator})"
     return {
         CARD: str(model_card(profile, repo_id)).encode(),
-        PICTURE: wave_png({label: profile}),
+        PICTURE: wave_png({title(profile): profile}),
     }
 
 
@@ -70,9 +71,9 @@ from hf_reasoncache import ReasonAllocCache
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(
-    {profile.base_model!r}, attn_implementation="reasoncache"
+    {json.dumps(profile.base_model)}, attn_implementation="reasoncache"
 )
-cache = ReasonAllocCache(model.config, budget={_BUDGET}, profile={repo_id!r})
+cache = ReasonAllocCache(model.config, budget={_BUDGET}, profile="{repo_id}")
 out = model.generate(**inputs, past_key_values=cache)
 ```
 

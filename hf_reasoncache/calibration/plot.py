@@ -18,21 +18,24 @@ _MARKERS = "osD^vP*"
 
 
 def wave_png(profiles: Mapping[str, BudgetProfile]) -> bytes:
-    """Draw waves over each other, and below, for a single profile, its heads.
+    """Return `wave_figure` as a PNG file."""
+    picture = io.BytesIO()
+    # The same profiles give the same bytes: no version of matplotlib in the file.
+    wave_figure(profiles).savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    return picture.getvalue()
+
+
+def wave_figure(profiles: Mapping[str, BudgetProfile]) -> Figure:
+    """Draw waves over each other, and below the wave of a single profile, its heads.
 
     Demand is divided by its mean over the layers, so that profiles in different units compare;
-    bars are one standard error either way. Models of different depth share an axis from the first
-    full-attention layer to the last.
+    bars are one standard error either way. Models whose full-attention layers differ share an axis
+    from the first of them to the last.
 
     Parameters
     ----------
     profiles : Mapping of str to BudgetProfile
         By the label to show, in the order of drawing.
-
-    Returns
-    -------
-    bytes
-        A PNG file.
 
     Raises
     ------
@@ -42,21 +45,19 @@ def wave_png(profiles: Mapping[str, BudgetProfile]) -> bytes:
         If matplotlib is not installed.
     """
     if not profiles:
-        raise ValueError("wave_png expects at least one profile, got none.")
+        raise ValueError("wave_figure expects at least one profile, got none.")
     figure = _new_figure()
     first = next(iter(profiles.values()))
     by_head = first.head_demand if len(profiles) == 1 else None
     if by_head is None:
         figure.set_size_inches(8, 4)
-        waves = figure.subplots()
+        _draw_waves(figure.subplots(), profiles)
     else:
         figure.set_size_inches(8, 7)
         waves, heads = figure.subplots(2, 1, height_ratios=(3, 2))
+        _draw_waves(waves, profiles)
         _draw_heads(figure, heads, by_head, first.geometry.full_attention_layers)
-    _draw_waves(waves, profiles)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    return picture.getvalue()
+    return figure
 
 
 def _new_figure() -> Figure:

@@ -58,7 +58,7 @@ def parse_statistics(data: bytes) -> dict[str, torch.Tensor]:
         If the bytes are no safetensors file, or hold a kind of tensor that torch does not have.
     """
     try:
-        return load(data)
+        return dict(sorted(load(data).items()))
     # Besides its own error, the library lets through what torch and its tables of types raise.
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(

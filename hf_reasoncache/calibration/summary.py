@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hf_reasoncache.calibration.profile import BudgetProfile
 
@@ -61,6 +64,11 @@ def layer_rows(profile: BudgetProfile, budget: int | None = None) -> list[LayerR
     ]
 
 
+def title(profile: BudgetProfile) -> str:
+    """What to call a profile in a picture."""
+    return f"{profile.base_model} ({profile.estimator})"
+
+
 def facts(profile: BudgetProfile) -> dict[str, str]:
     """What a reader wants to know before the numbers: label to text."""
     geometry, rule, run = profile.geometry, profile.rule, profile.calibration
@@ -74,10 +82,20 @@ def facts(profile: BudgetProfile) -> dict[str, str]:
         "data": run.data + (f" at {revision}" if revision else ""),
         "run": f"{_counted(len(run.prompts), 'prompt')}, "
         f"{_counted(run.tokens, 'generated token')}, seed {run.seed}",
-        "settings": ", ".join(f"{name} {value}" for name, value in run.settings.items()) or "-",
-        "versions": ", ".join(f"{name} {value}" for name, value in run.versions.items()) or "-",
+        "settings": ", ".join(_flat(run.settings)) or "-",
+        "versions": ", ".join(_flat(run.versions)) or "-",
         "weights": profile.fingerprint[: -64 + _SHORT],
     }
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Yield "name value", inner names after those above them: "estimator.mass 0.93"."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            yield f"{above}{name} {text}"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +16,7 @@ from hf_reasoncache.calibration.files import write_profile
 from hf_reasoncache.calibration.hub import Repository, require_repo_id
 from hf_reasoncache.calibration.loading import read_profile
 from hf_reasoncache.calibration.profile import BudgetProfile
-from hf_reasoncache.calibration.summary import facts, layer_rows
+from hf_reasoncache.calibration.summary import facts, layer_rows, title
 
 _BAR = 24  # characters of the largest demand
 
@@ -57,7 +60,7 @@ def show(
         typer.echo(json.dumps(about, indent=2))
     else:
         for label, text in facts(found).items():
-            typer.echo(f"{label:<10} {text}")
+            typer.echo(_wrapped(f"{label:<10} {text}"))
         typer.echo(f"\n{'layer':>5} {'demand':>10} {'error':>9} {'of mean':>8}", nl=False)
         typer.echo("" if budget is None else f" {'budget':>7}")
         largest = max(row.relative for row in rows)
@@ -68,7 +71,7 @@ def show(
                 f"{row.layer:>5} {row.demand:>10.4g} {row.standard_error:>9.2g} "
                 f"{row.relative:>8.2f}{tokens}  {bar}".rstrip()
             )
-    _draw(png, {found.base_model: found})
+    _draw(png, {title(found): found})
 
 
 def compare(
@@ -141,6 +144,14 @@ def pull(
     BudgetProfile.from_files(content, name=source.name)
     write_profile(out, content)
     typer.echo(out)
+
+
+def _wrapped(line: str) -> str:
+    """Break a line at the width of the terminal, if it goes to one; pipes take whole lines."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def _draw(png: Path | None, profiles: dict[str, BudgetProfile]) -> None:

@@ -56,7 +56,7 @@ def test_the_card(hub: Hub) -> None:
     assert card.data.base_model == "org/model"
     assert card.data.datasets == ["org/prompts"]
     assert {"hf-reasoncache", "budget-profile"} <= set(card.data.tags)
-    assert f"profile='{REPO}'" in card.text and "(wave.png)" in card.text
+    assert f'profile="{REPO}"' in card.text and "(wave.png)" in card.text
     # 90 / ((1/3 + 90 + 40) / 3) = 2.0716
     assert f"| 1 | 90 | 2.5 | 2.07 | {PROFILE.layer_budgets(1024)[1]} |" in card.text
     assert hub.files(REPO)["wave.png"].startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.budgets import BudgetRule, layer_budgets
@@ -21,6 +24,7 @@ from hf_reasoncache.geometry import Geometry
 from tests.calibration.profiles import COMMIT, make_profile
 from tests.models import build
 
+ROOT = Path(__file__).resolve().parents[2]
 PROFILE = make_profile()
 
 
@@ -327,6 +331,27 @@ def test_layer_budgets_follow_the_rule_of_the_profile() -> None:
     expected = layer_budgets(PROFILE.demand, 100, exponent=0.7, low=0.2, high=1.9, floor=30)
     assert PROFILE.layer_budgets(100, floor=30) == expected
     assert expected != layer_budgets(PROFILE.demand, 100, floor=30)
+
+
+@given(
+    demand=st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3),
+    budget=st.integers(20, 5000),
+    exponent=st.floats(0, 2),
+    low=st.floats(0, 1),
+    high=st.floats(1, 4),
+)
+def test_the_reader_in_the_docs(
+    demand: list[float], budget: int, exponent: float, low: float, high: float
+) -> None:
+    """Twenty lines of plain Python give the budgets, up to rounding."""
+    page = (ROOT / "docs" / "profiles.md").read_text()
+    code = next(part for part in page.split("```python\n") if part.startswith("import json"))
+    code = code.split("```")[0].replace("budget = 1024", f"budget = {budget}")
+    profile = make_profile(demand=demand, rule=BudgetRule(exponent, low, high))
+    config = io.StringIO(profile.to_files()[files.CONFIG].decode())
+    found: dict[str, Any] = {"open": lambda name: config}
+    exec(code, found)
+    assert found["layer_budgets"] == pytest.approx(profile.layer_budgets(budget), abs=2)
 
 
 def test_the_cache_takes_a_profile_a_directory_or_a_list(tmp_path: Path) -> None:
