@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, T5Config
+from transformers import DynamicCache, Gemma4TextConfig, GPT2Config, T5Config
 
 from hf_reasoncache.geometry import Geometry
 from tests.models import BUILDERS, build, prompt
@@ -32,8 +32,7 @@ def test_models_without_grouped_heads() -> None:
 
 def test_layers_of_their_own_shapes() -> None:
     """Gemma 4's full-attention layers have other heads than its sliding ones."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Gemma4TextConfig(
+    config = Gemma4TextConfig(
         num_hidden_layers=6, num_kv_shared_layers=0, head_dim=64, global_head_dim=128
     )
     assert Geometry.of(config).head_size == 128

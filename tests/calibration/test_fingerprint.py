@@ -39,6 +39,20 @@ def test_shared_parameters_count_once() -> None:
     assert fingerprint(tied) == fingerprint(untied)
 
 
+def test_storage_does_not_count() -> None:
+    one, other = nn.Module(), nn.Module()
+    weight = torch.randn(40, 50)
+    one.weight, other.weight = nn.Parameter(weight), nn.Parameter(weight.T.contiguous().T)
+    assert not other.weight.is_contiguous()
+    assert fingerprint(one) == fingerprint(other)
+
+
+def test_single_numbers_count() -> None:
+    one, other = nn.Module(), nn.Module()
+    one.scale, other.scale = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(2.0))
+    assert fingerprint(one) != fingerprint(other)
+
+
 def test_every_parameter_counts() -> None:
     model = build("llama")
     expected = fingerprint(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +135,13 @@ def test_errors_are_one_line(
     status, _, err = run(*arguments)
     assert status == 1
     assert err.startswith("error: ") and message in err and "\n" not in err.strip()
+
+
+def test_the_command_is_installed_as_this_one() -> None:
+    """Read from pyproject.toml: an editable install may be older than it."""
+    settings = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    module, name = re.search(r'^hf-reasoncache = "([\w.]+):(\w+)"$', settings, re.M).groups()
+    assert getattr(importlib.import_module(module), name) is main
 
 
 def test_help(run) -> None:
