@@ -7,8 +7,8 @@ Importing the package registers the attention implementations "reasoncache", "re
 from hf_reasoncache.attention import register
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.reason_alloc import ReasonAllocCache
+from hf_reasoncache.version import __version__
 
-__all__ = ["BudgetProfile", "ReasonAllocCache"]
-__version__ = "0.1.0"
+__all__ = ["BudgetProfile", "ReasonAllocCache", "__version__"]
 
 register()

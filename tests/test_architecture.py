@@ -30,12 +30,13 @@ PARTS: dict[str, set[str]] = {
     "risk": {"triton_ops"},
     "scorers": {"triton_ops"},
     "geometry": set(),
+    "version": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
     "report": {"layers"},
     "branching": CACHES,
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
-    "calibration": {"scorers", "budgets", "geometry", "layers", "triton_ops"} | CACHES,
+    "calibration": {"scorers", "budgets", "geometry", "layers", "triton_ops", "version"} | CACHES,
     "calibration.profile": {"budgets", "geometry"},
     "evaluation": CACHES | {"branching"},
 }

@@ -97,8 +97,8 @@ class Coverage:
         Returns
         -------
         dict[str, Tensor]
-            ``count`` `[L]`, the queries measured (0 if the completion is not longer than
-            the interval), and for each of the `statistics` ``<name>.mean`` and ``<name>.variance`` over
+            ``count`` `[L]`, the queries measured (0 if the completion is not longer than the
+            interval), and for each of the `statistics` ``<name>.mean`` and ``<name>.variance`` over
             them, `[L, H_kv, ...]`, float64.
         """
         layers: list[CoverageLayer] = []
@@ -132,8 +132,8 @@ class Coverage:
         measured = [r["tokens.mean"][..., 0] for r in records if bool(r["count"].all())]
         if len(measured) < 2:
             raise ValueError(
-                f"coverage: expected at least 2 completions of more than {self.interval} tokens, got "
-                f"{len(measured)} of {len(records)}; use more prompts, generate more tokens "
+                f"coverage: expected at least 2 completions of more than {self.interval} tokens, "
+                f"got {len(measured)} of {len(records)}; use more prompts, generate more tokens "
                 "(max_new_tokens) or measure more often (interval)."
             )
         by_head = torch.stack(measured)

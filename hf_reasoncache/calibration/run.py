@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from hf_reasoncache.calibration.traces import Trace, TraceSettings, generate_tra
 from hf_reasoncache.calibration.tune import Tune, Tuned, choose
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.scorers.base import Scorer
+from hf_reasoncache.version import __version__
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _name(model: PreTrainedModel) -> str:
 
 def _versions() -> dict[str, str]:
     return {
-        "hf-reasoncache": version("hf-reasoncache"),
+        "hf-reasoncache": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

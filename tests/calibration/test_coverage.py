@@ -33,7 +33,7 @@ def brute_force(name: str, trace: Trace) -> dict[str, torch.Tensor]:
     repeated = []
     for layer in geometry.full_attention_layers:
         rows: dict[str, list] = {name: [] for name in samples}
-        for head, grouped in enumerate(maps[layer][0].double().chunk(heads)):
+        for grouped in maps[layer][0].double().chunk(heads):
             found: dict[str, list] = {name: [] for name in samples}
             for query in (place for end in ends for place in range(end - 3, end)):
                 row = grouped[:, query].mean(0).tolist()
