@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,6 +53,15 @@ def too_large(path: str, size: int) -> ValueError:
     )
 
 
+def expect_ours(path: str, config: bytes) -> None:
+    """Raise ValueError if a `config.json` that would be overwritten is not a profile's."""
+    if b'"format_version"' not in config:
+        raise ValueError(
+            f"{path}: expected no file or a profile's, got another file, perhaps a model's config; "
+            "give the profile a place of its own."
+        )
+
+
 def write_profile(directory: Path, files: Mapping[str, bytes]) -> None:
     """Make `directory` hold these two files; without statistics, only the first.
 
@@ -70,11 +79,8 @@ def write_profile(directory: Path, files: Mapping[str, bytes]) -> None:
         if len(data) > LIMITS[name]:
             raise too_large(str(directory / name), len(data))
     config, statistics = directory / CONFIG, directory / STATISTICS
-    if config.exists() and b'"format_version"' not in read_bounded(config):
-        raise ValueError(
-            f"{config}: expected no file or a profile's, got another file, perhaps a model's "
-            "config; save into a directory of its own."
-        )
+    if config.exists():
+        expect_ours(str(config), read_bounded(config))
     directory.mkdir(parents=True, exist_ok=True)
     if STATISTICS not in files:
         _replace(config, files[CONFIG])
@@ -100,17 +106,13 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _temporary(path: Path, data: bytes) -> Path:
     """Write `data` to a new file beside `path`, down to the disk."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    # Not tempfile's: those are readable by their owner only, and so would be the profile.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp gives the mode of a secret; a profile is for whom the umask admits.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from huggingface_hub import (
 from huggingface_hub.errors import HTTPError, XetDownloadError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_reasoncache.calibration.files import LIMITS, STATISTICS, too_large
+from hf_reasoncache.calibration.files import (
+    CONFIG,
+    LIMITS,
+    STATISTICS,
+    expect_ours,
+    read_bounded,
+    too_large,
+)
 
 Token = str | bool | None
 
@@ -72,7 +79,7 @@ class Repository:
     revision: str | None = None
     local_files_only: bool = False
     cache_dir: str | os.PathLike[str] | None = None
-    token: Token = None
+    token: Token = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -121,6 +128,8 @@ def upload(
     ------
     OSError
         If access is denied, or the upload fails: nothing is committed then.
+    ValueError
+        If the repository's `config.json` is a model's.
     """
     api = HfApi(token=token)
     with _as_os_error(repo_id):
@@ -128,6 +137,9 @@ def upload(
         changes: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(name, data) for name, data in files.items()
         ]
+        if api.file_exists(repo_id, CONFIG, revision=revision):
+            there = Repository(repo_id, revision, token=token).locate(CONFIG)
+            expect_ours(f"{repo_id}/{CONFIG}", read_bounded(there))
         if STATISTICS not in files and api.file_exists(repo_id, STATISTICS, revision=revision):
             changes.append(CommitOperationDelete(STATISTICS))
         commit = api.create_commit(

@@ -258,6 +258,8 @@ class BudgetProfile:
         ------
         OSError
             If access is denied or the upload fails; nothing is committed then.
+        ValueError
+            If the repository has a `config.json` that is not a profile's, as a model has.
         ModuleNotFoundError
             If matplotlib, which draws the picture, is not installed.
         """

@@ -15,9 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 _SHOWN = 80  # characters of a wrong value in an error
-_DEEPEST = (
-    32  # levels of nested JSON; what recurses over it later, as `repr`, stays far from limits
-)
+_DEEPEST = 32  # levels of nested JSON, so that what recurses later, as `repr`, cannot fail
 
 
 def refuse(name: str, expected: str, got: object) -> NoReturn:
@@ -27,8 +25,8 @@ def refuse(name: str, expected: str, got: object) -> NoReturn:
 
 def shown(value: object) -> str:
     """Some characters of a value, in ASCII; of an error, of its text."""
-    text = ascii(str(value))[1:-1] if isinstance(value, Exception) else ascii(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    plain = ascii(str(value))[1:-1] if isinstance(value, Exception) else ascii(value)
+    return plain if len(plain) <= _SHOWN else f"{plain[:_SHOWN]}..."
 
 
 def text(name: str, value: object) -> str:

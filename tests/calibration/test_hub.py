@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.calibration import files
+from hf_reasoncache.calibration.hub import Repository
 from tests.calibration.hub_server import Hub, connected_hub
 from tests.calibration.profiles import make_profile
 from tests.models import build
@@ -94,6 +95,17 @@ def test_a_push_without_statistics_removes_older_ones(hub: Hub) -> None:
     lean.push_to_hub(REPO)
     assert set(hub.files(REPO)) == {"config.json", "README.md", "wave.png", "notes.md"}
     assert same(BudgetProfile.from_pretrained(REPO), lean)
+
+
+def test_a_models_repository_is_left_alone(hub: Hub) -> None:
+    hub.commit(REPO, {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"})
+    with pytest.raises(ValueError, match=r"org/wave/config\.json: .* perhaps a model's config"):
+        PROFILE.push_to_hub(REPO)
+    assert len(hub.repos[REPO]) == 1
+
+
+def test_the_token_is_not_shown() -> None:
+    assert "secret" not in repr(Repository(REPO, token="secret"))
 
 
 def test_a_cache_takes_the_repository_and_leaves_the_statistics(hub: Hub) -> None:
