@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from hf_reasoncache.calibration.distance import wave_distance
-from hf_reasoncache.calibration.files import write_profile
+from hf_reasoncache.calibration.files import CONFIG, write_profile
 from hf_reasoncache.calibration.hub import Repository, require_repo_id
 from hf_reasoncache.calibration.loading import read_profile
 from hf_reasoncache.calibration.profile import BudgetProfile
@@ -56,8 +56,10 @@ def show(
     found = BudgetProfile.from_pretrained(profile, revision=revision, with_statistics=False)
     rows = layer_rows(found, budget)
     if as_json:
-        about = {"facts": facts(found), "layers": [vars(row) for row in rows]}
-        typer.echo(json.dumps(about, indent=2))
+        content = json.loads(found.to_files()[CONFIG])
+        # They were not loaded, which is not to say that there are none.
+        del content["statistics"]
+        typer.echo(json.dumps(content | {"layers": [vars(row) for row in rows]}, indent=2))
     else:
         for label, text in facts(found).items():
             typer.echo(_wrapped(f"{label:<10} {text}"))

@@ -71,7 +71,9 @@ def test_show_as_json(run, waves) -> None:
     assert status == 0
     assert [row["demand"] for row in found["layers"]] == list(PROFILE.demand)
     assert [row["budget"] for row in found["layers"]] == [None] * 3
-    assert found["facts"]["estimator"] == "coverage"
+    stored = json.loads(PROFILE.to_files()["config.json"])
+    del found["layers"], stored["statistics"]
+    assert found == stored
 
 
 def test_show_needs_no_statistics(run, waves) -> None:
