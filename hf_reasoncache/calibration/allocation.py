@@ -43,10 +43,12 @@ def marginal_allocation(
     floor = max(float(errors.max()) * _NOISE, torch.finfo(torch.float64).tiny)
     logs = errors.double().clamp(min=floor).log()
     end = (float(length), float(torch.tensor(floor, dtype=torch.float64).log()))
+    # More than the text gains nothing, but a budget larger than that has to go somewhere.
+    high = max(length, -(-total // layers))
     curves = []
     for layer in logs.tolist():
         points = [(float(b), e) for b, e in zip(budgets, layer, strict=True) if b < length]
-        curves.append(_on_hull([*points, end], low, total))
+        curves.append(_on_hull([*points, end], low, high))
     # By budget, then by layer: of equal gains a stable sort takes the layer that has least.
     gains = -torch.stack(curves).exp().diff(dim=1).T.flatten()
     chosen = gains.argsort(descending=True, stable=True)[: total - low * layers]

@@ -57,7 +57,8 @@ class Sensitivity:
     and the divergence of the next-token distribution from the full cache is averaged over the
     completion. The demand is the split of `budget` that has the least error by these curves, each
     layer getting at least the smallest budget that was measured. It is in tokens per KV head, so
-    the rule's exponent is 1; the rule's bounds are the paper's.
+    the rule's exponent is 1; the rule's bounds are the paper's. The demand of the heads splits that
+    of their layer in the same way.
 
     Errors of several layers are added, as if they did not interact; `Tune` measures all layers
     squeezed together.
@@ -70,6 +71,9 @@ class Sensitivity:
     budget : int or None
         The mean budget that the demand is to be best for; None takes 1/4 of the median trace.
     eviction : Eviction
+    heads : bool
+        Whether single KV heads are squeezed as well, for the demand of each head: that costs as
+        many times more as a layer has KV heads.
     rows : int
         Squeezes that share a forward.
     """
@@ -77,6 +81,7 @@ class Sensitivity:
     budgets: tuple[int, ...] = ()
     budget: int | None = None
     eviction: Eviction = field(default_factory=Eviction)
+    heads: bool = False
     rows: int = 8
 
     name: ClassVar[str] = "sensitivity"
@@ -109,29 +114,45 @@ class Sensitivity:
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
         """See `Estimator.cost`."""
         layers = len(geometry.full_attention_layers)
-        batches = -(-layers // self.rows)
+        units = layers * (1 + geometry.kv_heads * self.heads)
+        batches = -(-units // self.rows)
         passes = len(traces) * len(self.budgets) * batches
-        rows = len(traces) * len(self.budgets) * (layers + batches)
+        rows = len(traces) * len(self.budgets) * (units + batches)
         tokens = sum(trace.length for trace in traces) / len(traces)
         return (
-            f"{len(traces)} traces x {len(self.budgets)} budgets x {layers} layers: {passes} "
-            f"batched passes, {rows} rows of {tokens:.0f} tokens"
+            f"{len(traces)} traces x {len(self.budgets)} budgets x {units} layers"
+            f"{' and heads' * self.heads}: {passes} batched passes, {rows} rows of {tokens:.0f} "
+            "tokens"
         )
 
     def measure(self, model: PreTrainedModel, trace: Trace) -> Record:
-        """See `Estimator.measure`: ``divergence`` `[L, budgets]` in nats."""
+        """See `Estimator.measure`.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            ``divergence`` `[L, budgets]` in nats, float64; with `heads` also ``head_divergence``
+            `[L, H_kv, budgets]`.
+        """
         geometry = Geometry.of(model.config)
         layers, heads = len(geometry.full_attention_layers), geometry.kv_heads
+        # Which heads [L, H_kv] each unit squeezes: whole layers, then single heads.
+        units = torch.eye(layers, dtype=torch.bool)[:, :, None].expand(-1, -1, heads)
+        if self.heads:
+            single = torch.eye(layers * heads, dtype=torch.bool).view(-1, layers, heads)
+            units = torch.cat([units, single])
         policy = self.eviction.policy()
 
         def errors(budget: int) -> Iterator[torch.Tensor]:
-            for some in torch.arange(layers).split(self.rows):
-                kept = torch.full((len(some), layers, heads), trace.length)
-                kept[torch.arange(len(some)), some] = budget
+            for some in units.split(self.rows):
+                kept = torch.full(some.shape, trace.length).masked_fill(some, budget)
                 yield output_error(model, trace, policy, kept)
 
-        columns = [torch.cat(list(errors(budget))) for budget in self.budgets]
-        return {"divergence": torch.stack(columns, 1)}
+        found = torch.stack([torch.cat(list(errors(budget))) for budget in self.budgets], 1)
+        record = {"divergence": found[:layers]}
+        if self.heads:
+            record["head_divergence"] = found[layers:].view(layers, heads, -1)
+        return record
 
     def estimate(self, records: Sequence[Record], traces: Sequence[Trace]) -> Estimate:
         """See `Estimator.estimate`; the error is that of 200 bootstrap samples of the prompts."""
@@ -152,4 +173,13 @@ class Sensitivity:
             generator=torch.Generator().manual_seed(0),
         )
         spread = torch.stack([split(curves[draw]) for draw in draws]).std(0)
-        return Estimate(split(curves), spread, BudgetRule(exponent=1.0))
+        demand, by_head = split(curves), None
+        if self.heads:
+            single = torch.stack([record["head_divergence"] for record in records]).mean(0)
+            totals = (demand * single.shape[1]).long().tolist()
+            shares = [
+                marginal_allocation(resolved.budgets, layer, length, total)
+                for layer, total in zip(single, totals, strict=True)
+            ]
+            by_head = torch.tensor(shares, dtype=torch.float64)
+        return Estimate(demand, spread, BudgetRule(exponent=1.0), by_head)

@@ -158,6 +158,9 @@ def calibrate(
     protect_prompt: Annotated[
         bool, typer.Option(help="Sensitivity, tune: never evict the prompt.")
     ] = False,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Sensitivity: squeeze single KV heads as well.")
+    ] = False,
     rows: Annotated[
         int, typer.Option(min=1, help="Sensitivity, tune: squeezed copies of a text per forward.")
     ] = 8,
@@ -176,7 +179,9 @@ def calibrate(
     chosen: Estimator = (
         Coverage(interval=interval, queries=queries)
         if estimator is EstimatorName.coverage
-        else Sensitivity(budgets=_numbers(budgets), budget=budget, eviction=eviction, rows=rows)
+        else Sensitivity(
+            budgets=_numbers(budgets), budget=budget, eviction=eviction, heads=heads, rows=rows
+        )
     )
     settings = CalibrationSettings(
         estimator=chosen,

@@ -32,6 +32,25 @@ def test_one_layer_at_a_time_is_squeezed(name: str, rows: int) -> None:
             torch.testing.assert_close(found[layer, place], alone[0], rtol=1e-4, atol=1e-7)
 
 
+def test_single_heads_are_squeezed_too() -> None:
+    model, traces = build("llama"), [make_trace(seed=seed) for seed in (1, 2)]
+    settings = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION, heads=True)
+    records = [settings.measure(model, trace) for trace in traces]
+    assert records[0]["head_divergence"].shape == (3, 2, 2)
+    whole = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION)
+    expected = whole.measure(model, traces[0])["divergence"]
+    torch.testing.assert_close(records[0]["divergence"], expected, rtol=1e-4, atol=1e-7)
+    kept = torch.full((1, 3, 2), traces[0].length)
+    kept[0, 2, 1] = 20
+    alone = output_error(model, traces[0], EVICTION.policy(), kept)
+    torch.testing.assert_close(
+        records[0]["head_divergence"][2, 1, 1], alone[0], rtol=1e-4, atol=1e-7
+    )
+    found = settings.estimate(records, traces)
+    assert found.head_demand is not None
+    torch.testing.assert_close(found.head_demand.mean(1), found.demand)
+
+
 def test_what_is_not_said_follows_from_the_median_trace() -> None:
     traces = [make_trace(completion=n) for n in (11, 139, 300)]  # 160 tokens in the middle
     assert Sensitivity(eviction=EVICTION).resolve(traces).budgets == (10, 20, 40, 80)
