@@ -68,9 +68,10 @@ def calibrate(
     """Measure a model and save its profile.
 
     Every finished prompt is written to `<directory>.partial`, which is deleted in the end; a run
-    that was killed goes on from there and gives the same profile, bit for bit. Started by
-    `accelerate launch`, the processes share the prompts and all of them return the profile; they
-    must see the same file system.
+    that was killed goes on from there and gives the same profile, bit for bit. One that failed
+    because of the estimator's settings keeps its answers for the next. Started by `accelerate
+    launch`, the processes share the prompts and all of them return the profile; they must see the
+    same file system.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ def calibrate(
         Where the profile goes.
     settings : CalibrationSettings, optional
     resume : bool
-        Whether to go on with an unfinished run of the same settings.
+        Whether to go on with an unfinished run; False throws it away.
     progress : bool, optional
         Show progress bars; by default where standard error is a terminal.
     say : Callable[[str], None]
@@ -92,8 +93,9 @@ def calibrate(
     Raises
     ------
     ValueError
-        If a prompt is unusable, the completions are too short for the estimator, or
-        `<directory>.partial` holds a run with other settings.
+        If a prompt is unusable, prompts are too few or their completions too short, or
+        `<directory>.partial` holds answers of another model, to other prompts or under other
+        settings.
     """
     settings = settings or CalibrationSettings()
     run = _Run(model, tokenizer, prompts, settings, Path(directory), progress, say)
@@ -116,6 +118,9 @@ class _Run:
         self.model, self.settings, self.prompts = model, settings, prompts
         self.directory, self.progress, self.say = directory, progress, say
         self.ids = [each.encode(tokenizer, chat=settings.chat) for each in prompts.prompts]
+        self.seen, self.held_out = list(range(len(self.ids))), list[int]()
+        if settings.tune is not None:
+            self.seen, self.held_out = settings.tune.split(len(self.ids))
         self.geometry = Geometry.of(model.config)
         self.fingerprint = fingerprint(model)
         self.state = PartialState(cpu=model.device.type == "cpu")
@@ -127,14 +132,11 @@ class _Run:
             self.checkpoint.begin(self.identity(), resume=resume)
         self.state.wait_for_everyone()
         traces = self.traces()
-        seen, held_out = list(range(len(traces))), list[int]()
-        if self.settings.tune is not None:
-            seen, held_out = self.settings.tune.split(len(traces))
-        estimator = self.settings.estimator.resolve([traces[place] for place in seen])
-        records, found = self.estimate(estimator, {place: traces[place] for place in seen})
+        estimator = self.settings.estimator.resolve([traces[place] for place in self.seen])
+        records, found = self.estimate(estimator, {place: traces[place] for place in self.seen})
         settings = replace(self.settings, estimator=estimator).to_json()
         if self.settings.tune is not None:
-            held = {place: traces[place] for place in held_out}
+            held = {place: traces[place] for place in self.held_out}
             tuned, report = self.tuned(self.settings.tune.resolve(traces), found, held)
             found, settings = replace(found, rule=tuned.rule), settings | {"tune": report}
         by_head = found.head_demand
@@ -151,9 +153,9 @@ class _Run:
             calibration=Calibration(
                 data=self.prompts.name,
                 data_revision=self.prompts.revision,
-                prompts=self.digests(seen),
+                prompts=self.digests(self.seen),
                 seed=self.settings.traces.seed,
-                tokens=sum(len(traces[place].completion) for place in seen),
+                tokens=sum(len(traces[place].completion) for place in self.seen),
                 settings=settings | self.precision(),
                 versions=_versions(),
             ),
@@ -194,7 +196,9 @@ class _Run:
         chosen = list(traces.values())
         self.tell(f"{estimator.name}: {estimator.cost(chosen, self.geometry)}")
         records = self.records(
-            estimator.name, traces, lambda trace: estimator.measure(self.model, trace)
+            f"{estimator.name}-{_digest(_plain(estimator))}",
+            traces,
+            lambda trace: estimator.measure(self.model, trace),
         )
         return records, estimator.estimate(records, chosen)
 
@@ -206,7 +210,9 @@ class _Run:
         rules = list(candidates.values())
         self.tell(f"tune: {tune.cost(list(traces.values()), len(rules))}")
         records = self.records(
-            "tune", traces, lambda trace: tune.measure(self.model, trace, found, rules)
+            f"tune-{_digest([_plain(tune), found.demand.tolist()])}",
+            traces,
+            lambda trace: tune.measure(self.model, trace, found, rules),
         )
         result = choose(torch.stack([record["divergence"] for record in records]), candidates)
         for comparison in result.comparisons:
@@ -220,10 +226,10 @@ class _Run:
     def records(
         self, name: str, traces: Mapping[int, Trace], measure: Callable[[Trace], Record]
     ) -> list[Record]:
-        """Measure prompts, which are dealt out to the processes."""
+        """Measure prompts, which are dealt out to the processes; the name is that of the parts."""
         places = list(traces)
         mine = places[self.state.process_index :: self.state.num_processes]
-        with self.bar(name, len(mine)) as bar:
+        with self.bar(name.partition("-")[0], len(mine)) as bar:
             for place in mine:
                 if self.checkpoint.load(f"{name}-{place:06d}") is None:
                     self.checkpoint.save(f"{name}-{place:06d}", measure(traces[place]))
@@ -251,12 +257,13 @@ class _Run:
         return {"dtype": str(self.model.dtype), "device": self.model.device.type}
 
     def identity(self) -> dict[str, Any]:
-        """All that the finished parts depend on."""
+        """All that the answers depend on."""
         return {
-            "fingerprint": self.fingerprint,
-            "prompts": hashlib.sha256(repr(self.ids).encode()).hexdigest(),
-            "settings": self.settings.to_json() | self.precision(),
-            "versions": _versions(),
+            "model": self.fingerprint,
+            "prompts": _digest(self.ids),
+            **_plain(self.settings.traces),
+            **self.precision(),
+            **_versions(),
         }
 
 
@@ -272,6 +279,10 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _plain(value: object) -> Any:

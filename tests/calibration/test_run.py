@@ -159,6 +159,17 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert content(out) == content(tuned[0])
 
 
+def test_answers_outlive_settings_of_the_estimator_that_do_not_fit(
+    prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="more than 64 tokens, got 0 of 6"):
+        run(prompts, tmp_path / "wave", CalibrationSettings(Coverage(interval=64), TRACES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "generate_traces", None)
+        run(prompts, tmp_path / "wave", COVERAGE)
+    assert BudgetProfile.from_pretrained(tmp_path / "wave").estimator == "coverage"
+
+
 def test_another_seed_gives_another_profile_and_no_mixture(
     prompts: Path, tmp_path: Path, reference: dict[str, bytes]
 ) -> None:
