@@ -25,8 +25,9 @@ from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.distance import wave_distance
 from hf_reasoncache.calibration.estimate import Estimator
 from hf_reasoncache.calibration.prompts import Prompt, PromptSet
-from hf_reasoncache.calibration.run import CalibrationSettings, calibrate
+from hf_reasoncache.calibration.run import calibrate
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
+from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.scorers import RKV
 

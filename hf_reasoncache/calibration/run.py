@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.checkpoint import Checkpoint
-from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.estimate import Estimate, Estimator, Record
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.calibration.prompts import PromptSet
 from hf_reasoncache.calibration.provenance import Calibration
-from hf_reasoncache.calibration.traces import Trace, TraceSettings, generate_traces
+from hf_reasoncache.calibration.settings import CalibrationSettings, digest, plain, versions
+from hf_reasoncache.calibration.traces import Trace, generate_traces
 from hf_reasoncache.calibration.tune import Tune, Tuned, choose
 from hf_reasoncache.geometry import Geometry
-from hf_reasoncache.scorers.base import Scorer
-from hf_reasoncache.version import __version__
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """All that a profile depends on besides model and prompts.
-
-    Attributes
-    ----------
-    estimator : Estimator
-        `Coverage`, the paper's, or `Sensitivity`, ours.
-    traces : TraceSettings
-        How the model answers the prompts.
-    tune : Tune or None
-        Whether and how the budget rule is chosen by measured error.
-    chat : bool
-        Whether prompts of plain text become the message of a user.
-    """
-
-    estimator: Estimator = field(default_factory=Coverage)
-    traces: TraceSettings = field(default_factory=TraceSettings)
-    tune: Tune | None = None
-    chat: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; a scorer shows as its repr."""
-        return _plain(self)
 
 
 def calibrate(
@@ -157,7 +127,7 @@ class _Run:
                 seed=self.settings.traces.seed,
                 tokens=sum(len(traces[place].completion) for place in self.seen),
                 settings=settings | self.precision(),
-                versions=_versions(),
+                versions=versions(),
             ),
             statistics={name: torch.stack([r[name] for r in records]) for name in records[0]},
         )
@@ -196,7 +166,7 @@ class _Run:
         chosen = list(traces.values())
         self.tell(f"{estimator.name}: {estimator.cost(chosen, self.geometry)}")
         records = self.records(
-            f"{estimator.name}-{_digest(_plain(estimator))}",
+            f"{estimator.name}-{digest(plain(estimator))}",
             traces,
             lambda trace: estimator.measure(self.model, trace),
         )
@@ -210,7 +180,7 @@ class _Run:
         rules = list(candidates.values())
         self.tell(f"tune: {tune.cost(list(traces.values()), len(rules))}")
         records = self.records(
-            f"tune-{_digest([_plain(tune), found.demand.tolist()])}",
+            f"tune-{digest([plain(tune), found.demand.tolist()])}",
             traces,
             lambda trace: tune.measure(self.model, trace, found, rules),
         )
@@ -218,7 +188,7 @@ class _Run:
         for comparison in result.comparisons:
             self.tell(f"tuned rule {comparison}")
         self.tell(f"rule: {result.rule}")
-        return result, _plain(tune) | {
+        return result, plain(tune) | {
             "prompts": self.digests(traces),
             "outcome": result.to_json(),
         }
@@ -260,10 +230,10 @@ class _Run:
         """All that the answers depend on."""
         return {
             "model": self.fingerprint,
-            "prompts": _digest(self.ids),
-            **_plain(self.settings.traces),
+            "prompts": digest(self.ids),
+            **plain(self.settings.traces),
             **self.precision(),
-            **_versions(),
+            **versions(),
         }
 
 
@@ -271,24 +241,3 @@ def _name(model: PreTrainedModel) -> str:
     """Id on the Hub, or the name of the directory."""
     name = model.config._name_or_path
     return Path(name).resolve().name if Path(name).exists() else name or type(model).__name__
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "hf-reasoncache": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def _plain(value: object) -> Any:
-    if is_dataclass(value) and not isinstance(value, type | Scorer):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(each) for each in value]
-    # Scorers are dataclasses too, but their name matters most, and their repr has it.
-    return value if isinstance(value, str | int | float | None) else repr(value)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.estimate import Estimator
 from hf_reasoncache.calibration.prompts import read_prompts
-from hf_reasoncache.calibration.run import CalibrationSettings
 from hf_reasoncache.calibration.run import calibrate as run_calibration
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
+from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV

@@ -20,8 +20,9 @@ from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.calibration import run as run_module
 from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.prompts import read_prompts
-from hf_reasoncache.calibration.run import CalibrationSettings, calibrate
+from hf_reasoncache.calibration.run import calibrate
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
+from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.scorers import RKV
