@@ -75,6 +75,7 @@ def ablation(family: str) -> dict[str, dict[str, Any]]:
         "pyramid": {"profile": pyramid(layers)},
         "coverage wave": {"profile": wave(family, "coverage")},
         "sensitivity wave": {"profile": wave(family, "sensitivity")},
+        "tuned wave": {"profile": wave(family, "tuned")},
     }
     return {
         name + suffix: {"scorer": RKV(queries=WINDOW), "head_budgets": heads, **split}

@@ -55,10 +55,11 @@ class Sensitivity:
 
     The curves are measured by teacher-forcing: one layer has a budget, all others keep everything,
     and the divergence of the next-token distribution from the full cache is averaged over the
-    completion. The demand is the split of `budget` that has the least error by these curves, each
-    layer getting at least the smallest budget that was measured. It is in tokens per KV head, so
-    the rule's exponent is 1; the rule's bounds are the paper's. The demand of the heads splits that
-    of their layer in the same way.
+    completion. The demand is what each layer gets when `budget` is spent for the least error by
+    these curves, at least the smallest budget that was measured, and no more than removes the
+    error: what is left over, the rule spreads in proportion. It is in tokens per KV head, so the
+    rule's exponent is 1; the rule's bounds are the paper's. The demand of the heads splits that of
+    their layer in the same way.
 
     Errors of several layers are added, as if they did not interact; `Tune` measures all layers
     squeezed together.

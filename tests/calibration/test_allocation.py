@@ -14,7 +14,7 @@ from hf_reasoncache.calibration.allocation import convex_hull, marginal_allocati
 
 BUDGETS = (4, 6, 9, 12)
 LENGTH = 16
-NOISE = 1e-3
+NOISE = 2e-3
 
 
 def curve(errors: list[float], floor: float, at: int) -> float:
@@ -41,7 +41,7 @@ errors_of_a_layer = st.lists(st.floats(0.0, 3.0), min_size=len(BUDGETS), max_siz
 def test_no_other_split_has_less_error(errors: list[list[float]], mean: int) -> None:
     total = mean * len(errors)
     found = marginal_allocation(BUDGETS, torch.tensor(errors), LENGTH, total)
-    assert sum(found) == total
+    assert sum(found) <= total
     assert min(found) >= BUDGETS[0]
     floor = max(max(map(max, errors)) * NOISE, 1e-300)
 
@@ -51,12 +51,14 @@ def test_no_other_split_has_less_error(errors: list[list[float]], mean: int) -> 
     choices = itertools.product(range(BUDGETS[0], total + 1), repeat=len(errors))
     best = min(error(split) for split in choices if sum(split) == total)
     assert error(tuple(found)) <= best * (1 + 1e-5) + 1e-12
+    if sum(found) < total:
+        assert error(tuple(found)) == pytest.approx(floor * len(errors), rel=1e-5)
 
 
-def test_tokens_that_help_nobody_are_shared() -> None:
-    errors = torch.tensor([[0.5, 0.0, 0.0, 0.0], [0.0] * 4, [0.0] * 4])
-    assert marginal_allocation(BUDGETS, errors, LENGTH, 18) == [6, 6, 6]
-    assert marginal_allocation(BUDGETS, torch.zeros(3, 4), LENGTH, 19) == [7, 6, 6]
+def test_tokens_that_help_nobody_are_not_spent() -> None:
+    errors = torch.tensor([[0.5, 0.0, 0.0, 0.0], [0.0] * 4, [5e-4] * 4])
+    assert marginal_allocation(BUDGETS, errors, LENGTH, 18) == [6, 4, 4]
+    assert marginal_allocation(BUDGETS, torch.zeros(3, 4), LENGTH, 19) == [4, 4, 4]
 
 
 def test_a_hungry_layer_is_served_first() -> None:
@@ -75,4 +77,4 @@ def test_the_hull_lies_below_all_points_and_is_convex() -> None:
 def test_texts_shorter_than_a_measured_budget_end_the_curve(length: int) -> None:
     errors = torch.tensor([[1.0, 0.5, 0.2, 0.1], [0.1, 0.1, 0.1, 0.1]])
     found = marginal_allocation(BUDGETS, errors, length, 20)
-    assert sum(found) == 20 and min(found) >= 4
+    assert found == [length, length]
