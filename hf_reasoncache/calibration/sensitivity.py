@@ -44,6 +44,12 @@ class Eviction:
     protect_prompt: bool = False
     head_budgets: bool = False
 
+    def budget(self, traces: Sequence[Trace], part: int) -> int:
+        """One `part`-th of the median trace, beyond the longest prompt if that is protected."""
+        kept = max(len(trace.prompt) for trace in traces) if self.protect_prompt else 0
+        middle = int(median(trace.length for trace in traces))
+        return kept + max(self.window + 1, (middle - kept) // part)
+
     def policy(self) -> EvictionPolicy:
         """Return the policy of a layer, whose budgets come from elsewhere."""
         return EvictionPolicy(budget=1, **vars(self))
@@ -68,9 +74,9 @@ class Sensitivity:
     ----------
     budgets : tuple of int
         Where the curves are measured, in tokens per KV head; empty takes 1/16, 1/8, 1/4 and 1/2 of
-        the median trace.
+        the median trace, see `Eviction.budget`.
     budget : int or None
-        The mean budget that the demand is to be best for; None takes 1/4 of the median trace.
+        The mean budget that the demand is to be best for; None takes 1/4.
     eviction : Eviction
     heads : bool
         Whether single KV heads are squeezed as well, for the demand of each head: that costs as
@@ -105,12 +111,24 @@ class Sensitivity:
             )
 
     def resolve(self, traces: Sequence[Trace]) -> Sensitivity:
-        """See `Estimator.resolve`."""
-        middle = int(median(trace.length for trace in traces))
-        least = self.eviction.window + 1
-        shares = sorted({max(least, middle // part) for part in (16, 8, 4, 2)})
+        """See `Estimator.resolve`.
+
+        Raises
+        ------
+        ValueError
+            If no trace is long enough for an eviction.
+        """
+        shares = sorted({self.eviction.budget(traces, part) for part in (16, 8, 4, 2)})
         budgets = self.budgets or tuple(shares)
-        return replace(self, budgets=budgets, budget=self.budget or max(budgets[0], middle // 4))
+        budget = self.budget or max(budgets[0], self.eviction.budget(traces, 4))
+        longest, room = max(trace.length for trace in traces), budgets[0] + self.eviction.buffer
+        if longest <= room:
+            raise ValueError(
+                f"sensitivity: expected texts longer than {room} tokens (the smallest budget and "
+                f"the buffer), got at most {longest}: nothing would be evicted. Measure smaller "
+                "budgets, use a smaller buffer, or let the model write more."
+            )
+        return replace(self, budgets=budgets, budget=budget)
 
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
         """See `Estimator.cost`."""

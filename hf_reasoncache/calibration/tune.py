@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from statistics import median
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ class Tune:
     Attributes
     ----------
     budget : int or None
-        Mean budget at which rules are compared; None takes 1/4 of the median trace.
+        Mean budget at which rules are compared; None takes 1/4 of the median trace, see
+        `Eviction.budget`.
     eviction : Eviction
     exponents : tuple of float
         Multiples of the estimator's exponent; 0 is uniform.
@@ -83,8 +83,7 @@ class Tune:
 
     def resolve(self, traces: Sequence[Trace]) -> Tune:
         """Fill in the budget."""
-        middle = int(median(trace.length for trace in traces))
-        return replace(self, budget=self.budget or max(self.eviction.window + 1, middle // 4))
+        return replace(self, budget=self.budget or self.eviction.budget(traces, 4))
 
     def candidates(self, estimate: Estimate) -> dict[tuple[int, ...], BudgetRule]:
         """Distinct splits of the budget, and the first rule that gives each.
@@ -190,7 +189,7 @@ class Tuned:
         """JSON values for a profile."""
         return {
             "best": asdict(self.best),
-            "adopted": self.rule == self.best,
+            "adopted": self.comparisons[0].verdict == "better",
             "divergence": self.divergence,
             "comparisons": [asdict(each) | {"verdict": each.verdict} for each in self.comparisons],
         }

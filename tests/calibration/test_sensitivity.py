@@ -7,6 +7,7 @@ import torch
 
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.squeeze import output_error
+from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.scorers import RKV
 from tests.calibration.traces import make_trace
@@ -55,8 +56,13 @@ def test_what_is_not_said_follows_from_the_median_trace() -> None:
     traces = [make_trace(completion=n) for n in (11, 139, 300)]  # 160 tokens in the middle
     assert Sensitivity(eviction=EVICTION).resolve(traces).budgets == (10, 20, 40, 80)
     assert Sensitivity(eviction=EVICTION).resolve(traces).budget == 40
-    wide = Sensitivity(eviction=Eviction(window=30)).resolve(traces)
+    wide = Sensitivity(eviction=Eviction(window=30, buffer=16)).resolve(traces)
     assert wide.budgets == (31, 40, 80) and wide.budget == 40
+    kept = Eviction(window=4, buffer=16, protect_prompt=True)  # 21 tokens of each prompt
+    assert Sensitivity(eviction=kept).resolve(traces).budgets == (29, 38, 55, 90)
+    assert Tune(eviction=kept).resolve(traces).budget == 55
+    with pytest.raises(ValueError, match=r"longer than 329 tokens .* got at most 321: nothing"):
+        Sensitivity(budgets=(201,)).resolve(traces)
     own = Sensitivity(budgets=(9,), budget=10, eviction=EVICTION)
     assert own.resolve(traces) == own
 
