@@ -188,7 +188,7 @@ class CoverageLayer(PooledLayer):
         found = statistics(held, mass, self.settings)
         self.count += query.shape[0] * query.shape[2]
         for name, each in found.items():
-            exact = each.to("cpu", torch.float64)
+            exact = each.cpu().double()
             for target, values in ((self.sums, exact), (self.squares, exact.square())):
                 target[name] = target.get(name, 0.0) + values.sum((0, 2))
 

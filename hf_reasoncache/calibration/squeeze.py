@@ -102,6 +102,6 @@ def _divergence(logits: torch.Tensor) -> torch.Tensor:
         # Row by row: the probabilities of a large vocabulary are the largest tensors here.
         for row in logits[1:]:
             other = row.float().log_softmax(-1)
-            yield (full.exp() * (full - other)).sum().to("cpu", torch.float64)
+            yield (full.exp() * (full - other)).sum().cpu().double()
 
     return torch.stack(list(each()))

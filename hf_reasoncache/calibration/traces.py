@@ -91,6 +91,9 @@ def generate_traces(
     """
     generation = GenerationConfig.from_dict(model.generation_config.to_dict())
     generation.max_new_tokens, generation.max_length = settings.max_new_tokens, None
+    # A model's own config may ask for more than one trace per prompt.
+    generation.num_beams = generation.num_return_sequences = 1
+    generation.return_dict_in_generate = False
     if settings.temperature is not None:
         generation.do_sample = settings.temperature > 0
         generation.temperature = settings.temperature or 1.0

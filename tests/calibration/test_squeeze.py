@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.calibration.sensitivity import Eviction
@@ -25,24 +27,29 @@ def everywhere(name: str, budgets: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(budgets)[:, None, None].expand(*shape)
 
 
+def predictions(name: str, trace: Trace, cache: Cache, attention: str) -> torch.Tensor:
+    """Log-probabilities [T, V] after every generated token but the last, one forward each."""
+    ids, start, model = token_ids(trace), len(trace.prompt), build(name, attention)
+    with torch.no_grad():
+        model(ids[:, :start], past_key_values=cache)
+        logits = [
+            model(ids[:, place : place + 1], past_key_values=cache).logits
+            for place in range(start, trace.length - 1)
+        ]
+    return torch.cat(logits, 1)[0].double().log_softmax(-1)
+
+
+@cache
+def undisturbed(name: str, trace: Trace) -> torch.Tensor:
+    """The predictions of the full cache, by the eager implementation."""
+    return predictions(name, trace, DynamicCache(config=build(name).config), "eager")
+
+
 def one_by_one(name: str, trace: Trace, eviction: Eviction, budget: int) -> float:
     """The same quantity from two generations' forwards, in float64 logarithms."""
-    ids, start = token_ids(trace), len(trace.prompt)
-
-    def predictions(cache: object, attention: str) -> torch.Tensor:
-        model = build(name, attention)
-        with torch.no_grad():
-            model(ids[:, :start], past_key_values=cache)
-            logits = [
-                model(ids[:, place : place + 1], past_key_values=cache).logits
-                for place in range(start, trace.length - 1)
-            ]
-        return torch.cat(logits, 1)[0].double().log_softmax(-1)
-
-    config = build(name).config
-    cache = ReasonAllocCache(config, budget=budget, **vars(eviction))
-    full = predictions(DynamicCache(config=config), "eager")
-    other = predictions(cache, "reasoncache")
+    evicting = ReasonAllocCache(build(name).config, budget=budget, **vars(eviction))
+    full = undisturbed(name, trace)
+    other = predictions(name, trace, evicting, "reasoncache")
     return float((full.exp() * (full - other)).sum(-1).mean())
 
 

@@ -56,8 +56,10 @@ def test_the_models_own_way_to_sample_is_the_default() -> None:
     model = build("llama")
     model.generation_config.do_sample = True
     model.generation_config.top_k = 1
-    own = TraceSettings(max_new_tokens=12)
-    assert generate_traces(model, prompts(), own) == generate_traces(model, prompts(), GREEDY)
+    model.generation_config.num_return_sequences = 3
+    model.generation_config.return_dict_in_generate = True
+    own = generate_traces(model, prompts(), TraceSettings(max_new_tokens=12))
+    assert own == generate_traces(build("llama"), prompts(), GREEDY)
 
 
 @pytest.mark.parametrize(
