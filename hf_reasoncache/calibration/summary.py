@@ -10,6 +10,7 @@ from typing import Any
 from hf_reasoncache.calibration.profile import BudgetProfile
 
 _SHORT = 12  # digits of a hash that are shown
+_LIST = 60  # characters of a list that is shown
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,17 @@ def facts(profile: BudgetProfile) -> dict[str, str]:
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """Yield "name value", inner names after those above them: "estimator.mass 0.93"."""
+    """Yield "name value", inner names after those above them: "estimator.mass 0.93".
+
+    Of a long list, such as the prompts that were held out, only the length is said.
+    """
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            yield f"{above}{name} {text}"
+            long = isinstance(value, list) and len(text) > _LIST
+            yield f"{above}{name} {f'({len(value)} entries)' if long else text}"
 
 
 def _counted(count: int, noun: str) -> str:
