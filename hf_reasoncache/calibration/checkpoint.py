@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,12 @@ class Checkpoint:
         Raises
         ------
         ValueError
-            If what is there was made with other settings.
+            If what is there was made with other settings, or is no calibration.
         """
         path = self.directory / _SETTINGS
         wanted = json.loads(json.dumps(settings))
-        if self.directory.exists() and not resume:
+        self._require_ours()
+        if not resume:
             self.remove()
         if path.exists():
             found = json.loads(path.read_text("utf-8"))
@@ -107,14 +107,21 @@ class Checkpoint:
         ValueError
             If it holds something else.
         """
-        if not self.directory.exists():
+        self._require_ours()
+        if self.directory.exists():
+            # Settings go last: what a crash leaves is still known for ours.
+            for path in sorted(self.directory.iterdir(), key=lambda path: path.name == _SETTINGS):
+                path.unlink()
+            self.directory.rmdir()
+
+    def _require_ours(self) -> None:
+        if not self.directory.exists() or (self.directory / _SETTINGS).is_file():
             return
-        if not (self.directory / _SETTINGS).is_file():
+        if any(not path.name.startswith(f".{_SETTINGS}.") for path in self.directory.iterdir()):
             raise ValueError(
                 f"{self.directory}: expected an unfinished calibration, got another directory; "
                 "choose another output directory."
             )
-        shutil.rmtree(self.directory)
 
     def _path(self, part: str) -> Path:
         return self.directory / f"{part}.safetensors"

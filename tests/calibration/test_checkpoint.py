@@ -73,11 +73,25 @@ def test_a_crash_while_writing_leaves_nothing(
     assert checkpoint.load("one") is not None
 
 
+@pytest.mark.parametrize("when", ["first write", "last deletion"])
+def test_a_crash_at_either_end_does_not_block_the_next_run(tmp_path: Path, when: str) -> None:
+    checkpoint = Checkpoint(tmp_path / "x.partial")
+    checkpoint.directory.mkdir()
+    if when == "first write":
+        (checkpoint.directory / ".settings.json.123").write_text("{")
+    for resume in (True, False):
+        checkpoint.begin(SETTINGS, resume=resume)
+        checkpoint.save("one", {"a": torch.ones(1)})
+    checkpoint.remove()
+    assert not checkpoint.directory.exists()
+
+
 def test_another_directory_is_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for action in (
         Checkpoint(tmp_path).remove,
         lambda: Checkpoint(tmp_path).begin(SETTINGS, resume=False),
+        lambda: Checkpoint(tmp_path).begin(SETTINGS, resume=True),
     ):
         with pytest.raises(ValueError, match="got another directory"):
             action()

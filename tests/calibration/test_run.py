@@ -177,10 +177,12 @@ def test_another_seed_gives_another_profile_and_no_mixture(
     prompts: Path, tmp_path: Path, reference: dict[str, bytes]
 ) -> None:
     other = CalibrationSettings(COVERAGE.estimator, TraceSettings(40, 2, 0.7, seed=12))
-    (tmp_path / "wave.partial").mkdir()
+    foreign = tmp_path / "wave.partial" / "notes.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("mine")
     with pytest.raises(ValueError, match="got another directory"):
         run(prompts, tmp_path / "wave", other, resume=False)
-    (tmp_path / "wave.partial").rmdir()
+    foreign.unlink()
     run(prompts, tmp_path / "wave", other)
     assert content(tmp_path / "wave") != reference
 
