@@ -5,10 +5,11 @@ Importing the package registers the attention implementations "reasoncache", "re
 """
 
 from hf_reasoncache.attention import register
+from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.graphs import decode_graphs
 from hf_reasoncache.reason_alloc import ReasonAllocCache
+from hf_reasoncache.version import __version__
 
-__all__ = ["ReasonAllocCache", "decode_graphs"]
-__version__ = "0.1.0"
+__all__ = ["BudgetProfile", "ReasonAllocCache", "__version__", "decode_graphs"]
 
 register()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
 from transformers import PretrainedConfig
 
+from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
@@ -32,9 +35,10 @@ class ReasonAllocCache(ReasonCache):
         Resident tokens per KV head on average over the model, prompt included, after a compaction;
         between two, up to `buffer` more. None keeps everything: an exact cache that is faster than
         `DynamicCache`.
-    profile : sequence of float, optional
-        Demand of each full-attention layer (the paper's Reasoning Wave). By default all layers get
-        `budget`.
+    profile : BudgetProfile, str, path or sequence of float, optional
+        Demand of each full-attention layer (the paper's Reasoning Wave), and the rule that makes
+        budgets of it: a calibrated profile, its directory, its repository ORG/NAME on the Hub, or
+        bare demands under the paper's rule. By default all layers get `budget`.
     scorer : Scorer
         Decides which tokens a head keeps; R-KV by default, as in the paper.
     head_budgets : bool
@@ -55,9 +59,17 @@ class ReasonAllocCache(ReasonCache):
     Raises
     ------
     ValueError
-        If an argument is out of range, the profile does not fit the model, or the model is not
-        supported; and in the first forward, before any token is generated, if the budget cannot
-        hold the protected prompt.
+        If an argument is out of range, the profile is not valid or of another geometry than the
+        model, or the model is not supported; and in the first forward, before any token is
+        generated, if the budget cannot hold the protected prompt.
+    OSError
+        If a profile cannot be read or downloaded.
+
+    Warns
+    -----
+    UserWarning
+        If a profile was calibrated on another model or commit than the config names. The cache
+        does not see the weights: `profile.check(model)` does.
 
     Examples
     --------
@@ -79,7 +91,7 @@ class ReasonAllocCache(ReasonCache):
         config: PretrainedConfig,
         *,
         budget: int | None,
-        profile: Sequence[float] | None = None,
+        profile: BudgetProfile | str | os.PathLike[str] | Sequence[float] | None = None,
         scorer: Scorer | None = None,
         head_budgets: bool = True,
         buffer: int = 128,
@@ -102,7 +114,14 @@ class ReasonAllocCache(ReasonCache):
             _require_int("prompt_length", prompt_length, low=1)
         _require_bool("head_budgets", head_budgets)
         _require_bool("protect_prompt", protect_prompt)
-        demand = None if profile is None else _checked_demand(profile)
+        demand, rule = None, BudgetRule()
+        if isinstance(profile, str | os.PathLike):
+            profile = BudgetProfile.from_pretrained(profile, with_statistics=False)
+        if isinstance(profile, BudgetProfile):
+            profile.check_config(config)
+            demand, rule = profile.demand, profile.rule
+        elif profile is not None:
+            demand = _checked_demand(profile)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
             if demand is not None and len(demand) != layers:
@@ -121,6 +140,7 @@ class ReasonAllocCache(ReasonCache):
                 protect_prompt=protect_prompt,
                 prompt_length=prompt_length,
                 demand=demand,
+                rule=rule,
             )
             return EvictingLayer(index, rank, policy)
 
@@ -141,10 +161,10 @@ def _require_bool(name: str, value: object) -> None:
 
 def _checked_demand(profile: Sequence[float]) -> tuple[float, ...]:
     problem = ValueError(
-        "profile: expected one demand per full-attention layer, finite numbers >= 0 and not all 0, "
-        f"got {profile!r}."
+        "profile: expected a BudgetProfile, its directory or repository, or one demand per "
+        f"full-attention layer, finite numbers >= 0 and not all 0, got {profile!r}."
     )
-    if isinstance(profile, str | bytes | Mapping) or not isinstance(profile, Iterable):
+    if isinstance(profile, bytes | Mapping) or not isinstance(profile, Iterable):
         raise problem
     # Elements of tensors and arrays become plain numbers.
     values = [value.item() if hasattr(value, "item") else value for value in profile]
