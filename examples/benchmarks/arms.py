@@ -14,6 +14,9 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 from examples.benchmarks.workload import Work
 from hf_reasoncache import ReasonAllocCache
 
+WARM_UP_ROUNDS = 4
+"""Evictions before the first timed one; `4 * buffer` new tokens fill the default budget."""
+
 
 class NotBuiltError(Exception):
     """An arm cannot run here; the message says why."""
@@ -191,8 +194,13 @@ class Compressed(Arm):
         return cache
 
     def warm_up(self) -> None:
-        """Fill the buffer, after which every round starts with an eviction."""
-        list(super().round(time.perf_counter))
+        """Fill the buffer, after which every round starts with an eviction, and run some rounds.
+
+        The tokens that the cache was filled with are like no model's: the heads disagree on how
+        many of them to keep until its own have taken their place.
+        """
+        for _ in range(1 + WARM_UP_ROUNDS):
+            list(super().round(time.perf_counter))
 
     def round(self, clock: Callable[[], float]) -> Iterator[float]:
         """See `Arm.round`; checks that the evictions came at their true rate."""

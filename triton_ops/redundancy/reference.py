@@ -20,13 +20,19 @@ def redundancy(
     """See `triton_ops.redundancy.redundancy`; arguments are taken as valid."""
     rows, heads, count = valid.shape
     flat, held, known = (x.flatten(0, 1) for x in (keys, valid, known))
-    group = max(1, TILE // max(1, count * BLOCK))
-    parts = [
-        _of_heads(flat[some], held[some], known[some], threshold)
-        for some in (slice(first, first + group) for first in range(0, len(flat), group))
-    ]
-    mean, repeat = (torch.cat(part).view(rows, heads, count) for part in zip(*parts, strict=True))
-    return mean, repeat
+    mean = flat.new_zeros(held.shape, dtype=torch.promote_types(keys.dtype, torch.float32))
+    repeat = torch.full_like(known, NONE)
+    place = torch.arange(1, count + 1, device=keys.device)
+    # A maximum over nothing has no value, a sum has.
+    extent = (place * held).amax(-1) if count else held.sum(-1)
+    # Heads that hold as many tokens go together: their new tokens lie in the same block.
+    for used in extent.unique().tolist():
+        group = max(1, TILE // max(1, used * BLOCK))
+        for some in (extent == used).nonzero()[:, 0].split(group):
+            mean[some, :used], repeat[some, :used] = _of_heads(
+                flat[some, :used], held[some, :used], known[some, :used], threshold
+            )
+    return mean.view(rows, heads, count), repeat.view(rows, heads, count)
 
 
 def _of_heads(
