@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from examples.harness import FULL, Arm, load, run_arm
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.scorers import H2O
@@ -39,7 +39,7 @@ def squeezed(config: PreTrainedConfig, layer: int, budget: int) -> ReasonCache:
     )
 
     def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
-        return EvictingLayer(index, 0, policy) if rank == layer else PooledLayer(index)
+        return BudgetedLayer(index, 0, policy) if rank == layer else PooledLayer(index)
 
     return ReasonCache(config, make_layer)
 

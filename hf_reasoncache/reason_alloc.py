@@ -9,7 +9,7 @@ from numbers import Real
 from transformers import PretrainedConfig
 
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.scorers import RKV
@@ -122,7 +122,7 @@ class ReasonAllocCache(ReasonCache):
                 prompt_length=prompt_length,
                 demand=demand,
             )
-            return EvictingLayer(index, rank, policy)
+            return BudgetedLayer(index, rank, policy)
 
         super().__init__(config, make_layer, offloading=offloading)
 
