@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
+from hf_reasoncache.arguments import (
+    layer_demand,
+    require_bool,
+    require_demand_of,
+    require_int,
+    require_scorer,
+)
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
-
-LARGEST = 2**31 - 1
-"""Largest count of tokens: positions are stored as 32-bit integers."""
 
 
 class ReasonAllocCache(ReasonCache):
@@ -88,28 +90,19 @@ class ReasonAllocCache(ReasonCache):
         prompt_length: int | None = None,
         offloading: bool = False,
     ) -> None:
-        scorer = RKV() if scorer is None else scorer
-        if isinstance(scorer, type) or not isinstance(scorer, Scorer):
-            raise ValueError(
-                f"scorer: expected an object of hf_reasoncache.scorers, got {scorer!r}; pass an "
-                "instance such as RKV()."
-            )
-        _require_int("window", window, low=1)
-        _require_int("buffer", buffer, low=1)
+        scorer = require_scorer(RKV() if scorer is None else scorer)
+        require_int("window", window, low=1)
+        require_int("buffer", buffer, low=1)
         if budget is not None:
-            _require_int("budget", budget, low=window + 1)
+            require_int("budget", budget, low=window + 1)
         if prompt_length is not None:
-            _require_int("prompt_length", prompt_length, low=1)
-        _require_bool("head_budgets", head_budgets)
-        _require_bool("protect_prompt", protect_prompt)
-        demand = None if profile is None else _checked_demand(profile)
+            require_int("prompt_length", prompt_length, low=1)
+        require_bool("head_budgets", head_budgets)
+        require_bool("protect_prompt", protect_prompt)
+        demand = None if profile is None else layer_demand(profile)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
-            if demand is not None and len(demand) != layers:
-                raise ValueError(
-                    f"profile: expected {layers} demands, one per full-attention layer of this "
-                    f"model, got {len(demand)}; use a profile that was calibrated on this model."
-                )
+            require_demand_of(layers, demand)
             if budget is None:
                 return PooledLayer(index)
             policy = EvictionPolicy(
@@ -125,32 +118,3 @@ class ReasonAllocCache(ReasonCache):
             return BudgetedLayer(index, rank, policy)
 
         super().__init__(config, make_layer, offloading=offloading)
-
-
-def _require_int(name: str, value: object, *, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
-    if value > LARGEST:
-        raise ValueError(f"{name}: expected an integer <= {LARGEST}, got {value!r}.")
-
-
-def _require_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}.")
-
-
-def _checked_demand(profile: Sequence[float]) -> tuple[float, ...]:
-    problem = ValueError(
-        "profile: expected one demand per full-attention layer, finite numbers >= 0 and not all 0, "
-        f"got {profile!r}."
-    )
-    if isinstance(profile, str | bytes | Mapping) or not isinstance(profile, Iterable):
-        raise problem
-    # Elements of tensors and arrays become plain numbers.
-    values = [value.item() if hasattr(value, "item") else value for value in profile]
-    if not all(isinstance(value, Real) and not isinstance(value, bool) for value in values):
-        raise problem
-    demand = tuple(float(value) for value in values)
-    if not all(math.isfinite(value) and value >= 0 for value in demand) or not any(demand):
-        raise problem
-    return demand

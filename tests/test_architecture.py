@@ -31,6 +31,7 @@ PARTS: dict[str, set[str]] = {
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
     "report": {"layers", "triton_ops"},
+    "arguments": {"scorers"},
     "branching": CACHES,
     "calibration": {"scorers", "budgets"},
     "evaluation": CACHES | {"branching"},
@@ -39,7 +40,7 @@ for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = {"attention", "layers", "scorers", "budgets", "protection", "risk"}
-    PARTS[_cache] |= {"report", "calibration.profile"} | CACHES
+    PARTS[_cache] |= {"report", "arguments", "calibration.profile"} | CACHES
 # "cli" and the package's own __init__ may import every part; nothing imports "cli".
 PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
 

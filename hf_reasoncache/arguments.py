@@ -1,0 +1,69 @@
+"""Checks of what users pass to the caches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+
+from hf_reasoncache.scorers.base import Scorer
+
+LARGEST = 2**31 - 1
+"""Largest count of tokens: positions are stored as 32-bit integers."""
+
+
+def require_int(name: str, value: object, *, low: int) -> None:
+    """Raise ValueError unless `value` is an integer from `low` to `LARGEST`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
+    if value > LARGEST:
+        raise ValueError(f"{name}: expected an integer <= {LARGEST}, got {value!r}.")
+
+
+def require_bool(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}.")
+
+
+def require_scorer(scorer: object) -> Scorer:
+    """Return a scorer; raise ValueError for anything else, its class included."""
+    if isinstance(scorer, type) or not isinstance(scorer, Scorer):
+        raise ValueError(
+            f"scorer: expected an object of hf_reasoncache.scorers, got {scorer!r}; pass an "
+            "instance such as RKV()."
+        )
+    return scorer
+
+
+def require_demand_of(layers: int, demand: Sequence[float] | None) -> None:
+    """Raise ValueError unless a demand, if there is one, has an entry per layer."""
+    if demand is not None and len(demand) != layers:
+        raise ValueError(
+            f"profile: expected {layers} demands, one per full-attention layer of this "
+            f"model, got {len(demand)}; use a profile that was calibrated on this model."
+        )
+
+
+def layer_demand(profile: Sequence[float]) -> tuple[float, ...]:
+    """Return the demand of every full-attention layer as plain numbers.
+
+    Raises
+    ------
+    ValueError
+        If they are not finite numbers >= 0, or all 0.
+    """
+    problem = ValueError(
+        "profile: expected one demand per full-attention layer, finite numbers >= 0 and not all 0, "
+        f"got {profile!r}."
+    )
+    if isinstance(profile, str | bytes | Mapping) or not isinstance(profile, Iterable):
+        raise problem
+    # Elements of tensors and arrays become plain numbers.
+    values = [value.item() if hasattr(value, "item") else value for value in profile]
+    if not all(isinstance(value, Real) and not isinstance(value, bool) for value in values):
+        raise problem
+    demand = tuple(float(value) for value in values)
+    if not all(math.isfinite(value) and value >= 0 for value in demand) or not any(demand):
+        raise problem
+    return demand
