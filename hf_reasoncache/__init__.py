@@ -6,8 +6,9 @@ Importing the package registers the attention implementations "reasoncache", "re
 
 from hf_reasoncache.attention import register
 from hf_reasoncache.reason_alloc import ReasonAllocCache
+from hf_reasoncache.sliding_window import SlidingWindowCompressCache
 
-__all__ = ["ReasonAllocCache"]
+__all__ = ["ReasonAllocCache", "SlidingWindowCompressCache"]
 __version__ = "0.1.0"
 
 register()

@@ -26,6 +26,12 @@ def require_bool(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected True or False, got {value!r}.")
 
 
+def require_share(name: str, value: object, *, low: float = 0.0) -> None:
+    """Raise ValueError unless `value` is a number from `low` to 1."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) <= 1.0:
+        raise ValueError(f"{name}: expected a number from {low:g} to 1, got {value!r}.")
+
+
 def require_scorer(scorer: object) -> Scorer:
     """Return a scorer; raise ValueError for anything else, its class included."""
     if isinstance(scorer, type) or not isinstance(scorer, Scorer):

@@ -101,8 +101,7 @@ class BudgetedLayer(EvictingLayer):
         pool, occasion = self._require_pool(), self._occasion(rows, columns)
         held, slots, offset, at = gather_held(pool, occasion)
         keep = self._choose(occasion, held, at)
-        if held.notes is not None:
-            pool.fields["notes"][slots[held.valid]] = held.notes[held.valid]
+        self._store_notes(held, slots)
         pool.compact(rows, slots, offset, keep)
         self._tail = 0
         self._fit()

@@ -24,6 +24,7 @@ from hf_reasoncache.layers.policy import Budgets, Policy
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.query_log import QueryLog
+from hf_reasoncache.scorers.base import HeldTokens
 
 _STATISTICS = {"mass": torch.float32, "notes": torch.int32}
 _MASS_BLOCK = 64  # prompt queries per pass while attention mass is accumulated
@@ -141,6 +142,11 @@ class EvictingLayer(PooledLayer):
         """Take note of what scoring will need."""
         self._log.append(chunk.query)
         self._scaling = chunk.settings["scaling"]
+
+    def _store_notes(self, held: HeldTokens, slots: torch.Tensor) -> None:
+        """Keep what the scorer has noted about tokens that lie in `slots`."""
+        if held.notes is not None:
+            self._require_pool().fields["notes"][slots[held.valid]] = held.notes[held.valid]
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()

@@ -22,18 +22,28 @@ class QueryLog:
     def __init__(self, size: int) -> None:
         self.size = size
         self.chunks: deque[torch.Tensor] = deque()
+        self._columns = 0
 
     def append(self, query: torch.Tensor) -> None:
         """Add the queries `[B, H_q, T, D]` of one forward."""
         if self.size == 0 or query.shape[2] == 0:
             return
-        if query.shape[2] > self.size:
-            # Cloned: a slice would keep the queries of a whole prompt alive.
-            query = query[:, :, -self.size :].clone()
         self.chunks.append(query)
-        columns = sum(chunk.shape[2] for chunk in self.chunks)
-        while columns - self.chunks[0].shape[2] >= self.size:
-            columns -= self.chunks.popleft().shape[2]
+        self._columns += query.shape[2]
+        self._forget()
+
+    def resize(self, size: int) -> None:
+        """Answer for another number of columns from now on."""
+        self.size = size
+        self._forget()
+
+    def _forget(self) -> None:
+        while self.chunks and self._columns - self.chunks[0].shape[2] >= self.size:
+            self._columns -= self.chunks.popleft().shape[2]
+        if self.chunks and self.chunks[0].shape[2] > self.size:
+            # Cloned: a slice would keep the queries of a whole prompt alive.
+            self.chunks[0] = self.chunks[0][:, :, self._columns - self.size :].clone()
+            self._columns = self.size
 
     def last(self) -> torch.Tensor | None:
         """Return the newest queries `[B, H_q, A <= size, D]`, oldest first, if there are any."""
@@ -45,9 +55,11 @@ class QueryLog:
         """Forget the newest `columns` columns."""
         while columns > 0 and self.chunks:
             chunk = self.chunks.pop()
-            if chunk.shape[2] > columns:
-                self.chunks.append(chunk[:, :, :-columns])
-            columns -= chunk.shape[2]
+            removed = min(columns, chunk.shape[2])
+            if removed < chunk.shape[2]:
+                self.chunks.append(chunk[:, :, :-removed])
+            columns -= removed
+            self._columns -= removed
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder batch rows."""
@@ -56,5 +68,5 @@ class QueryLog:
     def clone(self) -> QueryLog:
         """Return a log that changes independently; the tensors themselves are never written to."""
         twin = QueryLog(self.size)
-        twin.chunks = deque(self.chunks)
+        twin.chunks, twin._columns = deque(self.chunks), self._columns
         return twin
