@@ -5,10 +5,11 @@ Importing the package registers the attention implementations "reasoncache", "re
 """
 
 from hf_reasoncache.attention import register
+from hf_reasoncache.graphs import decode_graphs
 from hf_reasoncache.reason_alloc import ReasonAllocCache
 from hf_reasoncache.sliding_window import SlidingWindowCompressCache
 
-__all__ = ["ReasonAllocCache", "SlidingWindowCompressCache"]
+__all__ = ["ReasonAllocCache", "SlidingWindowCompressCache", "decode_graphs"]
 __version__ = "0.1.0"
 
 register()

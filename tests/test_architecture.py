@@ -32,6 +32,7 @@ PARTS: dict[str, set[str]] = {
     "attention": {"layers", "triton_ops"},
     "report": {"layers", "triton_ops"},
     "arguments": {"scorers"},
+    "graphs": CACHES | {"layers", "triton_ops"},
     "branching": CACHES,
     "calibration": {"scorers", "budgets"},
     "evaluation": CACHES | {"branching"},

@@ -6,7 +6,7 @@ import torch
 
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.held_positions import HeldPositions
+from hf_reasoncache.layers.held_positions import AllPositions
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.row_budgets import RowBudgets
@@ -39,8 +39,8 @@ class BudgetedLayer(EvictingLayer):
             self._store_cut(chunk)
 
     def _store_cut(self, chunk: Chunk) -> None:
-        steps = chunk.steps
-        self.first = torch.full((chunk.keys.shape[0],), -1)
+        batch, heads, steps, _ = chunk.keys.shape
+        self.first = torch.full((batch,), -1)
         self._place_first(self.seen - steps, chunk.valid)
         self._remember(chunk)
         keep, notes = chunk.real_tokens(), {}
@@ -48,7 +48,7 @@ class BudgetedLayer(EvictingLayer):
         over = keep.sum(-1).cpu() > self._require_budgets().capacity
         rows = over.any(-1).nonzero()[:, 0]
         if rows.numel():
-            self._attended = HeldPositions.of(keep)
+            self._attended = AllPositions((batch, heads, steps), chunk.valid)
             occasion = self._occasion(rows, self.seen)
             held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
             chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))

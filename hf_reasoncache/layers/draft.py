@@ -35,4 +35,4 @@ class Draft:
         """Yield what is kept for undoing."""
         yield from (self.chunk.query, self.chunk.keys, self.chunk.values)
         yield from self.state["pool"].fields.values()
-        yield from self.state["_log"].chunks
+        yield from self.state["_log"].tensors()

@@ -19,7 +19,7 @@ import torch
 
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.draft import Draft
-from hf_reasoncache.layers.held_positions import HeldPositions
+from hf_reasoncache.layers.held_positions import AllPositions, HeldPositions
 from hf_reasoncache.layers.policy import Budgets, Policy
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.pooled import PooledLayer
@@ -60,7 +60,7 @@ class EvictingLayer(PooledLayer):
         self._log = QueryLog(self.policy.scorer.queries)
         self._prompt_columns = 0
         self._prompt_open = True
-        self._attended: HeldPositions | None = None
+        self._attended: HeldPositions | AllPositions | None = None
         self._draft: Draft | None = None
 
     # ----------------------------------------------------------------------- what subclasses decide
@@ -92,6 +92,22 @@ class EvictingLayer(PooledLayer):
             self._fit()
         if not (self._grows_prompt(steps) and self.policy.protect_prompt):
             self._evict(self._due(self.seen, 1 if self.recording else steps), self.seen)
+
+    def prepare(self) -> None:
+        """See `PooledLayer.prepare`; evicts where a row is due."""
+        super().prepare()
+        self._prompt_open = False
+        self._log.make_ring(self.seen)
+
+    def static_parts(self) -> Iterator[Any]:
+        """See `PooledLayer.static_parts`."""
+        yield from super().static_parts()
+        yield from self._log.tensors()
+
+    def advance(self) -> None:
+        """See `PooledLayer.advance`."""
+        super().advance()
+        self._log.count_appended()
 
     def _grows_prompt(self, steps: int) -> bool:
         return self._prompt_open and steps > 1 and not self.recording
@@ -140,7 +156,7 @@ class EvictingLayer(PooledLayer):
 
     def _remember(self, chunk: Chunk) -> None:
         """Take note of what scoring will need."""
-        self._log.append(chunk.query)
+        self._log.append(chunk.query, self.clock)
         self._scaling = chunk.settings["scaling"]
 
     def _store_notes(self, held: HeldTokens, slots: torch.Tensor) -> None:
@@ -247,8 +263,8 @@ class EvictingLayer(PooledLayer):
     def tensors(self) -> Iterator[torch.Tensor]:
         """See `PooledLayer.tensors`; queries kept for scoring and what could be undone too."""
         yield from super().tensors()
-        yield from self._log.chunks
-        if self._attended is not None:
+        yield from self._log.tensors()
+        if isinstance(self._attended, HeldPositions):
             yield self._attended.positions
         if self._draft is not None:
             yield from self._draft.tensors()

@@ -24,17 +24,6 @@ class HeldPositions:
     layout: RaggedLayout
     length: torch.Tensor
 
-    @staticmethod
-    def of(real: torch.Tensor) -> HeldPositions:
-        """Return the columns where `real`, BoolTensor[B, H_kv, T], is true."""
-        length = real.sum(-1).cpu()
-        layout = RaggedLayout(length)
-        positions = torch.empty(layout.slots, dtype=torch.int32, device=real.device)
-        slot = layout.start.to(real.device)[..., None] + real.cumsum(-1) - 1
-        column = torch.arange(real.shape[-1], dtype=torch.int32, device=real.device)
-        positions[slot[real]] = column.expand_as(real)[real]
-        return HeldPositions(positions, layout, length)
-
     def lists(self) -> list[list[list[int]]]:
         """Sorted positions per row and KV head."""
         return [
@@ -46,3 +35,27 @@ class HeldPositions:
                 self.layout.start.tolist(), self.length.tolist(), strict=True
             )
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class AllPositions:
+    """All real tokens of a first chunk, held by every head.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        `B`, `H_kv` and the columns of the chunk.
+    valid : BoolTensor[B, T] or None
+        False for padding.
+    """
+
+    shape: tuple[int, int, int]
+    valid: torch.Tensor | None
+
+    def lists(self) -> list[list[list[int]]]:
+        """Sorted positions per row and KV head."""
+        batch, heads, steps = self.shape
+        if self.valid is None:
+            return [[list(range(steps)) for _ in range(heads)] for _ in range(batch)]
+        columns = [row.nonzero()[:, 0].tolist() for row in self.valid]
+        return [[list(row) for _ in range(heads)] for row in columns]

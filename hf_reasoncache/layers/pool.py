@@ -42,6 +42,8 @@ class RaggedPool:
         because every layer asks for them at every step.
     """
 
+    _device_length: torch.Tensor | None = None
+
     def __init__(
         self,
         capacity: torch.Tensor,
@@ -82,6 +84,23 @@ class RaggedPool:
         self._length = length
         self.shortest, self.longest = int(length.min()), int(length.max())
         self.least_free = int((self.layout.capacity - length).min())
+        if self._device_length is not None:
+            if self._device_length.shape == length.shape:
+                self._device_length.copy_(length)
+            else:
+                self._device_length = None
+
+    @property
+    def device_length(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: `length` on the pool's device.
+
+        Made when it is first asked for, and then one tensor that is written to, as long as the pool
+        has the same heads: kernels and captured graphs read it where it is.
+        """
+        if self._device_length is None:
+            with ordinary_tensors():
+                self._device_length = self._length.to(self.fields["keys"].device, copy=True)
+        return self._device_length
 
     @property
     def capacity(self) -> torch.Tensor:
@@ -123,7 +142,8 @@ class RaggedPool:
             )
         positions = columns.to(torch.int32).expand(batch, heads, steps)
         new = {"keys": keys, "values": values, "positions": positions, **statistics}
-        if added is None and self.layout.is_uniform and self.shortest == self.longest:
+        equal = self.layout.is_uniform and self.shortest == self.longest
+        if added is None and equal and self._device_length is None:
             fresh = slice(self.longest, self.longest + steps)
             for name, value in new.items():
                 field = self.fields[name]
@@ -131,16 +151,28 @@ class RaggedPool:
         else:
             self._scatter(new, steps, keep)
         if added is None:
-            self._length = self._length + steps
-            self.shortest, self.longest = self.shortest + steps, self.longest + steps
-            self.least_free -= steps
+            self.count_appended(steps)
+            if self._device_length is not None:
+                self._device_length.add_(steps)
         else:
             self.length = self.length + added
+
+    def count_appended(self, steps: int) -> None:
+        """Count tokens that every head has got, here and not on the device.
+
+        For whoever has let the device alone append and count them (a captured graph).
+        """
+        self._length = self._length + steps
+        self.shortest, self.longest = self.shortest + steps, self.longest + steps
+        self.least_free -= steps
 
     def _scatter(self, new: dict[str, torch.Tensor], steps: int, keep: torch.Tensor | None) -> None:
         """Write new tokens behind the last one of each head."""
         device = self.fields["positions"].device
-        tail = (self.layout.start + self.length).to(device)[..., None]
+        if self._device_length is None:
+            tail = (self.layout.start + self.length).to(device)[..., None]
+        else:
+            tail = (self.layout.start_on(device) + self._device_length)[..., None]
         if keep is None:
             slots = (tail + torch.arange(steps, device=device)).flatten()
         else:

@@ -11,6 +11,7 @@ import torch
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.guarded import GuardedLayer
 from hf_reasoncache.layers.pool import RaggedPool
+from triton_ops.backend import uses_triton
 from triton_ops.decode_attention import decode_attention
 
 FIRST_ROOM = 256
@@ -30,6 +31,9 @@ class PooledLayer(GuardedLayer):
         None until the first forward is stored.
     first : LongTensor[B]
         Column of each row's first real token, on the CPU; -1 while a row has only seen padding.
+    clock : LongTensor[1] or None
+        On the pool's device, set while a step is captured: the column of the one new token, read
+        wherever the host's count would otherwise become part of the graph.
     """
 
     statistics: Mapping[str, torch.dtype] = MappingProxyType({})
@@ -38,6 +42,7 @@ class PooledLayer(GuardedLayer):
         super()._clear()
         self.pool: RaggedPool | None = None
         self.first = torch.zeros(0, dtype=torch.long)
+        self.clock: torch.Tensor | None = None
         self._placed = False
         # Newest columns that every head is known to hold in its last slots, where a crop finds
         # them.
@@ -67,6 +72,30 @@ class PooledLayer(GuardedLayer):
         self._append(chunk, self.seen)
         return self._attend(chunk, self.seen)
 
+    # ---------------------------------------------------------------------------- captured steps
+
+    def prepare(self) -> None:
+        """Do what must be done before one new token, so that the step itself does nothing else.
+
+        Afterwards the step has static shapes, allocates nothing that stays, and never waits: it can
+        be captured, and replayed if `static_parts` are the same objects.
+        """
+        self._begin(1)
+        self._make_room(1)
+        # Asked for here, so that it is not made within the step.
+        _ = self._require_pool().device_length
+
+    def static_parts(self) -> Iterator[Any]:
+        """Yield the objects that a captured step reads and writes where they are."""
+        pool = self._require_pool()
+        yield from (pool.layout, pool.device_length, *pool.fields.values())
+
+    def advance(self) -> None:
+        """Take note of one token per row that a replayed step has stored."""
+        self.seen += 1
+        self._tail += 1
+        self._require_pool().count_appended(1)
+
     # -------------------------------------------------------------------------------------- storage
 
     def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
@@ -90,7 +119,9 @@ class PooledLayer(GuardedLayer):
     def _append(self, chunk: Chunk, end: int) -> None:
         """Append tokens whose last one is column `end - 1`."""
         batch, heads, steps, _ = chunk.keys.shape
-        columns = torch.arange(end - steps, end, device=chunk.keys.device)
+        columns = self.clock
+        if columns is None:
+            columns = torch.arange(end - steps, end, device=chunk.keys.device)
         keep = None if chunk.valid is None else chunk.valid[:, None].expand(batch, heads, steps)
         self._place_first(end - steps, chunk.valid)
         self._require_pool().append(chunk.keys, chunk.values, columns, keep)
@@ -114,6 +145,7 @@ class PooledLayer(GuardedLayer):
             pool.fields["positions"],
             pool.layout,
             pool.length,
+            device_length=pool.device_length if uses_triton(pool.fields["keys"]) else None,
             query_positions=asking,
             **chunk.settings,
             **accumulate,

@@ -1,8 +1,9 @@
-"""The last queries of a layer, kept by reference until an eviction asks for them."""
+"""The last queries of a layer, kept until an eviction asks for them."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
@@ -10,8 +11,9 @@ import torch
 class QueryLog:
     """Post-RoPE queries of the newest columns.
 
-    Keeping the tensors that the model made anyway costs nothing per step; they are joined once per
-    eviction.
+    By default the log keeps the tensors that the model made anyway, which costs nothing per step,
+    and joins them once per eviction. As a ring it writes them into one tensor of its own, which a
+    captured step needs: there, the model makes them in the same place every time.
 
     Parameters
     ----------
@@ -21,52 +23,110 @@ class QueryLog:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.chunks: deque[torch.Tensor] = deque()
-        self._columns = 0
+        self._chunks: deque[torch.Tensor] = deque()
+        self._columns = 0  # in the chunks
+        # Column `c` stands at place `c % size`; the ring holds `_held` columns before `_end`.
+        self._ring: torch.Tensor | None = None
+        self._end = self._held = 0
 
-    def append(self, query: torch.Tensor) -> None:
-        """Add the queries `[B, H_q, T, D]` of one forward."""
-        if self.size == 0 or query.shape[2] == 0:
+    def append(self, query: torch.Tensor, clock: torch.Tensor | None = None) -> None:
+        """Add the queries `[B, H_q, T, D]` of one forward.
+
+        Parameters
+        ----------
+        query : Tensor[B, H_q, T, D]
+        clock : LongTensor[1], optional
+            The column of a single query, on its device; read by a ring.
+        """
+        steps = query.shape[2]
+        if self.size == 0 or steps == 0:
             return
-        self.chunks.append(query)
-        self._columns += query.shape[2]
+        if self._ring is not None and steps == 1:
+            column = torch.tensor([self._end], device=query.device) if clock is None else clock
+            self._ring.index_copy_(2, column % self.size, query)
+            self.count_appended()
+            return
+        self._end_ring()
+        self._chunks.append(query)
+        self._columns += steps
         self._forget()
 
     def resize(self, size: int) -> None:
         """Answer for another number of columns from now on."""
-        self.size = size
-        self._forget()
+        if size != self.size:
+            self._end_ring()
+            self.size = size
+            self._forget()
 
     def _forget(self) -> None:
-        while self.chunks and self._columns - self.chunks[0].shape[2] >= self.size:
-            self._columns -= self.chunks.popleft().shape[2]
-        if self.chunks and self.chunks[0].shape[2] > self.size:
+        """Let go of the chunks that are too old."""
+        while self._chunks and self._columns - self._chunks[0].shape[2] >= self.size:
+            self._columns -= self._chunks.popleft().shape[2]
+        if self._chunks and self._chunks[0].shape[2] > self.size:
             # Cloned: a slice would keep the queries of a whole prompt alive.
-            self.chunks[0] = self.chunks[0][:, :, self._columns - self.size :].clone()
+            self._chunks[0] = self._chunks[0][:, :, self._columns - self.size :].clone()
             self._columns = self.size
 
     def last(self) -> torch.Tensor | None:
         """Return the newest queries `[B, H_q, A <= size, D]`, oldest first, if there are any."""
-        if not self.chunks:
+        if self._ring is not None:
+            columns = torch.arange(self._end - self._held, self._end, device=self._ring.device)
+            return self._ring.index_select(2, columns % self.size)
+        if not self._chunks:
             return None
-        return torch.cat(list(self.chunks), dim=2)[:, :, -self.size :]
+        return torch.cat(list(self._chunks), dim=2)[:, :, -self.size :]
+
+    def make_ring(self, end: int) -> None:
+        """Go on as a ring, `end` columns having been seen."""
+        held = None if self._ring is not None else self.last()
+        if held is None:
+            return
+        batch, heads, self._held, size = held.shape
+        self._end = end
+        columns = torch.arange(end - self._held, end, device=held.device)
+        with torch.inference_mode(False):
+            self._ring = held.new_zeros(batch, heads, self.size, size)
+            self._ring.index_copy_(2, columns % self.size, held)
+        self._chunks.clear()
+        self._columns = 0
+
+    def count_appended(self) -> None:
+        """Count a column that the device alone has written into the ring."""
+        if self._ring is not None:
+            self._end, self._held = self._end + 1, min(self._held + 1, self.size)
+
+    def _end_ring(self) -> None:
+        if self._ring is not None:
+            held, self._ring = self.last(), None
+            self._chunks = deque([] if held is None else [held])
+            self._columns = self._held
 
     def crop(self, columns: int) -> None:
         """Forget the newest `columns` columns."""
-        while columns > 0 and self.chunks:
-            chunk = self.chunks.pop()
+        self._end_ring()
+        while columns > 0 and self._chunks:
+            chunk = self._chunks.pop()
             removed = min(columns, chunk.shape[2])
             if removed < chunk.shape[2]:
-                self.chunks.append(chunk[:, :, :-removed])
-            columns -= removed
+                self._chunks.append(chunk[:, :, :-removed])
             self._columns -= removed
+            columns -= removed
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder batch rows."""
-        self.chunks = deque(chunk.index_select(0, rows.to(chunk.device)) for chunk in self.chunks)
+        self._end_ring()
+        self._chunks = deque(chunk.index_select(0, rows.to(chunk.device)) for chunk in self._chunks)
 
     def clone(self) -> QueryLog:
-        """Return a log that changes independently; the tensors themselves are never written to."""
+        """Return a log that changes independently; kept tensors are never written to."""
         twin = QueryLog(self.size)
-        twin.chunks, twin._columns = deque(self.chunks), self._columns
+        held = self.last() if self._ring is not None else None
+        twin._chunks = deque(self._chunks if held is None else [held])
+        twin._columns = self._columns if held is None else self._held
         return twin
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield what is kept."""
+        yield from self._chunks
+        if self._ring is not None:
+            yield self._ring

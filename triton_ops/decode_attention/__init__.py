@@ -21,6 +21,7 @@ def decode_attention(
     layout: RaggedLayout,
     length: torch.Tensor,
     *,
+    device_length: torch.Tensor | None = None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
@@ -43,6 +44,9 @@ def decode_attention(
     length : LongTensor[B, H_kv]
         Slots in use of each head, on the CPU. A head that holds nothing yields a finite,
         meaningless row.
+    device_length : LongTensor[B, H_kv], optional
+        The same on the pool's device. The kernels read it there; without it, every call copies
+        `length` to the device.
     query_positions : LongTensor[B, T] or None
         A query sees the keys at its own position and before. None: every query sees every held
         token, which is the case of a single new token.
@@ -107,5 +111,6 @@ def decode_attention(
     if uses_triton(keys):
         from triton_ops.decode_attention.kernel import decode_attention_triton
 
-        return decode_attention_triton(query, keys, values, positions, layout, length, **arguments)
+        held = length if device_length is None else device_length
+        return decode_attention_triton(query, keys, values, positions, layout, held, **arguments)
     return decode_attention_reference(query, keys, values, positions, layout, length, **arguments)

@@ -6,8 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.redundancy.places import UNSEEN
+from triton_ops.redundancy import places
 from triton_ops.tiles import Tile, block_d, dot_rows, load_rows
+
+NONE = tl.constexpr(places.NONE)
+UNSEEN = tl.constexpr(places.UNSEEN)
 
 
 @triton.jit
@@ -41,10 +44,10 @@ def units_kernel(
 def search_kernel(
     keys,
     valid,
+    inverse,
     known,
     compared,
-    inverse,
-    nearest,
+    repeat,
     cosine,
     tokens,
     threshold,
@@ -53,11 +56,11 @@ def search_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Find the newest repeat of every key of a tile, -1 for none, and its cosine.
+    """Find the newest repeat of every key of a tile, `NONE` for none, and its cosine.
 
-    Tiles of columns are scanned from the newest backwards until every row has its match, or has
-    only columns left for which its answer is `known`, where `recall_kernel` goes on; real keys
-    share a large component and mostly match in the first tile.
+    Tiles of columns are scanned from the newest backwards until every row has its match; real keys
+    share a large component and mostly match in the first tile. A row that knows its answer among
+    the columns before `compared` looks at the others only.
     """
     head = tl.program_id(0)
     base = head.to(tl.int64) * tokens
@@ -65,12 +68,11 @@ def search_kernel(
     inside = row < tokens
     held = tl.load(valid + base + row, mask=inside, other=0) != 0
     scale = tl.load(inverse + base + row, mask=inside, other=0.0)
-    answer = tl.load(known + base + row, mask=inside, other=-2).to(tl.int32)
-    first_new = tl.load(compared + head)
-    match = tl.full([BLOCK_M], -1, tl.int32)
-    found = tl.zeros([BLOCK_M], tl.float32)
+    match = tl.load(known + base + row, mask=held, other=UNSEEN).to(tl.int32)
+    oldest = tl.where(match != UNSEEN, tl.load(compared + head), 0)
+    match = tl.where(match != UNSEEN, match, NONE)
     tile = tl.cdiv(tokens, BLOCK_N) - 1
-    open_rows = held & ((answer == -2) | ((tile + 1) * BLOCK_N > first_new))
+    open_rows = held & (oldest < tokens)
     while (tile >= 0) & (tl.max(open_rows.to(tl.int32), 0) > 0):
         # Loaded again for every tile: most searches end with the first one, and rows that stay in
         # registers over the loop make float32 spill.
@@ -81,44 +83,17 @@ def search_kernel(
         k = load_rows(keys, base + column, exists, D, BLOCK_D)
         other = tl.load(inverse + base + column, mask=real, other=0.0)
         cos = dot_rows(q, k) * scale[:, None] * other[None, :]
-        hit = (cos > threshold) & (row[:, None] != column[None, :])
-        newest = tl.max(tl.where(hit, column[None, :], -1), 1)
-        value = tl.sum(tl.where(column[None, :] == newest[:, None], cos, 0.0), 1)
-        fresh = open_rows & (newest >= 0)
-        found = tl.where(fresh, value, found)
-        match = tl.where(fresh, newest, match)
+        new = (row[:, None] != column[None, :]) & (column[None, :] >= oldest[:, None])
+        newest = tl.max(tl.where((cos > threshold) & new, column[None, :], -1), 1)
+        match = tl.where(open_rows & (newest >= 0), newest, match)
+        open_rows = open_rows & (newest < 0) & (tile * BLOCK_N > oldest)
         tile -= 1
-        searches_on = (answer == -2) | ((tile + 1) * BLOCK_N > first_new)
-        open_rows = open_rows & (newest < 0) & searches_on
-    tl.store(nearest + base + row, match, mask=inside)
-    tl.store(cosine + base + row, found, mask=inside)
-
-
-@triton.jit
-def recall_kernel(
-    keys,
-    known,
-    inverse,
-    nearest,
-    cosine,
-    tokens,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Take the known repeat of the keys that the search left without one, and its cosine."""
-    base = tl.program_id(0).to(tl.int64) * tokens
-    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = row < tokens
-    answer = tl.load(known + base + row, mask=inside, other=-1).to(tl.int64)
-    missing = tl.load(nearest + base + row, mask=inside, other=0) < 0
-    recalled = inside & missing & (answer >= 0)
-    q = load_rows(keys, base + row, recalled, D, BLOCK_D).to(tl.float32)
-    k = load_rows(keys, base + answer, recalled, D, BLOCK_D).to(tl.float32)
-    scale = tl.load(inverse + base + row, mask=recalled, other=0.0)
-    other = tl.load(inverse + base + answer, mask=recalled, other=0.0)
-    tl.store(nearest + base + row, answer.to(tl.int32), mask=recalled)
-    tl.store(cosine + base + row, tl.sum(q * k, 1) * scale * other, mask=recalled)
+    tl.store(repeat + base + row, match, mask=inside)
+    found = held & (match >= 0)
+    near = tl.load(inverse + base + match, mask=found, other=0.0)
+    product = load_rows(keys, base + row, found, D, BLOCK_D).to(tl.float32)
+    product *= load_rows(keys, base + match, found, D, BLOCK_D).to(tl.float32)
+    tl.store(cosine + base + row, tl.sum(product, 1) * scale * near, mask=inside)
 
 
 @triton.jit
@@ -128,7 +103,7 @@ def means_kernel(
     inverse,
     total,
     count,
-    nearest,
+    repeat,
     cosine,
     means,
     tokens,
@@ -154,7 +129,7 @@ def means_kernel(
     mean = tl.sum(unit * sum_of_units[None, :], 1) - tl.sum(unit * unit, 1)
     for begin in tl.range(0, tokens, BLOCK_M):
         row = begin + tl.arange(0, BLOCK_M)
-        match = tl.load(nearest + base + row, mask=row < tokens, other=-1)
+        match = tl.load(repeat + base + row, mask=row < tokens, other=NONE)
         value = tl.load(cosine + base + row, mask=row < tokens, other=0.0)
         mean -= tl.sum(tl.where(match[:, None] == column[None, :], value[:, None], 0.0), 0)
     mean = tl.where(held, mean / tl.load(count + head).to(tl.float32), 0.0)
@@ -167,29 +142,30 @@ def redundancy_triton(
     """See `triton_ops.redundancy.redundancy`."""
     rows, heads, tokens, size = keys.shape
     means = keys.new_empty(rows, heads, tokens, dtype=torch.float32)
+    repeat = torch.empty_like(means, dtype=torch.long)
     if means.numel() == 0:
-        return means, known.clone()
-    keys, mask, known = keys.contiguous(), valid.contiguous().view(torch.uint8), known.contiguous()
+        return means, repeat
+    keys, known = keys.contiguous(), known.contiguous()
     # Keys before this place have been compared with each other.
-    place = torch.arange(1, tokens + 1, dtype=torch.int32, device=keys.device)
-    compared = (place * (known != UNSEEN)).amax(-1)
-    # Without a known end the search is not pipelined, and float32 products of larger tiles spill.
+    place = torch.arange(1, tokens + 1, device=keys.device)
+    compared = (place * (known != places.UNSEEN) * valid).amax(-1)
+    mask = valid.contiguous().view(torch.uint8)
+    # Without a known end the search is not pipelined, and products of larger tiles spill.
     whole = keys.dtype == torch.float32
-    tile = Tile(16, 16, 8, 1) if whole else Tile.of(keys.dtype, tokens, size)
+    wide = block_d(size) > 128
+    tile = Tile(16, 16, 8, 1) if whole else Tile.of(keys.dtype, 32 if wide else tokens, size)
     columns = (rows * heads, triton.cdiv(tokens, tile.n))
-    inverse = torch.empty_like(means)
+    inverse, cosine = torch.empty_like(means), torch.empty_like(means)
     sums = means.new_empty(*columns, size)
     blocks = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps)
     units_kernel[columns](keys, mask, inverse, sums, tokens, size, **blocks)
-
-    nearest, cosine = torch.empty_like(means, dtype=torch.int32), torch.empty_like(means)
     search_kernel[(rows * heads, triton.cdiv(tokens, tile.m))](
         keys,
         mask,
+        inverse,
         known,
         compared,
-        inverse,
-        nearest,
+        repeat,
         cosine,
         tokens,
         threshold,
@@ -197,8 +173,7 @@ def redundancy_triton(
         BLOCK_M=tile.m,
         **blocks,
     )
-    recall_kernel[columns](keys, known, inverse, nearest, cosine, tokens, size, **blocks)
     total, count = sums.sum(1), valid.sum(-1).clamp(min=1)
-    arguments = (keys, mask, inverse, total, count, nearest, cosine, means, tokens, size)
+    arguments = (keys, mask, inverse, total, count, repeat, cosine, means, tokens, size)
     means_kernel[columns](*arguments, BLOCK_M=64, **blocks)
-    return means, nearest.long()
+    return means, repeat

@@ -16,9 +16,9 @@ def generate(model, cache, inputs, **arguments):
     )
 
 
-def small_llama():
+def small_llama(query_heads=4):
     """Two layers and few heads: the interpreter takes 10 ms for each query head of a step."""
-    size = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, head_dim=16)
+    size = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=query_heads, head_dim=16)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE | size)).eval()
     model.generation_config.eos_token_id = None
     model.set_attn_implementation("reasoncache")

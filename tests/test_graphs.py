@@ -1,0 +1,63 @@
+"""decode_graphs refuses what it cannot do, and changes nothing else. Its work is tested with the
+kernels."""
+
+import pytest
+import torch
+
+from hf_reasoncache import ReasonAllocCache, decode_graphs
+from hf_reasoncache.graphs import DecodeGraphs
+from tests.models import build, prompt
+from triton_ops.backend import use_backend
+
+
+class Never:
+    """A recorder that must not be asked."""
+
+    def record(self, step):
+        raise AssertionError("nothing to record")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "recorder", "said"),
+    [
+        ("gemma3", "auto", Never(), "full-attention layers only, got .*DynamicSlidingWindowLayer"),
+        ("llama", "auto", None, "one CUDA device, got cpu; move the model"),
+        ("llama", "torch", Never(), "the Triton backend, got torch"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(name, backend, recorder, said):
+    model = build(name)
+    cache = ReasonAllocCache(model.config, budget=None)
+    with (
+        pytest.raises(ValueError, match=f"decode_graphs: expected .*{said}"),
+        use_backend(backend),
+        decode_graphs(model, cache, recorder=recorder),
+    ):
+        raise AssertionError("entered")
+    assert "forward" not in vars(model)
+
+
+def test_other_forwards_pass_through():
+    """Prompts, chunks, other caches, drafts and embeddings go to the model as they are."""
+    model, inputs = build("llama"), prompt()
+    cache, other = (ReasonAllocCache(model.config, budget=None) for _ in range(2))
+    calls = []
+
+    def forward(*args, **kwargs):
+        calls.append(kwargs)
+        return model(*args, **kwargs)
+
+    graphs = DecodeGraphs(forward, cache, Never())
+    with torch.no_grad():
+        for each in (cache, other):
+            graphs(**inputs, past_key_values=each, use_cache=True)
+        token = inputs["input_ids"][:, -1:]
+        graphs(input_ids=token.repeat(1, 2), past_key_values=cache, use_cache=True)
+        graphs(input_ids=token, past_key_values=other, use_cache=True)
+        embedded = model.get_input_embeddings()(token)
+        graphs(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.activate_past_recording()
+        graphs(input_ids=token, past_key_values=cache, use_cache=True)
+    assert len(calls) == 6
+    assert graphs.recorded == graphs.replayed == graphs.eager == 0

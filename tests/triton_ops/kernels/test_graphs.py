@@ -1,0 +1,63 @@
+"""A recorded decode step, repeated blindly, gives the tokens of an eager generation."""
+
+import pytest
+import torch
+
+from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.graphs import CudaRecorder, decode_graphs
+from hf_reasoncache.layers import pooled
+from hf_reasoncache.scorers import H2O, RKV
+from tests.models import prompt
+from tests.triton_ops.kernels.tape import NotReplayableError, Tape, TapeRecorder
+from tests.triton_ops.kernels.test_generate import small_llama
+from triton_ops.backend import interpreting
+
+IN_PLACE = dict(budget=8, window=2, head_budgets=False, protect_prompt=False)
+CASES = {
+    # Steps; times recorded and run as usual; settings. The pool of the first one grows once.
+    "everything": (8, (2, 2), dict(budget=None)),
+    "queries": (8, (1, 1), dict(buffer=3, scorer=RKV(), **IN_PLACE)),
+    "mass": (5, (1, 1), dict(buffer=2, scorer=H2O(mass_decay=0.9), **IN_PLACE)),
+}
+
+
+def host_tensors(cache):
+    """What the pools keep on the CPU."""
+    layouts = [layer.pool.layout for layer in cache.layers]
+    return [layer.pool.length for layer in cache.layers] + [
+        tensor for each in layouts for tensor in (each.capacity, each.start, each.order)
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_and_contents_are_those_without_graphs(name, device, monkeypatch):
+    monkeypatch.setattr(pooled, "FIRST_ROOM", 4)
+    steps, counts, settings = CASES[name]
+    model = small_llama(query_heads=2).to(device)
+    inputs = {k: v.to(device) for k, v in prompt(tokens=9, padding=(0, 3)).items()}
+    plain, cache = (ReasonAllocCache(model.config, **settings) for _ in range(2))
+    arguments = inputs | {"max_new_tokens": steps + 1, "do_sample": False}
+    expected = model.generate(**arguments, past_key_values=plain)
+    recorder = TapeRecorder(lambda: host_tensors(cache)) if interpreting() else CudaRecorder()
+    with decode_graphs(model, cache, recorder=recorder) as graphs:
+        assert torch.equal(model.generate(**arguments, past_key_values=cache), expected)
+    assert (graphs.recorded, graphs.eager) == counts, "evictions in place keep the graph"
+    assert graphs.replayed == steps - sum(counts)
+    assert name == "everything" or cache.report().evictions >= 6
+    for layer in range(2):
+        assert cache.held_positions(layer) == plain.held_positions(layer)
+        mine, its = cache.layers[layer], plain.layers[layer]
+        assert mine.seen == its.seen and torch.equal(mine.pool.length, its.pool.length)
+        assert torch.equal(mine.pool.device_length.cpu(), mine.pool.length)
+    assert "forward" not in vars(model)
+
+
+def test_the_tape_refuses_what_a_graph_cannot_hold():
+    value = torch.tensor([3.0, 0.0])
+    for step in (lambda: value.sum().item(), lambda: value.nonzero(), lambda: bool(value[0])):
+        with pytest.raises(NotReplayableError), Tape():
+            step()
+    with pytest.raises(NotReplayableError):
+        TapeRecorder(lambda: [value]).record(lambda: value.to("cpu"))
+    with pytest.raises(NotReplayableError):
+        TapeRecorder().record(value.tolist)
