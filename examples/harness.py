@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ from transformers import (
 
 from examples.tiny_reasoner.evaluate import Share, share
 from examples.tiny_reasoner.tasks import Outcome, Problem, check
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.report import storage_bytes
+
+SAMPLING = 4
+"""Steps between two looks at how many tokens a cache holds."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,15 @@ class Run:
         Time in generate.
     bytes_per_row : float
         Bytes of all the cache's storages when generation ended, per sequence; largest over batches.
+    held : float
+        Tokens held per KV head, on average over the steps, sequences, layers and heads.
     """
 
     outcomes: list[Outcome]
     tokens: int
     seconds: float
     bytes_per_row: float
+    held: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,9 @@ class Summary:
     speed : float
         Words per second of generate.
     kib : float
-        KiB held per sequence, the most over the tasks.
+        KiB held per sequence when generation ended, the most over the tasks.
+    held : float
+        Tokens held per KV head on average over the steps of all tasks.
     by_task : dict[str, Share]
         Exact answers of each task.
     followed : dict[str, Share]
@@ -94,6 +103,7 @@ class Summary:
     length: float
     speed: float
     kib: float
+    held: float
     by_task: dict[str, Share]
     followed: dict[str, Share]
 
@@ -108,6 +118,7 @@ def summarize(runs: Mapping[str, Run]) -> Summary:
         length=sum(outcome.length for outcome in outcomes) / len(outcomes),
         speed=sum(run.tokens for run in runs.values()) / sum(r.seconds for r in runs.values()),
         kib=max(run.bytes_per_row for run in runs.values()) / 1024,
+        held=statistics.mean(run.held for run in runs.values()),
         by_task={task: share([o.correct for o in run.outcomes]) for task, run in runs.items()},
         followed={
             name: share([mark for o in outcomes for mark in o.followed.get(name, [])])
@@ -148,6 +159,7 @@ def run_arm(
     model.set_attn_implementation(arm.attention)
     outcomes: list[Outcome] = []
     seconds = bytes_per_row = 0.0
+    held: list[float] = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         inputs = tokenizer(
@@ -158,6 +170,7 @@ def run_arm(
             return_token_type_ids=False,
         )
         cache = arm.make_cache(model.config)
+        watch = model.register_forward_hook(_sampler(cache, inputs["attention_mask"], held))
         begin = time.perf_counter()
         output = model.generate(
             **inputs,
@@ -166,16 +179,36 @@ def run_arm(
             max_new_tokens=max(problem.max_new_tokens for problem in batch),
         )
         seconds += time.perf_counter() - begin
+        watch.remove()
         bytes_per_row = max(bytes_per_row, cache_bytes(cache) / len(batch))
         completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
         outcomes += [check(*pair) for pair in zip(batch, completions, strict=True)]
         if progress is not None:
             progress.update(len(batch))
-    return Run(outcomes, sum(outcome.length for outcome in outcomes), seconds, bytes_per_row)
+    return Run(
+        outcomes=outcomes,
+        tokens=sum(outcome.length for outcome in outcomes),
+        seconds=seconds,
+        bytes_per_row=bytes_per_row,
+        held=statistics.mean(held),
+    )
+
+
+def _sampler(cache: Cache, mask: torch.Tensor, held: list[float]) -> Callable[..., None]:
+    """Make a forward hook that notes how many tokens per KV head a cache holds."""
+    padding = float((1 - mask).sum(-1).float().mean())
+
+    def sample(*_: object) -> None:
+        if cache.get_seq_length() % SAMPLING:
+            return
+        ours = isinstance(cache, ReasonCache)
+        held.append(cache.report().mean_held if ours else cache.get_seq_length() - padding)
+
+    return sample
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all storages that a cache holds."""
-    if isinstance(cache, ReasonAllocCache):
+    if isinstance(cache, ReasonCache):
         return cache.report().total_bytes
     return sum(storage_bytes(layer) for layer in cache.layers)

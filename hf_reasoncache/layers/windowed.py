@@ -16,7 +16,7 @@ from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
 from hf_reasoncache.scorers.base import HeldTokens
 
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
-_SPARE = 16  # a pool keeps up to 2/16 of its tokens free for growth, so that it rarely moves
+_SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
 
 Allot = Callable[[HeldTokens, torch.Tensor], torch.Tensor]
 
@@ -77,9 +77,10 @@ class WindowedLayer(EvictingLayer):
 
         Few different capacities keep heads of similar length in one attention call.
         """
-        need = length + self.policy.window + self.policy.recent
-        step = max(self.policy.window, 1 << max(int(need.max()) // _SPARE, 1).bit_length())
-        roomy = (need + 2 * step - 1) // step * step
+        need = length + self.policy.window
+        step = self.policy.window // 2
+        spare = max(step, int(length.max()) // _SPARE)
+        roomy = (need + spare + step - 1) // step * step
         if self.budgets is not None and self.budgets.limit is not None:
             roomy = torch.minimum(roomy, self.budgets.limit[:, None] + self.policy.window)
         return torch.maximum(roomy, need)
