@@ -49,10 +49,8 @@ def windows(family: str) -> dict[str, dict[str, Any]]:
         "causal, chunks": causal,
         "causal, tokens": causal | tokens,
         "random, tokens": {"scorer": Random()} | tokens,
-        "random, chunks": {"scorer": Random()},
         "bidirectional, chunks + wave": wave,
         "bidirectional, chunks + wave + heads": wave | {"head_budgets": True},
-        "bidirectional, tokens + wave": tokens | wave,
         "random, tokens + wave": {"scorer": Random()} | tokens | wave,
     }
 

@@ -135,6 +135,7 @@ class SlidingWindowCompressCache(ReasonCache):
             policy = WindowPolicy(
                 window=window,
                 kept=_of_layer(kept, window, demand, rank),
+                mean_kept=kept,
                 prompt_kept=_of_layer(round(prompt_ratio * window), window, demand, rank),
                 recent=recent,
                 chunk_share=chunk_share,

@@ -21,8 +21,10 @@ class WindowPolicy:
         Tokens of a window.
     kept : int
         Tokens per head that stay of a whole window of generated text, on average over the heads.
+    mean_kept : int
+        `kept` on average over the layers, for which `max_budget` must have room.
     prompt_kept : int
-        The same of a window of the prompt; only used when the prompt is not protected.
+        `kept` of a window of the prompt; only used when the prompt is not protected.
     recent : int
         Newest tokens that are in no window yet.
     chunk_share : float
@@ -47,6 +49,7 @@ class WindowPolicy:
 
     window: int
     kept: int
+    mean_kept: int
     prompt_kept: int
     recent: int
     chunk_share: float
@@ -70,11 +73,11 @@ class WindowPolicy:
         """
         if self.max_budget is None:
             return None
-        floor = prompt_tokens + self.recent + self.kept
+        floor = prompt_tokens + self.recent + self.mean_kept
         if floor > self.max_budget:
             raise ValueError(
                 f"max_budget too small: expected max_budget >= {floor} ({prompt_tokens} protected "
-                f"prompt tokens, {self.recent} recent ones and {self.kept} of a window), got "
+                f"prompt tokens, {self.recent} recent ones and {self.mean_kept} of a window), got "
                 f"max_budget={self.max_budget}. Raise it, shorten the prompt, or pass "
                 "protect_prompt=False."
             )
