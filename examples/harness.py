@@ -64,7 +64,8 @@ class Run:
     bytes_per_row : float
         Bytes of all the cache's storages when generation ended, per sequence; largest over batches.
     held : float
-        Tokens held per KV head, on average over the steps, sequences, layers and heads.
+        Tokens held per KV head, on average over the steps that a completion took, the completions,
+        layers and heads.
     """
 
     outcomes: list[Outcome]
@@ -170,7 +171,8 @@ def run_arm(
             return_token_type_ids=False,
         )
         cache = arm.make_cache(model.config)
-        watch = model.register_forward_hook(_sampler(cache, inputs["attention_mask"], held))
+        sampler = _Sampler(cache, inputs["attention_mask"])
+        watch = model.register_forward_hook(sampler)
         begin = time.perf_counter()
         output = model.generate(
             **inputs,
@@ -182,7 +184,9 @@ def run_arm(
         watch.remove()
         bytes_per_row = max(bytes_per_row, cache_bytes(cache) / len(batch))
         completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
-        outcomes += [check(*pair) for pair in zip(batch, completions, strict=True)]
+        new = [check(*pair) for pair in zip(batch, completions, strict=True)]
+        held += sampler.held([outcome.length for outcome in new])
+        outcomes += new
         if progress is not None:
             progress.update(len(batch))
     return Run(
@@ -194,17 +198,31 @@ def run_arm(
     )
 
 
-def _sampler(cache: Cache, mask: torch.Tensor, held: list[float]) -> Callable[..., None]:
-    """Make a forward hook that notes how many tokens per KV head a cache holds."""
-    padding = float((1 - mask).sum(-1).float().mean())
+class _Sampler:
+    """Notes, as a forward hook, how many tokens per KV head a cache holds for each sequence."""
 
-    def sample(*_: object) -> None:
-        if cache.get_seq_length() % SAMPLING:
+    def __init__(self, cache: Cache, mask: torch.Tensor) -> None:
+        self.cache, self.mask = cache, mask
+        self.samples: list[tuple[int, torch.Tensor]] = []
+
+    def __call__(self, *_: object) -> None:
+        columns = self.cache.get_seq_length()
+        if columns % SAMPLING:
             return
-        ours = isinstance(cache, ReasonCache)
-        held.append(cache.report().mean_held if ours else cache.get_seq_length() - padding)
+        if isinstance(self.cache, ReasonCache):
+            layers = self.cache.report().layers
+            held = torch.tensor([layer.held for layer in layers]).float().mean((0, 2))
+        else:
+            held = columns - (1 - self.mask).sum(-1).float()
+        self.samples.append((columns - self.mask.shape[1], held))
 
-    return sample
+    def held(self, lengths: Sequence[int]) -> list[float]:
+        """Mean over the steps of each completion; none for one that no sample met."""
+        found = [
+            [float(held[row]) for step, held in self.samples if step <= length]
+            for row, length in enumerate(lengths)
+        ]
+        return [statistics.mean(samples) for samples in found if samples]
 
 
 def cache_bytes(cache: Cache) -> int:

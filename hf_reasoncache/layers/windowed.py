@@ -108,6 +108,8 @@ class WindowedLayer(EvictingLayer):
 
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Compress every window of `rows` that is complete."""
+        if not rows.numel():
+            return
         served = rows = self._complete(rows, columns)
         while rows.numel():
             self._compress(rows, columns)

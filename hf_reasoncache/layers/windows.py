@@ -115,6 +115,10 @@ class RowWindows:
     sweep: torch.Tensor
     limit: torch.Tensor | None
 
+    def __post_init__(self) -> None:
+        # Now, because a captured step may ask for it but not compute it.
+        _ = self.calm
+
     @staticmethod
     def after_prompt(
         policy: WindowPolicy, first: torch.Tensor, columns: int, before: RowWindows | None
