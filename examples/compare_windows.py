@@ -37,9 +37,9 @@ WINDOW, RECENT = 32, 16
 
 RATIOS = (0.2, 0.3, 0.4)
 THRESHOLDS = {
-    "random": (136, 147, 160),
-    "R-KV": (136, 147, 160),
-    "R-KV + wave + heads (ReasonAlloc)": (149, 162, 176),
+    "random": (132, 147, 154),
+    "R-KV": (132, 147, 154),
+    "R-KV + wave + heads (ReasonAlloc)": (146, 186, 206),
 }
 """Budgets at which a policy holds, on development problems of the Llama's `chain`, as many tokens
 on average over the steps as windows do at each ratio."""
