@@ -82,8 +82,10 @@ class WindowedLayer(EvictingLayer):
         spare = max(step, int(length.max()) // _SPARE)
         roomy = (need + spare + step - 1) // step * step
         if self.budgets is not None and self.budgets.limit is not None:
-            roomy = torch.minimum(roomy, self.budgets.limit[:, None] + self.policy.window)
-        return torch.maximum(roomy, need)
+            bound = (self.budgets.limit + self.policy.window)[:, None].expand_as(need)
+            # What a bounded head will need in the end it gets at once, and never has to move.
+            roomy = bound.where(need <= bound, roomy)
+        return roomy
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
