@@ -48,7 +48,7 @@ demo: $(STAMP)
 
 # The variable decides for a whole process, when Triton is imported, so the kernels have one of their own.
 test: $(STAMP)
-	$(PYTEST) tests
+	$(PYTEST) tests --ignore tests/triton_ops/kernels
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton_ops/kernels
 	@$(MAKE) --no-print-directory test-lowest
 

@@ -1,8 +1,8 @@
 """Policy x budget on the tiny reasoners: the tables of docs/results.md.
 
 Every finished line is written at once; a run that was stopped goes on where it was. The test
-problems have never been used for a choice; `--sweep` compares settings on the development problems
-instead.
+problems have never been used for a choice; the table "sweep" compares settings on the development
+problems instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import transformers
 from tqdm import tqdm
 
 from examples.harness import FULL, Arm, Summary, load, run_arm, summarize
-from examples.policies import BUFFER, WINDOW, make_arm, policies, sweep
+from examples.policies import BUFFER, TABLES, WINDOW, make_arm
 from examples.tiny_reasoner import (
     DEVELOPMENT_SEEDS,
     MODELS,
@@ -56,7 +56,7 @@ def line(budget: str, prompt: str, policy: str, summary: Summary) -> dict[str, s
 def todo(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Arm]]:
     """Yield budget, prompt treatment and arm of every line."""
     yield "full", "kept", FULL
-    table = sweep() if arguments.sweep else policies(arguments.family)
+    table = TABLES[arguments.table](arguments.family)
     unknown = set(arguments.only or ()) - set(table)
     if unknown:
         raise ValueError(f"--only: expected names among {list(table)}, got {sorted(unknown)}.")
@@ -93,15 +93,16 @@ def main() -> None:
     parser.add_argument("--protected", type=int, nargs="*", default=[], metavar="BUDGET")
     parser.add_argument("--unprotected", type=int, nargs="*", default=[], metavar="BUDGET")
     parser.add_argument("--only", nargs="+", metavar="POLICY", help="leave out all others")
-    parser.add_argument("--sweep", action="store_true", help="settings, on development problems")
+    parser.add_argument("--table", choices=TABLES, default="policies")
     parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    name = f"{'sweep' if arguments.sweep else 'policies'}-{arguments.family}"
-    # Other problems than the ones that `layer_sensitivity` and the demo use.
-    seed = DEVELOPMENT_SEEDS[100] if arguments.sweep else TEST_SEEDS[0]
+    name = f"{arguments.table}-{arguments.family}"
+    is_sweep = arguments.table == "sweep"
+    # Other problems than the ones that the calibration and the demo use.
+    seed = DEVELOPMENT_SEEDS[100] if is_sweep else TEST_SEEDS[0]
     path = arguments.output / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []
@@ -127,7 +128,7 @@ def main() -> None:
                 writer = csv.DictWriter(file, FIELDS)
                 writer.writeheader()
                 writer.writerows(rows)
-    kind = "development" if arguments.sweep else "fresh test"
+    kind = "development" if is_sweep else "fresh test"
     note = (
         f"{arguments.family} model, {arguments.problems} {kind} problems of each task (seed "
         f"{seed}), greedy, float32, compaction every {BUFFER} tokens, window {WINDOW} unless said "

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from examples.compare_policies import cell, insert
 from examples.harness import FULL, Arm, Summary, load, run_arm, summarize
-from examples.policies import BUFFER, layer_demand, make_arm, policies
+from examples.policies import BUFFER, make_arm, policies, wave
 from examples.tiny_reasoner import (
     DEVELOPMENT_SEEDS,
     MODELS,
@@ -49,16 +49,16 @@ def windows(family: str) -> dict[str, dict[str, Any]]:
     """Arguments of SlidingWindowCompressCache for each arm."""
     causal = {"scorer": SnapKV(queries=WINDOW, kernel=1)}
     tokens = {"chunk_share": 0.0}
-    wave = {"profile": layer_demand(family)}
+    layers = {"profile": wave(family, "sensitivity")}
     return {
         "bidirectional, chunks (Kara)": {},
         "bidirectional, tokens": tokens,
         "causal, chunks": causal,
         "causal, tokens": causal | tokens,
         "random, tokens": {"scorer": Random()} | tokens,
-        "bidirectional, chunks + wave": wave,
-        "bidirectional, chunks + wave + heads": wave | {"head_budgets": True},
-        "random, tokens + wave": {"scorer": Random()} | tokens | wave,
+        "bidirectional, chunks + wave": layers,
+        "bidirectional, chunks + wave + heads": layers | {"head_budgets": True},
+        "random, tokens + wave": {"scorer": Random()} | tokens | layers,
     }
 
 

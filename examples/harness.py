@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from examples.tiny_reasoner.evaluate import Share, share
+from examples.tiny_reasoner.evaluate import Share, encode, share
 from examples.tiny_reasoner.tasks import Outcome, Problem, check
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.report import storage_bytes
@@ -163,13 +163,7 @@ def run_arm(
     held: list[float] = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
-        inputs = tokenizer(
-            [problem.prompt for problem in batch],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            return_token_type_ids=False,
-        )
+        inputs = encode(tokenizer, batch)
         cache = arm.make_cache(model.config)
         sampler = _Sampler(cache, inputs["attention_mask"])
         watch = model.register_forward_hook(sampler)

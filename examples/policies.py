@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from examples.harness import Arm
 from examples.tiny_reasoner import MODELS
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.budgets.layers import pyramid
+from hf_reasoncache.calibration import BudgetProfile
 from hf_reasoncache.scorers import (
     H2O,
     RKV,
@@ -30,14 +30,14 @@ observation window must span more than one step of about 8 tokens."""
 COMMON: dict[str, Any] = {"buffer": BUFFER, "window": WINDOW, "head_budgets": False}
 
 
-def layer_demand(family: str) -> list[float]:
-    """Demand of each layer as `examples.layer_sensitivity` measured it on development problems."""
-    return json.loads((MODELS[family] / "layer_demand.json").read_text())["demand"]
+def wave(family: str, estimator: str) -> BudgetProfile:
+    """The profile that is shipped beside a family's model; docs/calibration.md has the command."""
+    return BudgetProfile.from_pretrained(MODELS[family] / estimator, with_statistics=False)
 
 
 def policies(family: str) -> dict[str, dict[str, Any]]:
     """Arguments of ReasonAllocCache for each policy of the published table."""
-    wave = {"profile": layer_demand(family)}
+    profile = {"profile": wave(family, "sensitivity")}
     rkv, attention = RKV(queries=WINDOW), H2O(recent_ratio=0.0)
     scorers = {
         "random": Random(),
@@ -54,24 +54,34 @@ def policies(family: str) -> dict[str, dict[str, Any]]:
     }
     table: dict[str, dict[str, Any]] = {name: {"scorer": s} for name, s in scorers.items()}
     table |= {
-        "R-KV + heads": {"scorer": rkv, "head_budgets": True},
-        "R-KV + pyramid": {"scorer": rkv, "profile": pyramid_of(family)},
-        "R-KV + wave": {"scorer": rkv, **wave},
-        "R-KV + wave + heads (ReasonAlloc)": {"scorer": rkv, "head_budgets": True, **wave},
-        "random + wave": {"scorer": Random(), **wave},
-        "H2O (attention only) + wave": {"scorer": attention, **wave},
+        "R-KV + wave": {"scorer": rkv, **profile},
+        "R-KV + wave + heads (ReasonAlloc)": {"scorer": rkv, "head_budgets": True, **profile},
+        "random + wave": {"scorer": Random(), **profile},
+        "H2O (attention only) + wave": {"scorer": attention, **profile},
         "H2O (attention only) + wave + heads": {
             "scorer": attention,
             "head_budgets": True,
-            **wave,
+            **profile,
         },
     }
     return table
 
 
-def pyramid_of(family: str) -> list[float]:
-    """PyramidKV's linearly decreasing demands for a family's model."""
-    return [float(value) for value in pyramid(len(layer_demand(family)))]
+def ablation(family: str) -> dict[str, dict[str, Any]]:
+    """R-KV under every split over layers, each with and without online head budgets."""
+    layers = len(wave(family, "coverage").demand)
+    splits: dict[str, dict[str, Any]] = {
+        "uniform": {},
+        "pyramid": {"profile": pyramid(layers)},
+        "coverage wave": {"profile": wave(family, "coverage")},
+        "sensitivity wave": {"profile": wave(family, "sensitivity")},
+        "tuned wave": {"profile": wave(family, "tuned")},
+    }
+    return {
+        name + suffix: {"scorer": RKV(queries=WINDOW), "head_budgets": heads, **split}
+        for name, split in splits.items()
+        for suffix, heads in (("", False), (" + heads", True))
+    }
 
 
 def sweep() -> dict[str, dict[str, Any]]:
@@ -96,6 +106,9 @@ def sweep() -> dict[str, dict[str, Any]]:
     }
     table["H2O average"] = {"scorer": H2O(recent_ratio=0.0, average=True)}
     return table
+
+
+TABLES = {"policies": policies, "ablation": ablation, "sweep": lambda family: sweep()}
 
 
 def make_arm(name: str, settings: Mapping[str, Any], budget: int, protect: bool) -> Arm:

@@ -5,11 +5,18 @@ Importing the package registers the attention implementations "reasoncache", "re
 """
 
 from hf_reasoncache.attention import register
+from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.graphs import decode_graphs
 from hf_reasoncache.reason_alloc import ReasonAllocCache
 from hf_reasoncache.sliding_window import SlidingWindowCompressCache
+from hf_reasoncache.version import __version__
 
-__all__ = ["ReasonAllocCache", "SlidingWindowCompressCache", "decode_graphs"]
-__version__ = "0.1.0"
+__all__ = [
+    "BudgetProfile",
+    "ReasonAllocCache",
+    "SlidingWindowCompressCache",
+    "__version__",
+    "decode_graphs",
+]
 
 register()

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
+from transformers import PretrainedConfig
+
+from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.scorers.base import Scorer
+
+Profile = BudgetProfile | str | os.PathLike[str] | Sequence[float]
+"""A calibrated profile, its directory, its repository on the Hub, or one demand per layer."""
 
 LARGEST = 2**31 - 1
 """Largest count of tokens: positions are stored as 32-bit integers."""
@@ -51,19 +59,33 @@ def require_demand_of(layers: int, demand: Sequence[float] | None) -> None:
         )
 
 
-def layer_demand(profile: Sequence[float]) -> tuple[float, ...]:
-    """Return the demand of every full-attention layer as plain numbers.
+def demand_and_rule(
+    profile: Profile | None, config: PretrainedConfig
+) -> tuple[tuple[float, ...] | None, BudgetRule]:
+    """Return the demand of every full-attention layer, and how it becomes budgets.
 
     Raises
     ------
     ValueError
-        If they are not finite numbers >= 0, or all 0.
+        If a profile is not valid or of another geometry than the model, or bare demands are not
+        finite numbers >= 0, or all 0.
+    OSError
+        If a profile cannot be read or downloaded.
     """
+    if isinstance(profile, str | os.PathLike):
+        profile = BudgetProfile.from_pretrained(profile, with_statistics=False)
+    if isinstance(profile, BudgetProfile):
+        profile.check_config(config)
+        return profile.demand, profile.rule
+    return None if profile is None else _checked_demand(profile), BudgetRule()
+
+
+def _checked_demand(profile: Sequence[float]) -> tuple[float, ...]:
     problem = ValueError(
-        "profile: expected one demand per full-attention layer, finite numbers >= 0 and not all 0, "
-        f"got {profile!r}."
+        "profile: expected a BudgetProfile, its directory or repository, or one demand per "
+        f"full-attention layer, finite numbers >= 0 and not all 0, got {profile!r}."
     )
-    if isinstance(profile, str | bytes | Mapping) or not isinstance(profile, Iterable):
+    if isinstance(profile, bytes | Mapping) or not isinstance(profile, Iterable):
         raise problem
     # Elements of tensors and arrays become plain numbers.
     values = [value.item() if hasattr(value, "item") else value for value in profile]

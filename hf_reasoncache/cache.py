@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
+from transformers import Cache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
+from hf_reasoncache.geometry import supported_layers
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
 
@@ -140,46 +141,3 @@ class ReasonCache(Cache):
                 f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}."
             )
         return layer.held_positions()
-
-
-def supported_layers(config: PretrainedConfig) -> list[Any]:
-    """Return transformers' own layers for a model, or say why the model is not supported.
-
-    Raises
-    ------
-    ValueError
-        Naming the model type and the feature that is missing.
-    """
-    if not isinstance(config, PretrainedConfig):
-        raise ValueError(
-            f"config: expected a transformers config, got {type(config).__name__}; pass "
-            "model.config."
-        )
-    decoder = config.get_text_config(decoder=True)
-    name = decoder.model_type
-
-    def refuse(feature: str) -> ValueError:
-        return ValueError(
-            f"{name}: expected a decoder with standard full-attention layers, got {feature}, which "
-            "is not supported; use DynamicCache for this model."
-        )
-
-    if getattr(config, "is_encoder_decoder", False):
-        raise refuse("an encoder-decoder")
-    if getattr(decoder, "kv_lora_rank", None):
-        raise refuse("multi-head latent attention (kv_lora_rank)")
-    layers = DynamicCache(config=decoder).layers
-    if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
-        raise refuse("sparse attention with an indexer (DSA)")
-    if shares_layers(decoder):
-        raise refuse("layers that reuse the keys and values of other layers")
-    if not any(type(layer) is DynamicLayer for layer in layers):
-        kinds = sorted({type(layer).__name__ for layer in layers})
-        raise refuse(f"no full-attention layer (only {', '.join(kinds)})")
-    return layers
-
-
-def shares_layers(decoder: PretrainedConfig) -> bool:
-    """Whether some layers read other layers' keys and values."""
-    modes = getattr(decoder, "kv_sharing_modes", None) or ()
-    return "reuse" in modes or bool(getattr(decoder, "num_kv_shared_layers", 0))

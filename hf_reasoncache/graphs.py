@@ -1,13 +1,14 @@
 """Decode steps as CUDA graphs: the launches of a step, recorded once and repeated as one.
 
 Between two evictions a step of our caches has static shapes, allocates nothing that stays and never
-waits for the device: positions and lengths are counted there. What an eager forward costs the host
-(8 to 14 ms for an 8B model) then shrinks to one launch.
+waits for the device: positions and lengths are counted there. What an eager forward costs the host,
+dozens of launches per layer, then shrinks to one.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.pooled import PooledLayer
 from triton_ops.backend import chosen
+from triton_ops.layout import RaggedLayout
 
 
 class Recorder(Protocol):
@@ -68,9 +70,9 @@ class DecodeGraphs:
         for layer in layers:
             layer.prepare()
         parts = [*self._inputs, *(part for layer in layers for part in layer.static_parts())]
-        parts += [kwargs.keys(), *kwargs.values()]
+        parts += sorted(kwargs.items())
         result = self._step(parts, functools.partial(self._run, kwargs))
-        self._last = parts
+        self._last = _remember(parts)
         # The next step overwrites what this one returns.
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, result)
 
@@ -88,7 +90,7 @@ class DecodeGraphs:
             self.eager += 1
             return run()
         result, replay = self.recorder.record(run)
-        self._recording = (parts, result, replay)
+        self._recording = (_remember(parts), result, replay)
         self.recorded += 1
         return result
 
@@ -133,11 +135,17 @@ class DecodeGraphs:
         return [layer for layer in self.cache.layers if isinstance(layer, PooledLayer)]
 
 
+def _remember(parts: list[Any]) -> list[Any]:
+    """Note which objects these are, without keeping a pool alive that is about to be replaced."""
+    kept = (torch.Tensor, RaggedLayout)
+    return [weakref.ref(part) if isinstance(part, kept) else part for part in parts]
+
+
 def _same(before: list[Any], now: list[Any]) -> bool:
-    """Whether tensors are the same objects, and everything else is equal."""
+    """Whether these are the objects that were remembered, and everything else is equal."""
     return len(before) == len(now) and all(
-        a is b if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) else a == b
-        for a, b in zip(before, now, strict=True)
+        old() is new if isinstance(old, weakref.ref) else old == new
+        for old, new in zip(before, now, strict=True)
     )
 
 

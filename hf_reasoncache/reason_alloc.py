@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
-    layer_demand,
+    Profile,
+    demand_and_rule,
     require_bool,
     require_demand_of,
     require_int,
@@ -34,9 +33,10 @@ class ReasonAllocCache(ReasonCache):
         Resident tokens per KV head on average over the model, prompt included, after a compaction;
         between two, up to `buffer` more. None keeps everything: an exact cache that is faster than
         `DynamicCache`.
-    profile : sequence of float, optional
-        Demand of each full-attention layer (the paper's Reasoning Wave). By default all layers get
-        `budget`.
+    profile : BudgetProfile, str, path or sequence of float, optional
+        Demand of each full-attention layer (the paper's Reasoning Wave), and the rule that makes
+        budgets of it: a calibrated profile, its directory, its repository ORG/NAME on the Hub, or
+        bare demands under the paper's rule. By default all layers get `budget`.
     scorer : Scorer
         Decides which tokens a head keeps; R-KV by default, as in the paper.
     head_budgets : bool
@@ -57,9 +57,17 @@ class ReasonAllocCache(ReasonCache):
     Raises
     ------
     ValueError
-        If an argument is out of range, the profile does not fit the model, or the model is not
-        supported; and in the first forward, before any token is generated, if the budget cannot
-        hold the protected prompt.
+        If an argument is out of range, the profile is not valid or of another geometry than the
+        model, or the model is not supported; and in the first forward, before any token is
+        generated, if the budget cannot hold the protected prompt.
+    OSError
+        If a profile cannot be read or downloaded.
+
+    Warns
+    -----
+    UserWarning
+        If a profile was calibrated on another model or commit than the config names. The cache
+        does not see the weights: `profile.check(model)` does.
 
     Examples
     --------
@@ -81,7 +89,7 @@ class ReasonAllocCache(ReasonCache):
         config: PretrainedConfig,
         *,
         budget: int | None,
-        profile: Sequence[float] | None = None,
+        profile: Profile | None = None,
         scorer: Scorer | None = None,
         head_budgets: bool = True,
         buffer: int = 128,
@@ -99,7 +107,7 @@ class ReasonAllocCache(ReasonCache):
             require_int("prompt_length", prompt_length, low=1)
         require_bool("head_budgets", head_budgets)
         require_bool("protect_prompt", protect_prompt)
-        demand = None if profile is None else layer_demand(profile)
+        demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
             require_demand_of(layers, demand)
@@ -114,6 +122,7 @@ class ReasonAllocCache(ReasonCache):
                 protect_prompt=protect_prompt,
                 prompt_length=prompt_length,
                 demand=demand,
+                rule=rule,
             )
             return BudgetedLayer(index, rank, policy)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
-    layer_demand,
+    Profile,
+    demand_and_rule,
     require_bool,
     require_demand_of,
     require_int,
     require_scorer,
     require_share,
 )
-from hf_reasoncache.budgets.layers import layer_budgets
+from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.windowed import WindowedLayer
@@ -58,9 +59,9 @@ class SlidingWindowCompressCache(ReasonCache):
     scorer : Scorer, optional
         Ranks the tokens of a window; `Bidirectional(queries=window)` by default. A scorer sees the
         window alone, as if the text ended there.
-    profile : sequence of float, optional
-        Demand of each full-attention layer: layers that need more keep more of a window (and of
-        `max_budget`), `ratio` on average.
+    profile : BudgetProfile, str, path or sequence of float, optional
+        Demand of each full-attention layer, as for `ReasonAllocCache`: layers that need more keep
+        more of a window (and of `max_budget`), `ratio` on average.
     head_budgets : bool
         Whether the heads of a layer share what stays of a window by demand instead of equally.
     prompt_length : int, optional
@@ -72,9 +73,11 @@ class SlidingWindowCompressCache(ReasonCache):
     Raises
     ------
     ValueError
-        If an argument is out of range, the profile does not fit the model, or the model is not
-        supported; and in the first forward, before any token is generated, if `max_budget` cannot
-        hold the protected prompt.
+        If an argument is out of range, the profile is not valid or of another geometry than the
+        model, or the model is not supported; and in the first forward, before any token is
+        generated, if `max_budget` cannot hold the protected prompt.
+    OSError
+        If a profile cannot be read or downloaded.
 
     Examples
     --------
@@ -104,7 +107,7 @@ class SlidingWindowCompressCache(ReasonCache):
         protect_prompt: bool = True,
         prompt_ratio: float | None = None,
         scorer: Scorer | None = None,
-        profile: Sequence[float] | None = None,
+        profile: Profile | None = None,
         head_budgets: bool = False,
         prompt_length: int | None = None,
         offloading: bool = False,
@@ -128,15 +131,15 @@ class SlidingWindowCompressCache(ReasonCache):
                     f"max_budget: expected a ratio below 1 to compress by, got ratio={ratio!r}; "
                     "use a smaller ratio, or ReasonAllocCache."
                 )
-        demand = None if profile is None else layer_demand(profile)
+        demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
             require_demand_of(layers, demand)
             policy = WindowPolicy(
                 window=window,
-                kept=_of_layer(kept, window, demand, rank),
+                kept=_of_layer(kept, window, demand, rule, rank),
                 mean_kept=kept,
-                prompt_kept=_of_layer(round(prompt_ratio * window), window, demand, rank),
+                prompt_kept=_of_layer(round(prompt_ratio * window), window, demand, rule, rank),
                 recent=recent,
                 chunk_share=chunk_share,
                 scorer=scorer,
@@ -146,6 +149,7 @@ class SlidingWindowCompressCache(ReasonCache):
                 phase=rank * window // layers,
                 max_budget=max_budget,
                 demand=demand,
+                rule=rule,
                 rank=rank,
             )
             return WindowedLayer(index, policy)
@@ -153,9 +157,11 @@ class SlidingWindowCompressCache(ReasonCache):
         super().__init__(config, make_layer, offloading=offloading)
 
 
-def _of_layer(kept: int, window: int, demand: tuple[float, ...] | None, rank: int) -> int:
+def _of_layer(
+    kept: int, window: int, demand: tuple[float, ...] | None, rule: BudgetRule, rank: int
+) -> int:
     """Tokens of a window that stay in one layer, `kept` on average over the layers."""
     if demand is None:
         return kept
     # No layer can keep more than the window has.
-    return layer_budgets(demand, kept, high=min(2.0, window / kept))[rank]
+    return replace(rule, high=min(rule.high, window / kept)).layer_budgets(demand, kept)[rank]

@@ -21,42 +21,52 @@ BROAD = {"Exception", "BaseException"}
 
 CACHES = {"cache", "reason_alloc", "sliding_window", "shared_branch"}
 
-# Part of hf_reasoncache (a top-level module or package) -> the parts it may import besides itself.
+# Part of hf_reasoncache (a top-level module or package), or one module of a part where the rest may
+# do more -> the parts it may import besides its own.
 # "triton_ops" is the other package; "calibration.profile" is that one module, not its neighbours.
 PARTS: dict[str, set[str]] = {
     "budgets": set(),
     "protection": set(),
     "risk": {"triton_ops"},
     "scorers": {"triton_ops"},
+    "geometry": set(),
+    "version": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
     "report": {"layers", "triton_ops"},
-    "arguments": {"scorers"},
+    "arguments": {"scorers", "budgets", "calibration.profile"},
     "graphs": CACHES | {"layers", "triton_ops"},
     "branching": CACHES,
-    "calibration": {"scorers", "budgets"},
+    # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
+    "calibration": {"scorers", "budgets", "geometry", "layers", "triton_ops", "version"} | CACHES,
+    "calibration.profile": {"budgets", "geometry"},
     "evaluation": CACHES | {"branching"},
 }
 for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = {"attention", "layers", "scorers", "budgets", "protection", "risk"}
-    PARTS[_cache] |= {"report", "arguments", "calibration.profile"} | CACHES
-# "cli" and the package's own __init__ may import every part; nothing imports "cli".
+    PARTS[_cache] |= {"report", "arguments", "geometry", "calibration.profile"} | CACHES
+# "cli" and the package's own __init__ may import every part; only "__main__" imports "cli".
 PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
+PARTS["__main__"] = {"cli"}
 
 # Third-party modules, by the longest prefix of the importing module that is named here.
 LIBRARIES: dict[str, set[str]] = {
     "triton_ops": {"torch", "triton"},
     "hf_reasoncache": {"torch"},
     "hf_reasoncache.attention": {"torch", "transformers"},
+    "hf_reasoncache.geometry": {"transformers"},
+    "hf_reasoncache.arguments": {"transformers"},
     "hf_reasoncache.layers": {"torch", "transformers"},
     "hf_reasoncache.branching": {"torch", "transformers"},
-    "hf_reasoncache.calibration": {"torch", "safetensors", "tqdm"},
-    "hf_reasoncache.calibration.collect": {"torch", "transformers", "datasets", "tqdm"},
-    "hf_reasoncache.calibration.hub": {"huggingface_hub", "safetensors", "tqdm"},
+    "hf_reasoncache.calibration": {"torch", "transformers", "safetensors"},
+    "hf_reasoncache.calibration.prompts": {"transformers", "datasets"},
+    "hf_reasoncache.calibration.run": {"torch", "transformers", "accelerate", "tqdm"},
+    "hf_reasoncache.calibration.profile": {"torch", "transformers"},
+    "hf_reasoncache.calibration.hub": {"huggingface_hub"},
     "hf_reasoncache.calibration.card": {"huggingface_hub"},
-    "hf_reasoncache.calibration.plot": {"matplotlib", "torch"},
+    "hf_reasoncache.calibration.plot": {"matplotlib"},
     "hf_reasoncache.evaluation": {
         "torch",
         "transformers",
@@ -65,7 +75,7 @@ LIBRARIES: dict[str, set[str]] = {
         "math_verify",
         "tqdm",
     },
-    "hf_reasoncache.cli": {"torch", "transformers", "typer", "rich", "tqdm"},
+    "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }
 
@@ -106,6 +116,11 @@ def part_of(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
+def parts_of(module: str) -> set[str]:
+    """What the module's own entry in PARTS allows, or else that of its part."""
+    return PARTS.get(".".join(module.split(".")[1:3]), PARTS[part_of(module)])
+
+
 def libraries_of(module: str) -> set[str]:
     prefixes = [module.rsplit(".", n)[0] for n in range(module.count(".") + 1)]
     return next(LIBRARIES[p] for p in prefixes if p in LIBRARIES)
@@ -128,16 +143,16 @@ def import_violations(module: str, source: str, known: set[str]) -> list[str]:
         elif own == "triton_ops":
             allowed = top == "triton_ops"
         elif top == "triton_ops":
-            allowed = "triton_ops" in PARTS[part]
+            allowed = "triton_ops" in parts_of(module)
         elif target == "cli":
-            allowed = part == "cli"
+            allowed = part in {"cli", "__main__"}
         elif part in {"cli", "__init__"}:
             allowed = True
         elif target == "__init__":
             allowed = False  # the public face imports every part, so this is a loop
         else:
             exact = ".".join(name.split(".")[1:3])
-            allowed = target == part or target in PARTS[part] or exact in PARTS[part]
+            allowed = target == part or {target, exact} & parts_of(module) != set()
         if not allowed:
             found.append(f"{module}:{line} may not import {name}")
     return found
@@ -183,6 +198,18 @@ def test_style(module: str) -> None:
     assert style_violations(module, FILES[module].read_text("utf-8")) == []
 
 
+def test_a_profile_does_not_lead_back_to_the_caches() -> None:
+    """Caches import profiles, so nothing that a profile imports may import a cache."""
+    reached, open_ = set(), {"hf_reasoncache.calibration.profile"}
+    while open_:
+        module = open_.pop()
+        reached.add(module)
+        for _, name in imports(module, ast.parse(FILES[module].read_text("utf-8")), set(FILES)):
+            open_ |= ({name, f"{name}.__init__"} & set(FILES)) - reached
+    assert "hf_reasoncache.calibration.schema" in reached
+    assert not {part_of(module) for module in reached} & (CACHES | {"layers", "attention"})
+
+
 # The rest holds the checks themselves to account, on sources that never were files.
 
 KNOWN = {
@@ -226,7 +253,7 @@ KNOWN = {
         ("hf_reasoncache.cache", "from hf_reasoncache.calibration.hub import pull"),
         ("hf_reasoncache.cache", "from hf_reasoncache.calibration import hub"),
         ("hf_reasoncache.cache", "import huggingface_hub"),
-        ("hf_reasoncache.calibration.profile", "import transformers"),
+        ("hf_reasoncache.calibration.profile", "import huggingface_hub"),
         ("hf_reasoncache.calibration.profile", "from ..cache import ReasonCache"),
         ("hf_reasoncache.evaluation.report", "from ..cli import app"),
         ("hf_reasoncache.__init__", "from . import cli"),

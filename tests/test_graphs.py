@@ -1,11 +1,13 @@
 """decode_graphs refuses what it cannot do, and changes nothing else. Its work is tested with the
 kernels."""
 
+import weakref
+
 import pytest
 import torch
 
 from hf_reasoncache import ReasonAllocCache, decode_graphs
-from hf_reasoncache.graphs import DecodeGraphs
+from hf_reasoncache.graphs import DecodeGraphs, _remember, _same
 from tests.models import build, prompt
 from triton_ops.backend import use_backend
 
@@ -61,3 +63,15 @@ def test_other_forwards_pass_through():
         graphs(input_ids=token, past_key_values=cache, use_cache=True)
     assert len(calls) == 6
     assert graphs.recorded == graphs.replayed == graphs.eager == 0
+
+
+def test_what_is_remembered_is_not_kept_alive():
+    """A pool that an eviction replaces is freed at once, not a step later."""
+    tensor = torch.ones(2)
+    remembered = _remember([tensor, ("use_cache", True)])
+    assert _same(remembered, [tensor, ("use_cache", True)])
+    assert not _same(remembered, [tensor, ("use_cache", False)])
+    assert not _same(remembered, [tensor.clone(), ("use_cache", True)])
+    watch = weakref.ref(tensor)
+    del tensor
+    assert watch() is None and not _same(remembered, [None, ("use_cache", True)][:1])

@@ -108,6 +108,9 @@ class RaggedLayout:
 class SharedPrefix:
     """Tokens that several rows have in common, stored once.
 
+    Make one object and use it at every step: what is computed for it once is kept with the layout
+    of the rows' own tokens.
+
     Attributes
     ----------
     keys, values : Tensor[slots, D], Tensor[slots, D_v]

@@ -39,7 +39,7 @@ class Arm:
         self.forward: Callable[..., Any] = model
         self.cache = self._make_cache()
         self.note = ""
-        self._generator = torch.Generator().manual_seed(work.seed)
+        self._generator = torch.Generator(work.device).manual_seed(work.seed)
 
     @property
     def steps(self) -> int:
@@ -51,25 +51,26 @@ class Arm:
         self.work.fill(cache, self.work.context)
         return cache
 
-    def round(self, clock: Callable[[], float]) -> list[float]:
-        """Take the steps of one round and return the seconds of each."""
-        self.model.set_attn_implementation(self.attention)
-        seconds = []
+    def round(self, clock: Callable[[], float]) -> Iterator[float]:
+        """Take the steps of one round, yielding the seconds of each."""
         # Always new tokens: a text that repeats itself would be easy to compress.
         for token in self._draw(self.steps):
+            # Other arms may have run the model since.
+            self.model.set_attn_implementation(self.attention)
             start = clock()
             self._step(token)
-            seconds.append(clock() - start)
+            yield clock() - start
         self._undo()
-        return seconds
 
     def _draw(self, steps: int) -> torch.Tensor:
         size = (steps, self.work.batch, 1)
-        return torch.randint(self.work.shape.vocabulary, size, generator=self._generator)
+        return torch.randint(
+            self.work.shape.vocabulary, size, generator=self._generator, device=self.work.device
+        )
 
     def warm_up(self) -> None:
         """Take untimed steps until a round is like every other round."""
-        self.round(time.perf_counter)
+        list(self.round(time.perf_counter))
 
     def _step(self, token: torch.Tensor) -> None:
         self.forward(input_ids=token, past_key_values=self.cache, use_cache=True)
@@ -95,6 +96,7 @@ class Compiled(Arm):
     """A cache of static size under torch.compile."""
 
     name = "StaticCache + compile"
+    mode = "default"
 
     def __init__(self, model: LlamaForCausalLM, work: Work, limit: float) -> None:
         if limit <= 0:
@@ -102,7 +104,7 @@ class Compiled(Arm):
         super().__init__(model, work)
         model.set_attn_implementation(self.attention)
         torch._dynamo.reset()
-        self.forward = torch.compile(model.forward, dynamic=False)
+        self.forward = torch.compile(model.forward, dynamic=False, mode=self.mode)
         start = time.perf_counter()
         try:
             with _time_limit(limit):
@@ -190,12 +192,12 @@ class Compressed(Arm):
 
     def warm_up(self) -> None:
         """Fill the buffer, after which every round starts with an eviction."""
-        super().round(time.perf_counter)
+        list(super().round(time.perf_counter))
 
-    def round(self, clock: Callable[[], float]) -> list[float]:
+    def round(self, clock: Callable[[], float]) -> Iterator[float]:
         """See `Arm.round`; checks that the evictions came at their true rate."""
         before = self.cache.report().evictions
-        seconds = super().round(clock)
+        yield from super().round(clock)
         found = self.cache.report().evictions - before
         expected = self.work.shape.layers * self.work.batch
         if found != expected:
@@ -203,7 +205,6 @@ class Compressed(Arm):
                 f"expected {expected} compactions in {self.steps} steps, got {found}; the time "
                 "per token would not be that of a long generation."
             )
-        return seconds
 
     def _undo(self) -> None:
         """Nothing: the cache stays between `budget` and `budget + buffer` tokens by itself."""

@@ -4,10 +4,10 @@
     python -m examples.benchmarks.cpu_decode --quick
 
 A random 16-layer Llama (hidden 512, 32 query and 8 KV heads of size 64) decodes one token per step.
-All arms of a configuration live at the same time and take turns, so that whatever else the machine
-does falls on all of them. The caches are filled with random keys and values; only the memory of a
-prompt is measured by letting the model read one. On a machine that others use too, `--threads 1
---clock cpu` gives steadier numbers.
+All arms of a configuration live at the same time and take turns, a few steps each, so that whatever
+else the machine does falls on all of them. The caches are filled with random keys and values; only
+the memory of a prompt is measured by letting the model read one. On a machine that others use too,
+`--threads 1 --clock cpu` gives steadier numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,7 +29,11 @@ from examples.benchmarks.prefill_memory import PrefillMemory, measure_prefill
 from examples.benchmarks.results import Block, Row, draw, memory_table, write_csv
 from examples.benchmarks.workload import DTYPES, Shape, Work, held_bytes
 
+PARTS = ("speed", "memory")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+TURNS = 16
+"""Parts that a round is cut into."""
 
 UNCOMPRESSED_GOAL = 1.5
 COMPRESSED_GOALS = {1: 4.0, 4: 10.0}
@@ -53,6 +58,7 @@ class Plan:
     clock: str
     seed: int
     goals: bool
+    parts: tuple[str, ...]
 
     def work(self, dtype: str, batch: int) -> Work:
         """One configuration."""
@@ -72,14 +78,31 @@ def measure_speed(model: LlamaForCausalLM, plan: Plan, dtype: str, batch: int) -
     """Run all arms of one configuration in turns."""
     arms, missing = build_arms(model, plan.work(dtype, batch), plan.compile_limit)
     seconds: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
-    for index in range(plan.rounds):
-        # Another arm begins each time: who runs after whom should not decide.
-        for arm in arms[index % len(arms) :] + arms[: index % len(arms)]:
-            seconds[arm.name].append(arm.round(CLOCKS[plan.clock]))
+    for _ in range(plan.rounds):
+        for name, steps in take_turns(arms, CLOCKS[plan.clock]).items():
+            seconds[name].append(steps)
     rows = [_row(arm, seconds[arm.name], plan, dtype, batch) for arm in arms]
     for name, (kind, reason) in missing.items():
         rows.insert(1, Row(dtype, batch, plan.context, name, kind, note=reason))
     return Block(tuple(rows))
+
+
+def take_turns(arms: Sequence[Arm], clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Run one round of every arm, a few steps at a time, and return the seconds of each step.
+
+    The load of a machine comes and goes within seconds, and falls on all arms alike this way.
+    """
+    rounds = {arm.name: arm.round(clock) for arm in arms}
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for turn in range(TURNS):
+        # Another arm begins each time: who runs after whom should not decide.
+        for arm in [*arms[turn % len(arms) :], *arms[: turn % len(arms)]]:
+            share = arm.steps * (turn + 1) // TURNS - arm.steps * turn // TURNS
+            seconds[arm.name] += islice(rounds[arm.name], share)
+    for steps in rounds.values():
+        # What is left is what an arm does after its last step.
+        next(steps, None)
+    return seconds
 
 
 def _row(arm: Arm, rounds: list[list[float]], plan: Plan, dtype: str, batch: int) -> Row:
@@ -136,18 +159,19 @@ def run(plan: Plan, say: Callable[[str], None], output: Path | None) -> None:
 
     for dtype in plan.dtypes:
         model = shape.build(plan.seed).to(DTYPES[dtype])
-        for batch in plan.batches:
+        for batch in plan.batches if "speed" in plan.parts else ():
             block = measure_speed(model, plan, dtype, batch)
             goals = judge(block, batch) if plan.goals else []
             say("\n".join(["", block.table(), *goals]))
             blocks.append(block)
             save()
-        found = measure_prefill(model, plan.work(dtype, 1))
-        say("\n" + memory_table(found))
-        memory += found
-        save()
+        if "memory" in plan.parts:
+            found = measure_prefill(model, plan.work(dtype, 1))
+            say("\n" + memory_table(found))
+            memory += found
+            save()
     if output is not None:
-        say(f"\nwrote cpu_decode.csv, cpu_prefill.csv and cpu_decode.png to {output}")
+        say(f"\nwrote {', '.join(sorted(path.name for path in output.iterdir()))} to {output}")
 
 
 def write_all(
@@ -160,9 +184,10 @@ def write_all(
     """Write what there is to a folder, which is made if needed."""
     output.mkdir(parents=True, exist_ok=True)
     columns = {"clock": plan.clock, "budget": plan.budget, "buffer": plan.buffer}
-    rows = [row for block in blocks for row in block.rows]
-    write_csv(output / "cpu_decode.csv", rows, machine, **columns)
-    draw(output / "cpu_decode.png", blocks, machine, plan.clock)
+    if blocks:
+        rows = [row for block in blocks for row in block.rows]
+        write_csv(output / "cpu_decode.csv", rows, machine, **columns)
+        draw(output / "cpu_decode.png", blocks, machine, plan.clock)
     if memory:
         write_csv(output / "cpu_prefill.csv", memory, machine, **columns)
 
@@ -179,6 +204,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | Non
     parser.add_argument("--context", type=int, default=8192, help="tokens in the cache")
     parser.add_argument("--batches", default="1,4", help="rows decoded together, comma-separated")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
+    parser.add_argument(
+        "--parts", choices=PARTS, nargs="+", default=PARTS, help="decoding, or reading a prompt"
+    )
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--buffer", type=int, default=128)
@@ -220,6 +248,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | Non
         clock=chosen.clock,
         seed=chosen.seed,
         goals=not chosen.quick,
+        parts=tuple(chosen.parts),
     )
     if unknown := set(plan.dtypes) - set(DTYPES):
         parser.error(f"--dtypes: expected some of {', '.join(DTYPES)}, got {', '.join(unknown)}")

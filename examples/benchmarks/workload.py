@@ -58,7 +58,6 @@ class Work:
 
     Attributes
     ----------
-    shape : Shape
     context : int
         Tokens in the cache before the timed steps.
     batch : int
@@ -69,6 +68,9 @@ class Work:
         Timed steps per round of a cache of `context` tokens; one of `budget` tokens takes `buffer`,
         so that each round pays for exactly one eviction.
     seed : int
+    shape : Shape
+    device : str
+        Where the tokens are drawn.
     """
 
     context: int
@@ -79,15 +81,19 @@ class Work:
     steps: int
     seed: int
     shape: Shape = field(default_factory=Shape)
+    device: str = "cpu"
 
     def random_kv(self, tokens: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield index, keys and values `[B, H_kv, tokens, D]` of every layer."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
         size = (self.batch, self.shape.kv_heads, tokens, self.shape.head_size)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=self.device)
+
         for layer in range(self.shape.layers):
-            common = torch.randn(size[0], size[1], 1, size[3], generator=generator)
-            keys = torch.randn(size, generator=generator).add_(common, alpha=COMMON)
-            values = torch.randn(size, generator=generator)
+            common = draw(size[0], size[1], 1, size[3])
+            keys, values = draw(*size).add_(common, alpha=COMMON), draw(*size)
             yield layer, keys.to(self.dtype), values.to(self.dtype)
 
     def fill(self, cache: Cache, tokens: int, valid: torch.Tensor | None = None) -> None:
@@ -112,9 +118,8 @@ class Work:
             cache.update(keys, values, index)
             if isinstance(cache, ReasonCache):
                 layer = cache.layers[index]
-                query = torch.randn(
-                    self.batch, self.shape.query_heads, 1, self.shape.head_size, dtype=self.dtype
-                )
+                size = (self.batch, self.shape.query_heads, 1, self.shape.head_size)
+                query = torch.randn(size, dtype=self.dtype, device=self.device)
                 announced = layer.take_incoming()
                 settings = {"scaling": self.shape.head_size**-0.5}
                 layer.store_first(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -62,6 +63,17 @@ def share(marks: Sequence[bool]) -> Share:
     return Share(sum(marks), len(marks))
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> BatchEncoding:
+    """Turn the prompts of some problems into one batch, padded on the left."""
+    return tokenizer(
+        [problem.prompt for problem in problems],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,
+    )
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -91,13 +103,7 @@ def generate(
     completions: list[str] = []
     for start in tqdm(range(0, len(repeated), batch_size), leave=False, desc="batches"):
         batch = repeated[start : start + batch_size]
-        inputs = tokenizer(
-            [problem.prompt for problem in batch],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            return_token_type_ids=False,
-        ).to(model.device)
+        inputs = encode(tokenizer, batch).to(model.device)
         output = model.generate(
             **inputs,
             max_new_tokens=max(problem.max_new_tokens for problem in batch),

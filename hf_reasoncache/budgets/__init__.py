@@ -3,5 +3,14 @@
 from hf_reasoncache.budgets.heads import Comparable, head_budgets
 from hf_reasoncache.budgets.layers import layer_budgets, pyramid, uniform
 from hf_reasoncache.budgets.robustify import robustify
+from hf_reasoncache.budgets.rule import BudgetRule
 
-__all__ = ["Comparable", "head_budgets", "layer_budgets", "pyramid", "robustify", "uniform"]
+__all__ = [
+    "BudgetRule",
+    "Comparable",
+    "head_budgets",
+    "layer_budgets",
+    "pyramid",
+    "robustify",
+    "uniform",
+]

@@ -95,9 +95,9 @@ def layer_budgets(
             "fewer tokens."
         )
     lower = max(low * mean_budget, float(floor))
-    return robustify(
-        demand, mean_budget * len(demand), exponent=exponent, low=lower, high=high * mean_budget
-    )
+    # No layer gets more than all of it; a bound without limit would lose its last digits.
+    upper = min(high, len(demand)) * mean_budget
+    return robustify(demand, mean_budget * len(demand), exponent=exponent, low=lower, high=upper)
 
 
 def expect_bounds(caller: str, low: float, high: float) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 
-from hf_reasoncache.budgets.layers import layer_budgets
+from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.scorers.base import Scorer
 
 
@@ -57,6 +57,8 @@ class EvictionPolicy:
     head_budgets : bool
         Whether the heads of a layer share its budget by demand (ReasonAlloc, level 2) instead of
         equally.
+    rule : BudgetRule
+        How demand becomes the budgets of the layers.
     head_interval : int
         Columns between two re-allocations of the head budgets (Delta of the paper).
     protect_prompt : bool
@@ -75,6 +77,7 @@ class EvictionPolicy:
     protect_prompt: bool
     prompt_length: int | None = None
     demand: tuple[float, ...] | None = None
+    rule: BudgetRule = field(default_factory=BudgetRule)
     head_interval: int = 128
 
     def layer_budget(self, rank: int, prompt_tokens: int) -> int:
@@ -102,10 +105,12 @@ class EvictionPolicy:
             )
         if self.demand is None:
             return self.budget
-        return _layer_budgets(self.demand, self.budget, floor)[rank]
+        return _layer_budgets(self.rule, self.demand, self.budget, floor)[rank]
 
 
 @lru_cache(maxsize=256)
-def _layer_budgets(demand: tuple[float, ...], budget: int, floor: int) -> list[int]:
+def _layer_budgets(
+    rule: BudgetRule, demand: tuple[float, ...], budget: int, floor: int
+) -> list[int]:
     # Every layer asks for the same split, once per row and prompt.
-    return layer_budgets(demand, budget, floor=floor)
+    return rule.layer_budgets(demand, budget, floor=floor)

@@ -42,7 +42,9 @@ class QueryLog:
         if self.size == 0 or steps == 0:
             return
         if self._ring is not None and steps == 1:
-            column = torch.tensor([self._end], device=query.device) if clock is None else clock
+            column = clock
+            if column is None:
+                column = torch.full((1,), self._end, device=query.device)
             self._ring.index_copy_(2, column % self.size, query)
             self.count_appended()
             return

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
-from hf_reasoncache.budgets.layers import layer_budgets
+from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.scorers.base import Scorer
 
 
@@ -43,6 +43,8 @@ class WindowPolicy:
         Tokens per head that stay after a compaction, on average over the layers.
     demand : tuple of float or None
         Demand of each layer, by which the layers share `max_budget`.
+    rule : BudgetRule
+        How demand becomes the bounds of the layers.
     rank : int
         Index of this layer in `demand`.
     """
@@ -60,6 +62,7 @@ class WindowPolicy:
     phase: int = 0
     max_budget: int | None = None
     demand: tuple[float, ...] | None = None
+    rule: BudgetRule = field(default_factory=BudgetRule)
     rank: int = 0
 
     def limit(self, prompt_tokens: int) -> int | None:
@@ -83,7 +86,7 @@ class WindowPolicy:
             )
         if self.demand is None:
             return self.max_budget
-        return layer_budgets(self.demand, self.max_budget, floor=floor)[self.rank]
+        return self.rule.layer_budgets(self.demand, self.max_budget, floor=floor)[self.rank]
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,7 @@ def compact_triton(
     )
     for field in fields:
         bits = field.view(BITS[field.dtype.itemsize])
-        size = field[0].numel()
+        size = field.shape[1:].numel()
         width = min(256, triton.next_power_of_2(size))
         block = min(1024, 4096 // width)
         move_kernel[(rows * heads, triton.cdiv(tokens, block))](

@@ -25,8 +25,9 @@ def join_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """Join the partial results of one query of one head, and its sink; write in output order."""
-    head = tl.program_id(0)
-    row = tl.program_id(1)
+    # The second axis of a grid ends at 65,535, which a long chunk has more queries than.
+    row = tl.program_id(0)
+    head = tl.program_id(1)
     rows = group * steps
     step = row % steps
     query_head = head % heads * group + row // steps
@@ -90,7 +91,7 @@ def join(
     """
     batch, steps, query_heads, value_size = out.shape
     group = query_heads // kv_heads
-    join_kernel[(batch * kv_heads, group * steps)](
+    join_kernel[(group * steps, batch * kv_heads)](
         partial_out,
         partial_lse,
         first,

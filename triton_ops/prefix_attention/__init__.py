@@ -22,6 +22,7 @@ def prefix_attention(
     layout: RaggedLayout,
     length: torch.Tensor,
     *,
+    device_length: torch.Tensor | None = None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
@@ -41,8 +42,10 @@ def prefix_attention(
         Post-RoPE queries, the `G` query heads of a group beside the KV head that they read.
     prefix : SharedPrefix
         Every query sees all of it.
-    keys, values, positions, layout, length, query_positions, scaling, softcap, s_aux, logsumexp
-        The rows' own tokens and the settings, as in `decode_attention`.
+    keys, values, positions, layout, length, device_length
+        The rows' own tokens, as in `decode_attention`.
+    query_positions, scaling, softcap, s_aux, logsumexp
+        As in `decode_attention`.
 
     Returns
     -------
@@ -76,7 +79,8 @@ def prefix_attention(
         from triton_ops.decode_attention.kernel import decode_attention_triton
 
         return decode_attention_triton(
-            query, keys, values, positions, layout, length,
+            query, keys, values, positions, layout,
+            length if device_length is None else device_length,
             mass=None, mass_weight=None, prefix=prefix, **settings,
         )  # fmt: skip
     return prefix_attention_reference(

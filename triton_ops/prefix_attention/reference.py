@@ -67,8 +67,12 @@ def _shared(
             logits = (query[rows, head].reshape(-1, size) @ prefix.keys[own].T).float() * scaling
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            part = logits.softmax(-1).to(prefix.values.dtype) @ prefix.values[own]
-            out[rows, head] = part.view(-1, group, steps, value_size)
-            total[rows, head] = logits.logsumexp(-1).view(-1, group, steps)
+            # softmax and logsumexp in one: over a long prefix each pass over the logits counts.
+            top = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(top).exp_()
+            weight = weights.sum(-1, keepdim=True)
+            part = weights.to(prefix.values.dtype) @ prefix.values[own] / weight
+            out[rows, head] = part.view(-1, group, steps, value_size).to(out.dtype)
+            total[rows, head] = (top + weight.log()).view(-1, group, steps)
     # [B, H_kv, G, T, ...] -> [B, T, H_q, ...]
     return out.flatten(1, 2).transpose(1, 2), total.flatten(1, 2).transpose(1, 2)

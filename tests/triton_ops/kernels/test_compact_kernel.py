@@ -51,3 +51,9 @@ def test_no_row_and_no_token(device):
         field = torch.arange(4.0, device=device)
         compact([field], nothing, nothing, nothing.bool())
         assert torch.equal(field.cpu(), torch.arange(4.0))
+
+
+def test_a_pool_without_slots(device):
+    """All heads empty, but the request has filler."""
+    filler = torch.zeros(1, 2, 3, dtype=torch.long, device=device)
+    compact([torch.zeros(0, 4, device=device)], filler, filler - 1, filler.bool())

@@ -73,7 +73,7 @@ def test_half_precisions(dtype, tolerance, device):
     check(case, device, tolerance, s_aux=torch.linspace(-1, 2, 8).to(dtype))
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), options=OPTIONS)
 def test_any_pool(case, options, device):
     arguments = arguments_of(case, options)

@@ -5,14 +5,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.scorers import H2O, RKV, SnapKV
+from hf_reasoncache.scorers import H2O, RKV
 from tests.models import SHAPE, build, prompt
 from triton_ops.backend import interpreting, use_backend
 
 
 def generate(model, cache, inputs, **arguments):
     return model.generate(
-        **inputs, **arguments, past_key_values=cache, max_new_tokens=12, do_sample=False
+        **inputs, **arguments, past_key_values=cache, max_new_tokens=9, do_sample=False
     )
 
 
@@ -47,7 +47,7 @@ def check(results):
     assert report.evicted == wanted.evicted
 
 
-@pytest.mark.parametrize("scorer", [RKV(), SnapKV(), H2O(mass_decay=0.9)], ids=repr)
+@pytest.mark.parametrize("scorer", [RKV(), H2O(mass_decay=0.9)], ids=repr)
 def test_tokens_of_a_padded_batch_with_evictions(scorer, device):
     results = both(
         small_llama(),
@@ -62,12 +62,12 @@ def test_tokens_of_a_padded_batch_with_evictions(scorer, device):
         protect_prompt=False,
     )
     check(results)
-    assert results[0][1].evictions >= 12
+    assert results[0][1].evictions >= 8
 
 
 def test_tokens_with_sinks_in_a_hybrid_model(device):
     model, inputs = build("gpt_oss"), prompt(batch=1, tokens=9)
-    results = both(model, device, inputs, {}, budget=14, buffer=3, window=4)
+    results = both(model, device, inputs, {}, budget=13, buffer=2, window=4)
     check(results)
     assert results[0][1].evictions > 0
 

@@ -1,0 +1,372 @@
+"""Every kernel beside its floor, the bytes it must move over the measured copy bandwidth.
+
+    python -m examples.benchmarks.gpu_kernels --output results/
+    TRITON_INTERPRET=1 python -m examples.benchmarks.gpu_kernels --interpret
+
+Shapes are those of Llama 8B (8 KV heads of size 128, 4 query heads each). Calls take turns on
+buffers that together exceed the GPU's L2 cache, and are launched as one CUDA graph. The second form
+needs no GPU: it runs everything once at toy size, and its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from examples.benchmarks.gpu import Gpu
+from examples.benchmarks.machine import Machine
+from examples.benchmarks.results import write_csv
+from triton_ops.backend import use_backend
+from triton_ops.compact import compact
+from triton_ops.decode_attention import decode_attention
+from triton_ops.layout import RaggedLayout, SharedPrefix
+from triton_ops.prefix_attention import prefix_attention
+from triton_ops.redundancy import redundancy
+from triton_ops.window_scores import window_scores
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run; `event` is an eviction."""
+
+    dtype: torch.dtype = torch.bfloat16
+    head_size: int = 128
+    kv_heads: int = 8
+    group: int = 4
+    decode_tokens: tuple[int, ...] = (1 << 10, 1 << 13, 1 << 14, 1 << 15, 1 << 17)
+    event_rows: int = 16
+    event_tokens: int = 1152
+    window: int = 8
+    prefix: int = 1 << 14
+    branches: tuple[int, ...] = (4, 16, 64)
+    suffix: int = 256
+
+
+TOY = Plan(
+    dtype=torch.float32,
+    head_size=16,
+    kv_heads=2,
+    group=2,
+    decode_tokens=(70,),
+    event_rows=1,
+    event_tokens=40,
+    window=2,
+    prefix=40,
+    branches=(2,),
+    suffix=9,
+)
+GOALS = {1 << 13: 0.45, 1 << 14: 0.60, 1 << 15: 0.75, 1 << 17: 0.90}
+"""Share of the copy bandwidth that decode attention is to reach, by tokens: 33, 67, 134, 537 MB."""
+
+LATENCY_GOAL = 8e-6
+"""Seconds for decode attention to 4 MB, which launches decide and not bytes."""
+
+BUFFER, REDUNDANCY_GOAL = 128, 0.1
+"""Steps between two evictions, and what the redundancy of one may add to their attention."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation in one case; times in microseconds.
+
+    Attributes
+    ----------
+    op, case, implementation : str
+    megabytes : float
+        What must be read and written at the least.
+    floor_us : float
+        `megabytes` over the copy bandwidth.
+    us : float or None
+    share : float or None
+        `floor_us / us`.
+    goal, note : str
+    """
+
+    op: str
+    case: str
+    implementation: str
+    megabytes: float
+    floor_us: float
+    us: float | None
+    share: float | None
+    goal: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        measured = f"{self.note:>19}"
+        if self.us is not None and self.share is not None:
+            measured = f"{self.us:10.1f}{100 * self.share:8.1f}%"
+        return (
+            f"{self.op:17}{self.case:13}{self.implementation:11}{self.megabytes:7.1f}"
+            f"{self.floor_us:8.1f}{measured} {self.goal}".rstrip()
+        )
+
+
+HEADER = f"{'':41}{'MB':>7}{'floor':>8}{'us':>10}{'share':>9} goal"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure.
+
+    Attributes
+    ----------
+    op, name : str
+    size : int
+        Bytes that must be read and written.
+    make : Callable
+        Makes buffers and returns implementations by name; an error's text instead of one that is
+        not here.
+    goal : str
+    """
+
+    op: str
+    name: str
+    size: int
+    make: Callable[[], dict[str, Call | str]]
+    goal: str = ""
+
+
+class Cases:
+    """All cases of a plan on a device."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.token_bytes = 2 * plan.head_size * plan.dtype.itemsize
+
+    def __iter__(self) -> Iterator[Case]:
+        plan = self.plan
+        for tokens in plan.decode_tokens:
+            goal = f">= {100 * GOALS[tokens]:.0f}%" if tokens in GOALS else ""
+            if tokens == 1 << 10:
+                goal = f"<= {1e6 * LATENCY_GOAL:.0f} us"
+            size = self.token_bytes * tokens * plan.kv_heads
+            yield Case("decode_attention", f"{tokens} tokens", size, self._decode(tokens), goal)
+        held = plan.event_rows * plan.kv_heads * plan.event_tokens
+        name = f"{plan.event_rows} x {plan.event_tokens}"
+        made = self._decode(plan.event_tokens, plan.event_rows)
+        yield Case("decode_attention", name, held * self.token_bytes, made)
+        yield Case("window_scores", name, held * self.token_bytes // 2, self._scores)
+        yield Case("redundancy", name, held * self.token_bytes // 2, self._redundancy)
+        # Every eighth token goes; each that fills a hole is read and written.
+        yield Case("compact", name, held // 8 * self.token_bytes * 2, self._compact)
+        for count in plan.branches:
+            tokens = plan.kv_heads * (plan.prefix + count * plan.suffix)
+            made = self._branches(count)
+            yield Case("prefix_attention", f"{count} branches", tokens * self.token_bytes, made)
+
+    def _random(self, *size: int) -> torch.Tensor:
+        return torch.randn(size, device=self.device).to(self.plan.dtype)
+
+    def _pool(self, rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
+        layout = RaggedLayout(torch.full((rows, self.plan.kv_heads), tokens))
+        keys, values = (self._random(layout.slots, self.plan.head_size) for _ in range(2))
+        positions = torch.arange(tokens, dtype=torch.int32, device=self.device)
+        return keys, values, positions.repeat(rows * self.plan.kv_heads), layout
+
+    def _query(self, rows: int) -> torch.Tensor:
+        plan = self.plan
+        return self._random(rows, plan.kv_heads, plan.group, 1, plan.head_size)
+
+    def _decode(self, tokens: int, rows: int = 1) -> Callable[[], dict[str, Call | str]]:
+        plan, scaling = self.plan, self.plan.head_size**-0.5
+
+        def make() -> dict[str, Call | str]:
+            query, (keys, values, positions, layout) = self._query(rows), self._pool(rows, tokens)
+            length = layout.capacity.to(self.device)
+            shape = (rows, plan.kv_heads, tokens, plan.head_size)
+            dense = query.flatten(1, 2), keys.view(shape), values.view(shape)
+
+            def ours() -> object:
+                return decode_attention(
+                    query,
+                    keys,
+                    values,
+                    positions,
+                    layout,
+                    layout.capacity,
+                    device_length=length,
+                    query_positions=None,
+                    scaling=scaling,
+                )
+
+            def flash() -> object:
+                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                    return F.scaled_dot_product_attention(*dense, enable_gqa=True)
+
+            return {
+                "ours": ours,
+                "sdpa": lambda: F.scaled_dot_product_attention(*dense, enable_gqa=True),
+                "sdpa flash": flash if self.device.type == "cuda" else "needs a GPU",
+                "flashinfer": self._flashinfer(*dense),
+            }
+
+        return make
+
+    def _flashinfer(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+        if self.device.type != "cuda" or importlib.util.find_spec("flashinfer") is None:
+            return "not installed"
+        if query.shape[0] != 1:
+            return "one row only"
+        import flashinfer
+
+        q, k, v = query[0, :, 0], keys[0], values[0]
+        return lambda: flashinfer.single_decode_with_kv_cache(q, k, v, kv_layout="HND")
+
+    def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = self.plan
+        shape = (plan.event_rows, plan.kv_heads, plan.event_tokens)
+        # Keys of trained models share a large component: a mean cosine of 0.7.
+        keys = self._random(*shape, plan.head_size) + 1.5 * self._random(
+            *shape[:2], 1, plan.head_size
+        )
+        return keys, torch.ones(shape, dtype=torch.bool, device=self.device)
+
+    def _scores(self) -> dict[str, Call | str]:
+        plan, (keys, valid) = self.plan, self._held()
+        size = (plan.event_rows, plan.kv_heads, plan.group, plan.window, plan.head_size)
+        at = torch.arange(plan.event_tokens, device=self.device)
+        arguments = (
+            self._random(*size),
+            keys,
+            at[-plan.window :].expand(plan.event_rows, -1),
+            at.expand(valid.shape),
+            plan.head_size**-0.5,
+        )
+        return self._both(lambda: window_scores(*arguments, group="max", sees="past"))
+
+    def _redundancy(self) -> dict[str, Call | str]:
+        keys, valid = self._held()
+        return {"ours": lambda: redundancy(keys, valid), "torch": self._waits}
+
+    def _compact(self) -> dict[str, Call | str]:
+        plan = self.plan
+        keys, values, positions, layout = self._pool(plan.event_rows, plan.event_tokens)
+        offset = torch.arange(plan.event_tokens, device=self.device)
+        offset = offset.expand(plan.event_rows, plan.kv_heads, -1)
+        slots = layout.start_on(self.device)[..., None] + offset
+        keep = offset % 8 != 0
+        fields = (keys, values, positions)
+        return {"ours": lambda: compact(fields, slots, offset, keep), "torch": self._waits}
+
+    _waits = "waits for the host"
+    """The reference reads from the device, which no graph can hold."""
+
+    def _branches(self, count: int) -> Callable[[], dict[str, Call | str]]:
+        plan, scaling = self.plan, self.plan.head_size**-0.5
+
+        def make() -> dict[str, Call | str]:
+            query = self._query(count)
+            shared_keys, shared_values, _, shared = self._pool(1, plan.prefix)
+            prefix = SharedPrefix(
+                shared_keys,
+                shared_values,
+                shared,
+                shared.capacity,
+                torch.zeros(count, dtype=torch.long),
+            )
+            own = self._pool(count, plan.suffix)
+            whole = self._pool(count, plan.prefix + plan.suffix)
+            lengths = [pool[3].capacity.to(self.device) for pool in (own, whole)]
+            settings = dict(query_positions=None, scaling=scaling)
+
+            def shares() -> object:
+                return prefix_attention(
+                    query, prefix, *own, own[3].capacity, device_length=lengths[0], **settings
+                )
+
+            def copies() -> object:
+                return decode_attention(
+                    query, *whole, whole[3].capacity, device_length=lengths[1], **settings
+                )
+
+            return {"ours": shares, "copies": copies}
+
+        return make
+
+    def _both(self, call: Call) -> dict[str, Call | str]:
+        def with_torch() -> object:
+            with use_backend("torch"):
+                return call()
+
+        return {"ours": call, "torch": with_torch}
+
+
+def measure(case: Case, gpu: Gpu, bandwidth: float) -> Iterator[Row]:
+    """Time all implementations of a case."""
+    floor = case.size / bandwidth
+    sets = [case.make() for _ in range(gpu.buffers(case.size))]
+    for name, first in sets[0].items():
+        seconds = None
+        if not isinstance(first, str):
+            seconds = gpu.seconds([each[name] for each in sets])  # type: ignore[misc]
+        yield Row(
+            op=case.op,
+            case=case.name,
+            implementation=name,
+            megabytes=round(case.size / 1e6, 3),
+            floor_us=round(1e6 * floor, 2),
+            us=None if seconds is None else round(1e6 * seconds, 2),
+            share=None if seconds is None else round(floor / seconds, 4),
+            goal=case.goal if name == "ours" else "",
+            note=first if isinstance(first, str) else "",
+        )
+
+
+def run(plan: Plan, output: Path | None, say: Callable[[str], None]) -> list[Row]:
+    """Measure everything; print it, and write `gpu_kernels.csv` after each case."""
+    gpu, machine = Gpu.here(), Machine.here(seed=0)
+    torch.manual_seed(0)
+    say(f"{gpu.gpu}, CUDA {gpu.cuda}, triton {gpu.triton}, {gpu.date}\n{machine}")
+    if not gpu.real:
+        say("interpreted at toy size: the times mean nothing")
+    rows: list[Row] = []
+    with use_backend("triton"):
+        bandwidth = gpu.copy_bandwidth()
+        say(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s\n{HEADER}")
+        for case in Cases(plan, gpu.device):
+            for row in measure(case, gpu, bandwidth):
+                say(str(row))
+                rows.append(row)
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)
+                extra = gpu.row() | {"dtype": str(plan.dtype), "copy_tb_s": f"{bandwidth / 1e12}"}
+                write_csv(output / "gpu_kernels.csv", rows, machine, **extra)
+    say(eviction_share(rows, judge=gpu.real))
+    return rows
+
+
+def eviction_share(rows: Sequence[Row], *, judge: bool) -> str:
+    """Hold an event's redundancy against the steps of decode attention that lie between two."""
+    case = next(row.case for row in rows if row.op == "redundancy")
+    us = {row.op: row.us for row in rows if row.case == case and row.implementation == "ours"}
+    share = us["redundancy"] / (BUFFER * us["decode_attention"])
+    verdict = ("met" if share < REDUNDANCY_GOAL else "missed") if judge else "not judged"
+    return (
+        f"redundancy / {BUFFER} steps of attention, {case}: {100 * share:.1f}% "
+        f"(goal < {100 * REDUNDANCY_GOAL:.0f}%, {verdict})"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description="Time the kernels against their floors.")
+    parser.add_argument(
+        "--interpret", action="store_true", help="toy sizes, to see that everything runs"
+    )
+    parser.add_argument("--output", type=Path, help="folder for gpu_kernels.csv")
+    chosen = parser.parse_args(arguments)
+    run(TOY if chosen.interpret else Plan(), chosen.output, print)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Print development problems as JSON lines, to calibrate a tiny reasoner on.
+
+python -m examples.tiny_reasoner.prompts --family llama > prompts.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from . import DEFAULT_FAMILY, DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems
+
+#: No other choice uses these problems.
+SEED = DEVELOPMENT_SEEDS[200]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Print prompts as JSON lines.")
+    parser.add_argument("--family", choices=sorted(MODELS), default=DEFAULT_FAMILY)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--count", type=int, default=8, help="problems of each task")
+    parser.add_argument("--seed", type=int, default=SEED)
+    arguments = parser.parse_args()
+    batches = [
+        make_problems(task, arguments.count, arguments.seed, arguments.family)
+        for task in arguments.tasks
+    ]
+    # In turn, so that every share of the prompts has every task.
+    for problems in zip(*batches, strict=True):
+        for problem in problems:
+            print(json.dumps({"prompt": problem.prompt}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Prompts for a calibration: JSON lines, plain text, or a data set of the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: text, or the messages of a conversation.
+
+    Attributes
+    ----------
+    content : str or tuple of dict
+    place : str
+        Where it stands, for errors.
+    """
+
+    content: str | tuple[Message, ...]
+    place: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, or of the messages as JSON, in hexadecimal."""
+        text = self.content if isinstance(self.content, str) else json.dumps(self.content)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[int, ...]:
+        """Token ids.
+
+        Parameters
+        ----------
+        tokenizer : PreTrainedTokenizerBase
+        chat : bool
+            Whether a text is the message of a user. Messages get the chat template in any case.
+
+        Raises
+        ------
+        ValueError
+            If the tokenizer has no chat template, the template refuses the messages, or there is no
+            token.
+        """
+        if isinstance(self.content, str) and not chat:
+            encoded = tokenizer(self.content)
+        else:
+            # A template writes the special tokens itself.
+            encoded = tokenizer(self._conversation(tokenizer), add_special_tokens=False)
+        ids = tuple(encoded["input_ids"])
+        if not ids:
+            raise ValueError(f"{self.place}: expected at least one token, got none.")
+        return ids
+
+    def _conversation(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of the chat template, up to where the model begins."""
+        messages = self.content
+        if isinstance(messages, str):
+            messages = ({"role": "user", "content": messages},)
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"{self.place}: expected a tokenizer with a chat template, got one without; give "
+                "prompts as plain text."
+            )
+        # A template is a program of the model's author and may raise anything.
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=True, tokenize=False
+                )
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{self.place}: expected messages that the chat template accepts, got: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts and where they come from.
+
+    Attributes
+    ----------
+    name : str
+        The file's name, or the data set's id and split.
+    revision : str or None
+        What was asked for of a data set.
+    prompts : tuple of Prompt
+    """
+
+    name: str
+    revision: str | None
+    prompts: tuple[Prompt, ...]
+
+
+def read_prompts(
+    source: str,
+    *,
+    limit: int | None = None,
+    split: str = "train",
+    column: str | None = None,
+    revision: str | None = None,
+) -> PromptSet:
+    """Read prompts from a file, or else from a data set of the Hub.
+
+    Parameters
+    ----------
+    source : str
+        A file that exists: `.jsonl` holds one object with `prompt` (text or messages) or `messages`
+        per line, any other one prompt per line; empty lines are skipped. Otherwise the id of a data
+        set, which needs the extra `hf-reasoncache[calibrate]`.
+    limit : int, optional
+        Take the first so many.
+    split : str
+        Of a data set.
+    column : str, optional
+        Field of the prompt, instead of `messages` or `prompt`.
+    revision : str, optional
+        Of a data set.
+
+    Raises
+    ------
+    ValueError
+        If there is no prompt or one has a wrong form; names file and line.
+    FileNotFoundError
+        If `source` looks like a file and there is none.
+    ImportError
+        If a data set is asked for and `datasets` is not installed.
+    """
+    path = Path(source)
+    if path.is_file():
+        read = _json_lines(path, column) if path.suffix == ".jsonl" else _text_lines(path)
+        name, revision = path.name, None
+    elif path.suffix or path.is_absolute() or source.startswith("."):
+        raise FileNotFoundError(f"{source}: expected a file of prompts, got none.")
+    else:
+        read = _data_set(source, split, column, revision)
+        name = f"{source} ({split})"
+    prompts = []
+    for prompt in read:
+        prompts.append(prompt)
+        if limit is not None and len(prompts) == limit:
+            break
+    if not prompts:
+        raise ValueError(f"{source}: expected at least one prompt, got none.")
+    return PromptSet(name, revision, tuple(prompts))
+
+
+def _text_lines(path: Path) -> Iterator[Prompt]:
+    for place, line in _lines(path):
+        yield Prompt(line, place)
+
+
+def _json_lines(path: Path, column: str | None) -> Iterator[Prompt]:
+    for place, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: expected a JSON object, got: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}.")
+        yield _from_row(row, column, place)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            place = f"{path}:{number}"
+            try:
+                line = data.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place}: expected UTF-8, got: {error}") from error
+            if line:
+                yield place, line
+
+
+def _data_set(name: str, split: str, column: str | None, revision: str | None) -> Iterator[Prompt]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{name}: expected a file, or the package datasets to load a data set of this id; "
+            "check the path, or pip install 'hf-reasoncache[calibrate]'."
+        ) from error
+    rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+        name, split=split, revision=revision, streaming=True
+    )
+    for index, row in enumerate(rows):
+        yield _from_row(row, column, f"{name} ({split}), row {index}")
+
+
+def _from_row(row: Mapping[str, Any], column: str | None, place: str) -> Prompt:
+    field = column or ("messages" if "messages" in row else "prompt")
+    if field not in row:
+        wanted = repr(column) if column else "'prompt' or 'messages'"
+        raise ValueError(f"{place}: expected a field {wanted}, got {sorted(row)}.")
+    content = row[field]
+    if isinstance(content, str) and content.strip():
+        return Prompt(content, place)
+    if isinstance(content, list) and content and all(map(_is_message, content)):
+        return Prompt(tuple(dict(message) for message in content), place)
+    raise ValueError(
+        f"{place}: expected {field!r} to be text that is not empty, or messages with role and "
+        f"content, got {ascii(content)[:80]}."
+    )
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and "role" in value and "content" in value

@@ -1,0 +1,243 @@
+"""One calibration, from prompts to profile, in as many processes as accelerate started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_reasoncache.calibration.checkpoint import Checkpoint
+from hf_reasoncache.calibration.estimate import Estimate, Estimator, Record
+from hf_reasoncache.calibration.fingerprint import fingerprint
+from hf_reasoncache.calibration.profile import BudgetProfile
+from hf_reasoncache.calibration.prompts import PromptSet
+from hf_reasoncache.calibration.provenance import Calibration
+from hf_reasoncache.calibration.settings import CalibrationSettings, digest, plain, versions
+from hf_reasoncache.calibration.traces import Trace, generate_traces
+from hf_reasoncache.calibration.tune import Tune, Tuned, choose
+from hf_reasoncache.geometry import Geometry
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    directory: str | Path,
+    settings: CalibrationSettings | None = None,
+    *,
+    resume: bool = True,
+    progress: bool | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> BudgetProfile:
+    """Measure a model and save its profile.
+
+    Every finished prompt is written to `<directory>.partial`, which is deleted in the end; a run
+    that was killed goes on from there and gives the same profile, bit for bit. One that failed
+    because of the estimator's settings keeps its answers for the next. Started by `accelerate
+    launch`, the processes share the prompts and all of them return the profile; they must see the
+    same file system.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Runs the "reasoncache" attention.
+    tokenizer : PreTrainedTokenizerBase
+    prompts : PromptSet
+        See `read_prompts`.
+    directory : str or Path
+        Where the profile goes.
+    settings : CalibrationSettings, optional
+    resume : bool
+        Whether to go on with an unfinished run; False throws it away.
+    progress : bool, optional
+        Show progress bars; by default where standard error is a terminal.
+    say : Callable[[str], None]
+        Is told what will be done, in the main process.
+
+    Raises
+    ------
+    ValueError
+        If a prompt is unusable, prompts are too few or their completions too short, or
+        `<directory>.partial` holds answers of another model, to other prompts or under other
+        settings.
+    """
+    settings = settings or CalibrationSettings()
+    run = _Run(model, tokenizer, prompts, settings, Path(directory), progress, say)
+    return run.profile(resume)
+
+
+class _Run:
+    """The state that the steps of one calibration share."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptSet,
+        settings: CalibrationSettings,
+        directory: Path,
+        progress: bool | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.settings, self.prompts = model, settings, prompts
+        self.directory, self.progress, self.say = directory, progress, say
+        self.ids = [each.encode(tokenizer, chat=settings.chat) for each in prompts.prompts]
+        self.seen, self.held_out = list(range(len(self.ids))), list[int]()
+        if settings.tune is not None:
+            self.seen, self.held_out = settings.tune.split(len(self.ids))
+        self.geometry = Geometry.of(model.config)
+        self.fingerprint = fingerprint(model)
+        self.state = PartialState(cpu=model.device.type == "cpu")
+        self.checkpoint = Checkpoint(directory.with_name(f"{directory.name}.partial"))
+
+    def profile(self, resume: bool) -> BudgetProfile:
+        """Go through all steps."""
+        if self.state.is_main_process:
+            self.checkpoint.begin(self.identity(), resume=resume)
+        self.state.wait_for_everyone()
+        traces = self.traces()
+        estimator = self.settings.estimator.resolve([traces[place] for place in self.seen])
+        records, found = self.estimate(estimator, {place: traces[place] for place in self.seen})
+        settings = replace(self.settings, estimator=estimator).to_json()
+        if self.settings.tune is not None:
+            held = {place: traces[place] for place in self.held_out}
+            tuned, report = self.tuned(self.settings.tune.resolve(traces), found, held)
+            found, settings = replace(found, rule=tuned.rule), settings | {"tune": report}
+        by_head = found.head_demand
+        profile = BudgetProfile(
+            base_model=_name(self.model),
+            base_model_revision=getattr(self.model.config, "_commit_hash", None),
+            fingerprint=self.fingerprint,
+            geometry=self.geometry,
+            estimator=estimator.name,
+            demand=tuple(found.demand.tolist()),
+            standard_error=tuple(found.standard_error.tolist()),
+            head_demand=None if by_head is None else tuple(map(tuple, by_head.tolist())),
+            rule=found.rule,
+            calibration=Calibration(
+                data=self.prompts.name,
+                data_revision=self.prompts.revision,
+                prompts=self.digests(self.seen),
+                seed=self.settings.traces.seed,
+                tokens=sum(len(traces[place].completion) for place in self.seen),
+                settings=settings | self.precision(),
+                versions=versions(),
+            ),
+            statistics={name: torch.stack([r[name] for r in records]) for name in records[0]},
+        )
+        if self.state.is_main_process:
+            profile.save_pretrained(self.directory)
+            self.checkpoint.remove()
+        self.state.wait_for_everyone()
+        return profile
+
+    def traces(self) -> list[Trace]:
+        """Complete all prompts; the batches are dealt out to the processes."""
+        size = self.settings.traces.batch_size
+        batches = [range(i, min(i + size, len(self.ids))) for i in range(0, len(self.ids), size)]
+        mine = range(self.state.process_index, len(batches), self.state.num_processes)
+        with self.bar("answers", sum(len(batches[index]) for index in mine)) as bar:
+            for index in mine:
+                batch = batches[index]
+                if any(self.checkpoint.load(f"trace-{place:06d}") is None for place in batch):
+                    prompts = [self.ids[place] for place in batch]
+                    made = generate_traces(self.model, prompts, self.settings.traces, stream=index)
+                    for place, trace in zip(batch, made, strict=True):
+                        part = {"completion": torch.tensor(trace.completion)}
+                        self.checkpoint.save(f"trace-{place:06d}", part)
+                bar.update(len(batch))
+        self.state.wait_for_everyone()
+        completions = (
+            self.checkpoint.require(f"trace-{place:06d}")["completion"].tolist()
+            for place in range(len(self.ids))
+        )
+        return [Trace(ids, tuple(c)) for ids, c in zip(self.ids, completions, strict=True)]
+
+    def estimate(
+        self, estimator: Estimator, traces: Mapping[int, Trace]
+    ) -> tuple[list[Record], Estimate]:
+        """Measure these prompts, by their place, and join what was found."""
+        chosen = list(traces.values())
+        self.tell(f"{estimator.name}: {estimator.cost(chosen, self.geometry)}")
+        records = self.records(
+            f"{estimator.name}-{digest(plain(estimator))}",
+            traces,
+            lambda trace: estimator.measure(self.model, trace),
+        )
+        return records, estimator.estimate(records, chosen)
+
+    def tuned(
+        self, tune: Tune, found: Estimate, traces: Mapping[int, Trace]
+    ) -> tuple[Tuned, dict[str, Any]]:
+        """Choose a rule on the prompts held out; also return what the profile says about it."""
+        candidates = tune.candidates(found)
+        rules = list(candidates.values())
+        self.tell(f"tune: {tune.cost(list(traces.values()), len(rules))}")
+        records = self.records(
+            f"tune-{digest([plain(tune), found.demand.tolist()])}",
+            traces,
+            lambda trace: tune.measure(self.model, trace, found, rules),
+        )
+        result = choose(torch.stack([record["divergence"] for record in records]), candidates)
+        for comparison in result.comparisons:
+            self.tell(f"tuned rule {comparison}")
+        self.tell(f"rule: {result.rule}")
+        return result, plain(tune) | {
+            "prompts": self.digests(traces),
+            "outcome": result.to_json(),
+        }
+
+    def records(
+        self, name: str, traces: Mapping[int, Trace], measure: Callable[[Trace], Record]
+    ) -> list[Record]:
+        """Measure prompts, which are dealt out to the processes; the name is that of the parts."""
+        places = list(traces)
+        mine = places[self.state.process_index :: self.state.num_processes]
+        with self.bar(name.partition("-")[0], len(mine)) as bar:
+            for place in mine:
+                if self.checkpoint.load(f"{name}-{place:06d}") is None:
+                    self.checkpoint.save(f"{name}-{place:06d}", measure(traces[place]))
+                bar.update()
+        self.state.wait_for_everyone()
+        return [self.checkpoint.require(f"{name}-{place:06d}") for place in places]
+
+    def bar(self, name: str, total: int) -> tqdm:
+        """Progress of the main process; the others have about as much to do."""
+        disable = None if self.progress is None else not self.progress
+        hidden = disable if self.state.is_main_process else True
+        return tqdm(total=total, desc=name, unit="prompt", disable=hidden)
+
+    def tell(self, line: str) -> None:
+        """Say something once, however many processes there are."""
+        if self.state.is_main_process:
+            self.say(line)
+
+    def digests(self, places: Iterable[int]) -> tuple[str, ...]:
+        """SHA-256 of some prompts."""
+        return tuple(self.prompts.prompts[place].digest for place in places)
+
+    def precision(self) -> dict[str, str]:
+        """What rounding depends on."""
+        return {"dtype": str(self.model.dtype), "device": self.model.device.type}
+
+    def identity(self) -> dict[str, Any]:
+        """All that the answers depend on."""
+        return {
+            "model": self.fingerprint,
+            "prompts": digest(self.ids),
+            **plain(self.settings.traces),
+            **self.precision(),
+            **versions(),
+        }
+
+
+def _name(model: PreTrainedModel) -> str:
+    """Id on the Hub, or the name of the directory."""
+    name = model.config._name_or_path
+    return Path(name).resolve().name if Path(name).exists() else name or type(model).__name__

@@ -1,0 +1,204 @@
+"""Our estimator: how much the output changes when one layer alone is squeezed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.calibration.allocation import marginal_allocation
+from hf_reasoncache.calibration.estimate import Estimate, Record
+from hf_reasoncache.calibration.squeeze import output_error
+from hf_reasoncache.calibration.traces import Trace
+from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.scorers import RKV
+from hf_reasoncache.scorers.base import Scorer
+
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """How a measurement evicts: the settings of `ReasonAllocCache` that matter here.
+
+    Attributes
+    ----------
+    scorer : Scorer
+    buffer : int
+        Tokens between two compactions.
+    window : int
+        Newest tokens that are never evicted.
+    protect_prompt : bool
+    head_budgets : bool
+    """
+
+    scorer: Scorer = field(default_factory=RKV)
+    buffer: int = 128
+    window: int = 8
+    protect_prompt: bool = False
+    head_budgets: bool = False
+
+    def budget(self, traces: Sequence[Trace], part: int) -> int:
+        """One `part`-th of the median trace, beyond the longest prompt if that is protected."""
+        kept = max(len(trace.prompt) for trace in traces) if self.protect_prompt else 0
+        middle = int(median(trace.length for trace in traces))
+        return kept + max(self.window + 1, (middle - kept) // part)
+
+    def policy(self) -> EvictionPolicy:
+        """Return the policy of a layer, whose budgets come from elsewhere."""
+        return EvictionPolicy(budget=1, **vars(self))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Demand by what eviction does to the output.
+
+    The curves are measured by teacher-forcing: one layer has a budget, all others keep everything,
+    and the divergence of the next-token distribution from the full cache is averaged over the
+    completion. The demand is what each layer gets when `budget` is spent for the least error by
+    these curves, at least the smallest budget that was measured, and no more than removes the
+    error: what is left over, the rule spreads in proportion. It is in tokens per KV head, so the
+    rule's exponent is 1; the rule's bounds are the paper's. The demand of the heads splits that of
+    their layer in the same way.
+
+    Errors of several layers are added, as if they did not interact; `Tune` measures all layers
+    squeezed together.
+
+    Attributes
+    ----------
+    budgets : tuple of int
+        Where the curves are measured, in tokens per KV head; empty takes 1/16, 1/8, 1/4 and 1/2 of
+        the median trace, see `Eviction.budget`.
+    budget : int or None
+        The mean budget that the demand is to be best for; None takes 1/4.
+    eviction : Eviction
+    heads : bool
+        Whether single KV heads are squeezed as well, for the demand of each head: that costs as
+        many times more as a layer has KV heads.
+    rows : int
+        Squeezes that share a forward.
+    """
+
+    budgets: tuple[int, ...] = ()
+    budget: int | None = None
+    eviction: Eviction = field(default_factory=Eviction)
+    heads: bool = False
+    rows: int = 8
+
+    name: ClassVar[str] = "sensitivity"
+
+    def __post_init__(self) -> None:
+        for name, value in (("rows", self.rows), ("budget", self.budget)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}.")
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets: expected ascending integers, got {self.budgets}.")
+        if self.budgets and self.budgets[0] <= self.eviction.window:
+            raise ValueError(
+                f"budgets: expected more than the window of {self.eviction.window} tokens, which "
+                f"are never evicted, got {self.budgets[0]}."
+            )
+        if self.budgets and self.budget is not None and self.budget < self.budgets[0]:
+            raise ValueError(
+                f"budget: expected at least the smallest of the measured budgets, "
+                f"{self.budgets[0]}, got {self.budget}."
+            )
+
+    def resolve(self, traces: Sequence[Trace]) -> Sensitivity:
+        """See `Estimator.resolve`.
+
+        Raises
+        ------
+        ValueError
+            If no trace is long enough for an eviction.
+        """
+        shares = sorted({self.eviction.budget(traces, part) for part in (16, 8, 4, 2)})
+        budgets = self.budgets or tuple(shares)
+        budget = self.budget or max(budgets[0], self.eviction.budget(traces, 4))
+        longest, room = max(trace.length for trace in traces), budgets[0] + self.eviction.buffer
+        if longest <= room:
+            raise ValueError(
+                f"sensitivity: expected texts longer than {room} tokens (the smallest budget and "
+                f"the buffer), got at most {longest}: nothing would be evicted. Measure smaller "
+                "budgets, use a smaller buffer, or let the model write more."
+            )
+        return replace(self, budgets=budgets, budget=budget)
+
+    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
+        """See `Estimator.cost`."""
+        layers = len(geometry.full_attention_layers)
+        units = layers * (1 + geometry.kv_heads * self.heads)
+        batches = -(-units // self.rows)
+        passes = len(traces) * len(self.budgets) * batches
+        rows = len(traces) * len(self.budgets) * (units + batches)
+        tokens = sum(trace.length for trace in traces) / len(traces)
+        return (
+            f"{len(traces)} traces x {len(self.budgets)} budgets x {units} layers"
+            f"{' and heads' * self.heads}: {passes} batched passes, {rows} rows of {tokens:.0f} "
+            "tokens"
+        )
+
+    def measure(self, model: PreTrainedModel, trace: Trace) -> Record:
+        """See `Estimator.measure`.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            ``divergence`` `[L, budgets]` in nats, float64; with `heads` also ``head_divergence``
+            `[L, H_kv, budgets]`.
+        """
+        geometry = Geometry.of(model.config)
+        layers, heads = len(geometry.full_attention_layers), geometry.kv_heads
+        # Which heads [L, H_kv] each unit squeezes: whole layers, then single heads.
+        units = torch.eye(layers, dtype=torch.bool)[:, :, None].expand(-1, -1, heads)
+        if self.heads:
+            single = torch.eye(layers * heads, dtype=torch.bool).view(-1, layers, heads)
+            units = torch.cat([units, single])
+        policy = self.eviction.policy()
+
+        def errors(budget: int) -> Iterator[torch.Tensor]:
+            for some in units.split(self.rows):
+                kept = torch.full(some.shape, trace.length).masked_fill(some, budget)
+                yield output_error(model, trace, policy, kept)
+
+        found = torch.stack([torch.cat(list(errors(budget))) for budget in self.budgets], 1)
+        record = {"divergence": found[:layers]}
+        if self.heads:
+            record["head_divergence"] = found[layers:].view(layers, heads, -1)
+        return record
+
+    def estimate(self, records: Sequence[Record], traces: Sequence[Trace]) -> Estimate:
+        """See `Estimator.estimate`; the error is that of 200 bootstrap samples of the prompts."""
+        if len(records) < 2:
+            raise ValueError(f"sensitivity: expected at least 2 prompts, got {len(records)}.")
+        curves = torch.stack([record["divergence"] for record in records])
+        length = max(trace.length for trace in traces)
+        resolved = self.resolve(traces)
+        total = (resolved.budget or 0) * curves.shape[1]
+
+        def split(some: torch.Tensor) -> torch.Tensor:
+            found = marginal_allocation(resolved.budgets, some.mean(0), length, total)
+            return torch.tensor(found, dtype=torch.float64)
+
+        draws = torch.randint(
+            len(curves),
+            (_RESAMPLES, len(curves)),
+            generator=torch.Generator().manual_seed(0),
+        )
+        spread = torch.stack([split(curves[draw]) for draw in draws]).std(0)
+        demand, by_head = split(curves), None
+        if self.heads:
+            single = torch.stack([record["head_divergence"] for record in records]).mean(0)
+            totals = (demand * single.shape[1]).long().tolist()
+            shares = [
+                marginal_allocation(resolved.budgets, layer, length, total)
+                for layer, total in zip(single, totals, strict=True)
+            ]
+            by_head = torch.tensor(shares, dtype=torch.float64)
+        return Estimate(demand, spread, BudgetRule(exponent=1.0), by_head)

@@ -1,0 +1,67 @@
+"""The measurements behind a profile's demand: named tensors in a safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from hf_reasoncache.calibration.schema import shown
+
+DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32)
+
+
+def check_statistics(statistics: object, *, prompts: int, layers: int) -> None:
+    """Raise ValueError unless these are named tensors `[prompts, layers, ...]` of finite numbers.
+
+    Parameters
+    ----------
+    statistics : object
+        Expected to be a mapping of str to Tensor, dtypes `DTYPES`.
+    prompts, layers : int
+        Prompts of the calibration and full-attention layers of the model.
+    """
+    if not isinstance(statistics, Mapping):
+        raise ValueError(
+            f"statistics: expected a mapping of names to tensors, got {type(statistics).__name__}."
+        )
+    for name, tensor in statistics.items():
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            raise ValueError(f"statistics: expected printable names, got {shown(name)}.")
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(
+                f"statistics[{name!r}]: expected a tensor of one of {DTYPES}, got {kind}."
+            )
+        if tuple(tensor.shape[:2]) != (prompts, layers):
+            raise ValueError(
+                f"statistics[{name!r}]: expected shape [{prompts}, {layers}, ...] (prompts, "
+                f"layers), got {list(tensor.shape)}."
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"statistics[{name!r}]: expected finite numbers, got NaN or infinity.")
+
+
+def dump_statistics(statistics: Mapping[str, torch.Tensor]) -> bytes:
+    """Serialise; equal tensors give equal bytes."""
+    return save({name: statistics[name].contiguous().cpu() for name in sorted(statistics)})
+
+
+def parse_statistics(data: bytes) -> dict[str, torch.Tensor]:
+    """Read what `dump_statistics` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are no safetensors file, or hold a kind of tensor that torch does not have.
+    """
+    try:
+        return dict(sorted(load(data).items()))
+    # Besides its own error, the library lets through what torch and its tables of types raise.
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"expected a safetensors file, got something else: {shown(error)}; copy or download "
+            "the profile again."
+        ) from error

@@ -1,0 +1,28 @@
+"""The command `hf-reasoncache`."""
+
+from __future__ import annotations
+
+import typer
+
+from hf_reasoncache.cli.calibrate import calibrate
+from hf_reasoncache.cli.profiles import compare, pull, push, show
+
+app = typer.Typer(
+    name="hf-reasoncache",
+    help="Budget profiles for KV-cache compression: measure, look at, compare and share them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (calibrate, show, compare, push, pull):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one line on stderr and exit status 1."""
+    try:
+        app()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,223 @@
+"""`calibrate`: measure a model and write its profile."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_reasoncache.calibration.coverage import Coverage
+from hf_reasoncache.calibration.estimate import Estimator
+from hf_reasoncache.calibration.prompts import read_prompts
+from hf_reasoncache.calibration.run import calibrate as run_calibration
+from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
+from hf_reasoncache.calibration.settings import CalibrationSettings
+from hf_reasoncache.calibration.traces import TraceSettings
+from hf_reasoncache.calibration.tune import Tune
+from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
+from hf_reasoncache.scorers.base import Scorer
+
+
+class EstimatorName(str, Enum):
+    """How demand is measured."""
+
+    coverage = "coverage"
+    sensitivity = "sensitivity"
+
+
+class ScorerName(str, Enum):
+    """Which scorer the sensitivity is measured with."""
+
+    rkv = "rkv"
+    snapkv = "snapkv"
+    h2o = "h2o"
+    random = "random"
+
+    def make(self, window: int) -> Scorer:
+        """Return the scorer, whose observation window has `window` queries."""
+        if self is ScorerName.rkv:
+            return RKV(queries=window)
+        if self is ScorerName.snapkv:
+            return SnapKV(queries=window)
+        return H2O() if self is ScorerName.h2o else Random()
+
+
+class Dtype(str, Enum):
+    """Of the model's weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or ORG/NAME.")],
+    prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="JSON lines with `prompt` or `messages`, plain text with one prompt per line, or "
+            "the id of a data set on the Hub.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the profile goes.")],
+    estimator: Annotated[
+        EstimatorName,
+        typer.Option(help="The paper's attention coverage, or our output sensitivity."),
+    ] = EstimatorName.coverage,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Choose exponent and bounds of the budgets by what eviction does to the output on "
+            "a third of the prompts, which is kept from the demand.",
+        ),
+    ] = False,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Then upload it.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest completion.")] = 4096,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 8,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="0 is greedy.", show_default="as the model's generation config says"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an unfinished run, or throw it away.")
+    ] = True,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of MODEL.", show_default=False)
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.auto,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda:0, ..., or auto to spread layers over all.",
+            show_default="one per process",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of a CPU.", show_default="torch's choice")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take the first prompts.", show_default=False)
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap plain prompts in the chat template.")
+    ] = False,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Field of the prompt.", show_default="messages or prompt"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    data_revision: Annotated[
+        str | None, typer.Option(help="Of a data set.", show_default=False)
+    ] = None,
+    interval: Annotated[
+        int, typer.Option(min=1, help="Coverage: generated tokens between measurements.")
+    ] = 128,
+    queries: Annotated[
+        int, typer.Option(min=1, help="Coverage: newest queries that are measured.")
+    ] = 8,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Sensitivity, tune: the mean budget to be best for.",
+            show_default="1/4 of the median text",
+        ),
+    ] = None,
+    budgets: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,...",
+            help="Sensitivity: budgets that one layer is squeezed to.",
+            show_default="1/16 to 1/2 of the median text",
+        ),
+    ] = "",
+    scorer: Annotated[
+        ScorerName, typer.Option(help="Sensitivity, tune: what evicts.")
+    ] = ScorerName.rkv,
+    buffer: Annotated[
+        int, typer.Option(min=1, help="Sensitivity, tune: tokens between two compactions.")
+    ] = 128,
+    window: Annotated[
+        int, typer.Option(min=1, help="Sensitivity, tune: newest tokens, never evicted.")
+    ] = 8,
+    protect_prompt: Annotated[
+        bool, typer.Option(help="Sensitivity, tune: never evict the prompt.")
+    ] = False,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Sensitivity: squeeze single KV heads as well.")
+    ] = False,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Sensitivity, tune: squeezed copies of a text per forward.")
+    ] = 8,
+) -> None:
+    """Measure how much each layer of a model needs, and write the profile.
+
+    The model answers the prompts with the full cache; then its answers are read again and measured.
+    Several processes share the prompts:
+    accelerate launch -m hf_reasoncache.cli calibrate ...
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    eviction = Eviction(
+        scorer=scorer.make(window), buffer=buffer, window=window, protect_prompt=protect_prompt
+    )
+    chosen: Estimator = (
+        Coverage(interval=interval, queries=queries)
+        if estimator is EstimatorName.coverage
+        else Sensitivity(
+            budgets=_numbers(budgets), budget=budget, eviction=eviction, heads=heads, rows=rows
+        )
+    )
+    settings = CalibrationSettings(
+        estimator=chosen,
+        traces=TraceSettings(max_new_tokens, batch_size, temperature, seed),
+        tune=Tune(budget=budget, eviction=eviction, rows=rows) if tune else None,
+        chat=chat,
+    )
+    found = read_prompts(prompts, limit=limit, split=split, column=column, revision=data_revision)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    profile = run_calibration(
+        AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=revision,
+            dtype=dtype.value,
+            device_map=device or state.device,
+            attn_implementation="reasoncache",
+        ).eval(),
+        AutoTokenizer.from_pretrained(model, revision=revision),
+        found,
+        out,
+        settings,
+        resume=resume,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    if state.is_main_process:
+        typer.echo(out)
+        if push_to is not None:
+            typer.echo(profile.push_to_hub(push_to))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected integers with commas between them, got {text!r}", param_hint="--budgets"
+        ) from error

@@ -1,0 +1,136 @@
+"""What a model's config says about its full-attention layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a model keeps keys and values that a budget can shrink.
+
+    Attributes
+    ----------
+    full_attention_layers : tuple of int
+        Indices in the model of the full-attention layers, ascending.
+    kv_heads : int
+        KV heads of one of these layers.
+    head_size : int
+        Numbers in one key.
+
+    Raises
+    ------
+    ValueError
+        If the indices do not ascend from 0 or more, or a count is below 1.
+    """
+
+    full_attention_layers: tuple[int, ...]
+    kv_heads: int
+    head_size: int
+
+    def __post_init__(self) -> None:
+        """Check and normalise."""
+        layers = self.full_attention_layers
+        if not isinstance(layers, list | tuple) or not layers or not all(map(_counts, layers)):
+            raise ValueError(
+                f"full_attention_layers: expected layer indices, at least one, got {layers!r}."
+            )
+        if any(below >= above for below, above in pairwise(layers)):
+            raise ValueError(
+                f"full_attention_layers: expected ascending layer indices, got {layers!r}."
+            )
+        for name in ("kv_heads", "head_size"):
+            value = getattr(self, name)
+            if not _counts(value) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}.")
+        object.__setattr__(self, "full_attention_layers", tuple(layers))
+
+    @staticmethod
+    def of(config: PretrainedConfig) -> Geometry:
+        """Read the geometry of a supported model from `model.config`.
+
+        Raises
+        ------
+        ValueError
+            If the model is not supported.
+        """
+        layers = supported_layers(config)
+        decoder = config.get_text_config(decoder=True)
+        ours = tuple(index for index, layer in enumerate(layers) if type(layer) is DynamicLayer)
+        shapes = {_head_shape(decoder, index) for index in ours}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{decoder.model_type}: expected full-attention layers that share KV heads and "
+                f"head size, got {sorted(shapes)}; profiles do not describe such a model."
+            )
+        return Geometry(ours, *shapes.pop())
+
+    def differences(self, other: Geometry) -> list[str]:
+        """Say in which fields `other` differs, one phrase each: "kv_heads 4, not 8"."""
+        return [
+            f"{name} {list(theirs) if isinstance(theirs, tuple) else theirs}, "
+            f"not {list(ours) if isinstance(ours, tuple) else ours}"
+            for name, ours in vars(self).items()
+            if (theirs := getattr(other, name)) != ours
+        ]
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _head_shape(decoder: PretrainedConfig, index: int) -> tuple[int, int]:
+    """KV heads and head size of one layer."""
+    if getattr(decoder, "is_heterogeneous", False):
+        decoder = decoder.per_layer_config[index]
+    heads = decoder.num_attention_heads
+    kv_heads = getattr(decoder, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+
+
+def supported_layers(config: PretrainedConfig) -> list[Any]:
+    """Return transformers' own layers for a model, or say why the model is not supported.
+
+    Raises
+    ------
+    ValueError
+        Naming the model type and the feature that is missing.
+    """
+    if not isinstance(config, PretrainedConfig):
+        raise ValueError(
+            f"config: expected a transformers config, got {type(config).__name__}; pass "
+            "model.config."
+        )
+    decoder = config.get_text_config(decoder=True)
+    name = decoder.model_type
+
+    def refuse(feature: str) -> ValueError:
+        return ValueError(
+            f"{name}: expected a decoder with standard full-attention layers, got {feature}, which "
+            "is not supported; use DynamicCache for this model."
+        )
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise refuse("an encoder-decoder")
+    if getattr(decoder, "kv_lora_rank", None):
+        raise refuse("multi-head latent attention (kv_lora_rank)")
+    layers = DynamicCache(config=decoder).layers
+    if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
+        raise refuse("sparse attention with an indexer (DSA)")
+    if shares_layers(decoder):
+        raise refuse("layers that reuse the keys and values of other layers")
+    if not any(type(layer) is DynamicLayer for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        raise refuse(f"no full-attention layer (only {', '.join(kinds)})")
+    return layers
+
+
+def shares_layers(decoder: PretrainedConfig) -> bool:
+    """Whether some layers read other layers' keys and values."""
+    modes = getattr(decoder, "kv_sharing_modes", None) or ()
+    return "reuse" in modes or bool(getattr(decoder, "num_kv_shared_layers", 0))

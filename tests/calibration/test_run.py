@@ -1,0 +1,224 @@
+"""Whole calibrations of the shipped tiny Llama: repeated, killed, and in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
+from hf_reasoncache import BudgetProfile, ReasonAllocCache
+from hf_reasoncache.budgets import BudgetRule
+from hf_reasoncache.calibration import run as run_module
+from hf_reasoncache.calibration.coverage import Coverage
+from hf_reasoncache.calibration.prompts import read_prompts
+from hf_reasoncache.calibration.run import calibrate
+from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
+from hf_reasoncache.calibration.settings import CalibrationSettings
+from hf_reasoncache.calibration.traces import TraceSettings
+from hf_reasoncache.calibration.tune import Tune
+from hf_reasoncache.scorers import RKV
+
+PROMPTS = 6
+TRACES = TraceSettings(max_new_tokens=40, batch_size=2, temperature=0.7, seed=11)
+EVICTION = Eviction(scorer=RKV(queries=8), buffer=8, window=8)
+COVERAGE = CalibrationSettings(Coverage(interval=16), TRACES)
+TUNED = CalibrationSettings(
+    Sensitivity(budgets=(16, 64), budget=32, eviction=EVICTION),
+    TRACES,
+    tune=Tune(budget=32, eviction=EVICTION, exponents=(0.5, 1.0), lows=(0.25,), highs=(2.0, 3.0)),
+)
+OPTIONS = {
+    "--dtype": "float32",
+    "--threads": "1",
+    "--max-new-tokens": "40",
+    "--batch-size": "2",
+    "--temperature": "0.7",
+    "--seed": "11",
+    "--interval": "16",
+}
+LAUNCH = {
+    "--num_processes": "2",
+    "--num_machines": "1",
+    "--num_cpu_threads_per_process": "1",
+    "--mixed_precision": "no",
+    "--dynamo_backend": "no",
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "walk.jsonl"
+    problems = make_problems("walk", PROMPTS, DEVELOPMENT_SEEDS[400], "llama")
+    path.write_text("".join(json.dumps({"prompt": p.prompt}) + "\n" for p in problems))
+    return path
+
+
+def run(prompts: Path, out: Path, settings: CalibrationSettings, **changes: object):
+    model = AutoModelForCausalLM.from_pretrained(
+        MODELS["llama"], dtype=torch.float32, attn_implementation="reasoncache"
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODELS["llama"])
+    return calibrate(model, tokenizer, read_prompts(str(prompts)), out, settings, **changes)
+
+
+@pytest.fixture(scope="module")
+def reference(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The profile of an undisturbed run in this process, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("reference") / "profile"
+    run(prompts, out, COVERAGE)
+    torch.set_num_threads(threads)
+    return content(out)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def command(prompts: Path, out: Path) -> list[str]:
+    options = OPTIONS | {"--prompts": str(prompts), "--out": str(out)}
+    return ["calibrate", str(MODELS["llama"]), *flat(options)]
+
+
+def flat(options: dict[str, str]) -> list[str]:
+    return [word for option in options.items() for word in option]
+
+
+def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments], env=environment, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Where the tuned profile of an undisturbed run is, and what the run said."""
+    out, said = tmp_path_factory.mktemp("tuned") / "wave", list[str]()
+    made = run(prompts, out, TUNED, say=said.append)
+    assert made == BudgetProfile.from_pretrained(out)
+    return out, said
+
+
+def test_the_profile_says_what_was_done_and_works(tuned: tuple[Path, list[str]]) -> None:
+    out, said = tuned
+    loaded = BudgetProfile.from_pretrained(out)
+    assert [path.name for path in out.parent.iterdir()] == ["wave"]
+    assert (loaded.base_model, loaded.estimator) == ("llama", "sensitivity")
+    # 4 of the 6 prompts are held out.
+    assert loaded.statistics["divergence"].shape == (2, 4, 2)
+    assert len(loaded.calibration.prompts) == 2
+    tune = loaded.calibration.settings["tune"]
+    assert len({*tune["prompts"], *loaded.calibration.prompts}) == PROMPTS
+    assert loaded.calibration.settings["traces"]["max_new_tokens"] == 40
+    assert loaded.calibration.settings["estimator"]["eviction"]["scorer"].startswith("RKV(")
+    assert loaded.calibration.settings["dtype"] == "torch.float32"
+    best = tune["outcome"]["best"]
+    rule = best if tune["outcome"]["adopted"] else vars(BudgetRule(exponent=1.0))
+    assert vars(loaded.rule) == rule
+    assert [line.split(":")[0] for line in said[:2]] == ["sensitivity", "tune"]
+    assert sum(loaded.layer_budgets(64)) == 4 * 64
+    model = AutoModelForCausalLM.from_pretrained(MODELS["llama"])
+    loaded.check(model)
+    assert ReasonAllocCache(model.config, budget=64, profile=out).layers
+
+
+@pytest.mark.parametrize("method", ["generate_traces", "Sensitivity.measure", "Tune.measure"])
+def test_an_interrupted_run_goes_on_where_it_was(
+    prompts: Path, tmp_path: Path, tuned: tuple[Path, list[str]], method: str
+) -> None:
+    out, calls = tmp_path / "wave", 0
+    target, _, name = method.rpartition(".")
+    owner = {"": run_module, "Sensitivity": Sensitivity, "Tune": Tune}[target]
+    whole = getattr(owner, name)
+
+    def once(*arguments: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, once)
+        with pytest.raises(KeyboardInterrupt):
+            run(prompts, out, TUNED)
+        assert not out.exists()
+        run(prompts, out, TUNED)
+    # What was finished is not done again: the call that failed, and those after it.
+    assert calls == {"generate_traces": 3, "Sensitivity.measure": 2, "Tune.measure": 4}[method] + 1
+    assert content(out) == content(tuned[0])
+
+
+def test_answers_outlive_settings_of_the_estimator_that_do_not_fit(
+    prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="more than 64 tokens, got 0 of 6"):
+        run(prompts, tmp_path / "wave", CalibrationSettings(Coverage(interval=64), TRACES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "generate_traces", None)
+        run(prompts, tmp_path / "wave", COVERAGE)
+    assert BudgetProfile.from_pretrained(tmp_path / "wave").estimator == "coverage"
+
+
+def test_another_seed_gives_another_profile_and_no_mixture(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    other = CalibrationSettings(COVERAGE.estimator, TraceSettings(40, 2, 0.7, seed=12))
+    foreign = tmp_path / "wave.partial" / "notes.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("mine")
+    with pytest.raises(ValueError, match="got another directory"):
+        run(prompts, tmp_path / "wave", other, resume=False)
+    foreign.unlink()
+    run(prompts, tmp_path / "wave", other)
+    assert content(tmp_path / "wave") != reference
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_gives_the_same_profile(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    out = tmp_path / "wave"
+    arguments = ["hf_reasoncache", *command(prompts, out)]
+    process = start(arguments)
+    deadline = time.monotonic() + 120
+    # Some of the prompts are measured, others are not.
+    while len(list(tmp_path.glob("wave.partial/coverage-*.safetensors"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    left = len(list(tmp_path.glob("wave.partial/coverage-*.safetensors")))
+    assert 2 <= left < PROMPTS and not out.exists()
+    process = start(arguments)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stdout == f"{out}\n"
+    assert stderr == "coverage: 6 traces: as many passes, 12 measurements of each layer\n"
+    assert content(out) == reference
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_profile_of_one(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    out = tmp_path / "wave"
+    launch = ["accelerate.commands.launch", "--cpu", *flat(LAUNCH), "-m", "hf_reasoncache.cli"]
+    process = start([*launch, *command(prompts, out)])
+    stdout, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert stdout.count(str(out)) == 1
+    assert content(out) == reference

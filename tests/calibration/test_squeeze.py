@@ -1,0 +1,98 @@
+"""The error of eviction, measured in chunks and many at once, against tokens one by one."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import Cache, DynamicCache
+
+from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.calibration.sensitivity import Eviction
+from hf_reasoncache.calibration.squeeze import output_error
+from hf_reasoncache.calibration.traces import Trace
+from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.scorers import H2O, RKV
+from tests.calibration.traces import make_trace, token_ids
+from tests.models import build
+
+BUDGETS = (10, 14, 21, 27, 44)  # below the prompt, above it, and with every phase of the buffer
+
+
+def everywhere(name: str, budgets: tuple[int, ...]) -> torch.Tensor:
+    """LongTensor[R, L, H_kv]: the same budget in all layers and heads."""
+    geometry = Geometry.of(build(name).config)
+    shape = (-1, len(geometry.full_attention_layers), geometry.kv_heads)
+    return torch.tensor(budgets)[:, None, None].expand(*shape)
+
+
+def predictions(name: str, trace: Trace, cache: Cache, attention: str) -> torch.Tensor:
+    """Log-probabilities [T, V] after every generated token but the last, one forward each."""
+    ids, start, model = token_ids(trace), len(trace.prompt), build(name, attention)
+    with torch.no_grad():
+        model(ids[:, :start], past_key_values=cache)
+        logits = [
+            model(ids[:, place : place + 1], past_key_values=cache).logits
+            for place in range(start, trace.length - 1)
+        ]
+    return torch.cat(logits, 1)[0].double().log_softmax(-1)
+
+
+@cache
+def undisturbed(name: str, trace: Trace) -> torch.Tensor:
+    """The predictions of the full cache, by the eager implementation."""
+    return predictions(name, trace, DynamicCache(config=build(name).config), "eager")
+
+
+def one_by_one(name: str, trace: Trace, eviction: Eviction, budget: int) -> float:
+    """The same quantity from two generations' forwards, in float64 logarithms."""
+    evicting = ReasonAllocCache(build(name).config, budget=budget, **vars(eviction))
+    full = undisturbed(name, trace)
+    other = predictions(name, trace, evicting, "reasoncache")
+    return float((full.exp() * (full - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_sliding", "gpt_oss"])
+@pytest.mark.parametrize("scorer", [RKV(queries=4), H2O()], ids=["rkv", "h2o"])
+@pytest.mark.parametrize("heads", [False, True])
+def test_chunks_and_rows_measure_what_single_tokens_do(
+    name: str, scorer: RKV | H2O, heads: bool
+) -> None:
+    trace = make_trace()
+    eviction = Eviction(scorer=scorer, buffer=6, window=4, head_budgets=heads)
+    found = output_error(build(name), trace, eviction.policy(), everywhere(name, BUDGETS))
+    expected = [one_by_one(name, trace, eviction, budget) for budget in BUDGETS]
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-3, atol=1e-6)
+    assert min(expected[:2]) > 1e-3
+
+
+def test_a_protected_prompt_is_protected() -> None:
+    trace = make_trace()
+    eviction = Eviction(scorer=RKV(queries=4), buffer=6, window=4, protect_prompt=True)
+    found = output_error(build("llama"), trace, eviction.policy(), everywhere("llama", (27, 44)))
+    expected = [one_by_one("llama", trace, eviction, budget) for budget in (27, 44)]
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match=r"budgets >= 25 .* got 24"):
+        output_error(build("llama"), trace, eviction.policy(), everywhere("llama", (24,)))
+
+
+def test_a_layer_or_head_that_keeps_everything_adds_no_error() -> None:
+    model, trace = build("llama"), make_trace()
+    policy = Eviction(scorer=RKV(queries=4), buffer=6, window=4).policy()
+    budgets = everywhere("llama", (trace.length, 10**9, 10, 10, 10)).clone()
+    budgets[3, 1:] = trace.length
+    budgets[4, 1:] = trace.length
+    budgets[4, 0, 1] = trace.length
+    errors = output_error(model, trace, policy, budgets).tolist()
+    assert errors[0] == errors[1] == pytest.approx(0.0, abs=1e-9)
+    assert 1e-4 < errors[4] < errors[3] < errors[2]
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    model, trace = build("llama"), make_trace()
+    policy = Eviction(scorer=RKV(queries=4), buffer=6, window=4).policy()
+    budgets = everywhere("llama", BUDGETS)
+    together = output_error(model, trace, policy, budgets)
+    alone = torch.cat([output_error(model, trace, policy, row[None]) for row in budgets])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,110 @@
+"""`calibrate` as a user meets it: help, errors, exit status, and where output goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
+from hf_reasoncache import BudgetProfile
+from hf_reasoncache.cli import main
+
+MODEL = MODELS["llama"]
+SHORT = ["--max-new-tokens", "24", "--temperature", "0", "--dtype", "float32"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The command in this process: exit status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-reasoncache", "calibrate", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        threads = torch.get_num_threads()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        torch.set_num_threads(threads)
+        written = capsys.readouterr()
+        # Python prints a text status to stderr and exits with 1.
+        if isinstance(ended.value.code, str):
+            return 1, written.out, written.err + ended.value.code
+        return ended.value.code or 0, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    problems = make_problems("walk", 2, DEVELOPMENT_SEEDS[400], "llama")
+    path.write_text("".join(json.dumps({"prompt": p.prompt}) + "\n" for p in problems))
+    return path
+
+
+def test_help_fits_80_columns_and_names_the_launcher(run) -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "accelerate launch -m hf_reasoncache.cli calibrate ..." in " ".join(out.split())
+
+
+def test_settings_reach_the_profile(run, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "wave"
+    options = ["--estimator", "sensitivity", "--budgets", "12,40", "--budget", "24", "--heads"]
+    options += ["--window", "6", "--buffer", "9", "--scorer", "snapkv", "--rows", "3"]
+    status, printed, said = run(MODEL, "--prompts", prompts, "--out", out, *SHORT, *options)
+    assert (status, printed) == (0, f"{out}\n")
+    assert said == (
+        "sensitivity: 2 traces x 2 budgets x 20 layers and heads: 28 batched passes, 108 rows of "
+        f"{said.split()[-2]} tokens\n"
+    )
+    profile = BudgetProfile.from_pretrained(out)
+    assert profile.head_demand is not None
+    settings = profile.calibration.settings
+    assert settings["estimator"]["budgets"] == [12, 40]
+    assert settings["estimator"]["eviction"] == {
+        "scorer": "SnapKV(queries=6, kernel=5)",
+        "buffer": 9,
+        "window": 6,
+        "protect_prompt": False,
+        "head_budgets": False,
+    }
+    assert settings["traces"]["temperature"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--budgets", "12,x"], 2, "expected integers with commas between them, got '12,x'"),
+        (["--interval", "0"], 2, "Invalid value for '--interval'"),
+        (["--interval", "4"], 1, "error: coverage: expected 1 <= queries <= interval"),
+        (["--interval", "64"], 1, "error: coverage: expected at least 2 completions of more"),
+        (["--tune"], 1, "error: tune: expected at least 6 prompts"),
+        (["--chat"], 1, "prompts.jsonl:1: expected a tokenizer with a chat template"),
+    ],
+)
+def test_an_error_is_one_line(
+    run, prompts: Path, tmp_path: Path, options: list[str], status: int, message: str
+) -> None:
+    if options[0] == "--budgets":
+        options = ["--estimator", "sensitivity", *options]
+    arguments = [MODEL, "--prompts", prompts, "--out", tmp_path / "wave", *SHORT, *options]
+    got, out, error = run(*arguments)
+    assert (got, out) == (status, "")
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not (tmp_path / "wave").exists()
+
+
+@pytest.mark.parametrize("missing", ["prompts", "model"])
+def test_what_is_missing_is_named(run, prompts: Path, tmp_path: Path, missing: str) -> None:
+    model = tmp_path / "no-model" if missing == "model" else MODEL
+    source = tmp_path / "no.jsonl" if missing == "prompts" else prompts
+    status, out, error = run(model, "--prompts", source, "--out", tmp_path / "wave", *SHORT)
+    assert (status, out) == (1, "")
+    assert f"no{'-model' if missing == 'model' else '.jsonl'}" in error
+    assert "Traceback" not in error
