@@ -46,9 +46,10 @@ def caches(
     }
 
 
-def paddings(batch: int, period: int) -> torch.Tensor:
-    """Padding of each row: lengths that are spread over one period."""
-    return torch.arange(batch) * period // batch
+def paddings(batch: int, period: int, seed: int) -> torch.Tensor:
+    """Padding of each row: random lengths, as those of prompts are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(period, (batch,), generator=generator)
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def measure(
     model = work.shape.build(work.seed)
     model.set_attn_implementation("reasoncache")
     made: dict[str, Cache] = {}
-    valid = torch.arange(work.context) >= paddings(work.batch, arguments.period)[:, None]
+    valid = torch.arange(work.context) >= paddings(work.batch, arguments.period, work.seed)[:, None]
     for name, make in caches(work.budget, arguments.period, arguments.ratio).items():
         made[name] = make(model.config)
         work.fill(made[name], work.context, valid)
