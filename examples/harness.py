@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ from transformers import (
 
 from examples.tiny_reasoner.evaluate import Share, encode, share
 from examples.tiny_reasoner.tasks import Outcome, Problem, check
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.report import storage_bytes
+
+SAMPLING = 4
+"""Steps between two looks at how many tokens a cache holds."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,16 @@ class Run:
         Time in generate.
     bytes_per_row : float
         Bytes of all the cache's storages when generation ended, per sequence; largest over batches.
+    held : float
+        Tokens held per KV head, on average over the steps that a completion took, the completions,
+        layers and heads.
     """
 
     outcomes: list[Outcome]
     tokens: int
     seconds: float
     bytes_per_row: float
+    held: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,9 @@ class Summary:
     speed : float
         Words per second of generate.
     kib : float
-        KiB held per sequence, the most over the tasks.
+        KiB held per sequence when generation ended, the most over the tasks.
+    held : float
+        Tokens held per KV head on average over the steps of all tasks.
     by_task : dict[str, Share]
         Exact answers of each task.
     followed : dict[str, Share]
@@ -94,6 +104,7 @@ class Summary:
     length: float
     speed: float
     kib: float
+    held: float
     by_task: dict[str, Share]
     followed: dict[str, Share]
 
@@ -108,6 +119,7 @@ def summarize(runs: Mapping[str, Run]) -> Summary:
         length=sum(outcome.length for outcome in outcomes) / len(outcomes),
         speed=sum(run.tokens for run in runs.values()) / sum(r.seconds for r in runs.values()),
         kib=max(run.bytes_per_row for run in runs.values()) / 1024,
+        held=statistics.mean(run.held for run in runs.values()),
         by_task={task: share([o.correct for o in run.outcomes]) for task, run in runs.items()},
         followed={
             name: share([mark for o in outcomes for mark in o.followed.get(name, [])])
@@ -148,10 +160,13 @@ def run_arm(
     model.set_attn_implementation(arm.attention)
     outcomes: list[Outcome] = []
     seconds = bytes_per_row = 0.0
+    held: list[float] = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         inputs = encode(tokenizer, batch)
         cache = arm.make_cache(model.config)
+        sampler = _Sampler(cache, inputs["attention_mask"])
+        watch = model.register_forward_hook(sampler)
         begin = time.perf_counter()
         output = model.generate(
             **inputs,
@@ -160,16 +175,52 @@ def run_arm(
             max_new_tokens=max(problem.max_new_tokens for problem in batch),
         )
         seconds += time.perf_counter() - begin
+        watch.remove()
         bytes_per_row = max(bytes_per_row, cache_bytes(cache) / len(batch))
         completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
-        outcomes += [check(*pair) for pair in zip(batch, completions, strict=True)]
+        new = [check(*pair) for pair in zip(batch, completions, strict=True)]
+        held += sampler.held([outcome.length for outcome in new])
+        outcomes += new
         if progress is not None:
             progress.update(len(batch))
-    return Run(outcomes, sum(outcome.length for outcome in outcomes), seconds, bytes_per_row)
+    return Run(
+        outcomes=outcomes,
+        tokens=sum(outcome.length for outcome in outcomes),
+        seconds=seconds,
+        bytes_per_row=bytes_per_row,
+        held=statistics.mean(held),
+    )
+
+
+class _Sampler:
+    """Notes, as a forward hook, how many tokens per KV head a cache holds for each sequence."""
+
+    def __init__(self, cache: Cache, mask: torch.Tensor) -> None:
+        self.cache, self.mask = cache, mask
+        self.samples: list[tuple[int, torch.Tensor]] = []
+
+    def __call__(self, *_: object) -> None:
+        columns = self.cache.get_seq_length()
+        if columns % SAMPLING:
+            return
+        if isinstance(self.cache, ReasonCache):
+            layers = self.cache.report().layers
+            held = torch.tensor([layer.held for layer in layers]).float().mean((0, 2))
+        else:
+            held = columns - (1 - self.mask).sum(-1).float()
+        self.samples.append((columns - self.mask.shape[1], held))
+
+    def held(self, lengths: Sequence[int]) -> list[float]:
+        """Mean over the steps of each completion; none for one that no sample met."""
+        found = [
+            [float(held[row]) for step, held in self.samples if step <= length]
+            for row, length in enumerate(lengths)
+        ]
+        return [statistics.mean(samples) for samples in found if samples]
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all storages that a cache holds."""
-    if isinstance(cache, ReasonAllocCache):
+    if isinstance(cache, ReasonCache):
         return cache.report().total_bytes
     return sum(storage_bytes(layer) for layer in cache.layers)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
-
 from transformers import PretrainedConfig
 
-from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.arguments import (
+    Profile,
+    demand_and_rule,
+    require_bool,
+    require_demand_of,
+    require_int,
+    require_scorer,
+)
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.calibration.profile import BudgetProfile
-from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
-
-LARGEST = 2**31 - 1
-"""Largest count of tokens: positions are stored as 32-bit integers."""
 
 
 class ReasonAllocCache(ReasonCache):
@@ -91,7 +89,7 @@ class ReasonAllocCache(ReasonCache):
         config: PretrainedConfig,
         *,
         budget: int | None,
-        profile: BudgetProfile | str | os.PathLike[str] | Sequence[float] | None = None,
+        profile: Profile | None = None,
         scorer: Scorer | None = None,
         head_budgets: bool = True,
         buffer: int = 128,
@@ -100,35 +98,19 @@ class ReasonAllocCache(ReasonCache):
         prompt_length: int | None = None,
         offloading: bool = False,
     ) -> None:
-        scorer = RKV() if scorer is None else scorer
-        if isinstance(scorer, type) or not isinstance(scorer, Scorer):
-            raise ValueError(
-                f"scorer: expected an object of hf_reasoncache.scorers, got {scorer!r}; pass an "
-                "instance such as RKV()."
-            )
-        _require_int("window", window, low=1)
-        _require_int("buffer", buffer, low=1)
+        scorer = require_scorer(RKV() if scorer is None else scorer)
+        require_int("window", window, low=1)
+        require_int("buffer", buffer, low=1)
         if budget is not None:
-            _require_int("budget", budget, low=window + 1)
+            require_int("budget", budget, low=window + 1)
         if prompt_length is not None:
-            _require_int("prompt_length", prompt_length, low=1)
-        _require_bool("head_budgets", head_budgets)
-        _require_bool("protect_prompt", protect_prompt)
-        demand, rule = None, BudgetRule()
-        if isinstance(profile, str | os.PathLike):
-            profile = BudgetProfile.from_pretrained(profile, with_statistics=False)
-        if isinstance(profile, BudgetProfile):
-            profile.check_config(config)
-            demand, rule = profile.demand, profile.rule
-        elif profile is not None:
-            demand = _checked_demand(profile)
+            require_int("prompt_length", prompt_length, low=1)
+        require_bool("head_budgets", head_budgets)
+        require_bool("protect_prompt", protect_prompt)
+        demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
-            if demand is not None and len(demand) != layers:
-                raise ValueError(
-                    f"profile: expected {layers} demands, one per full-attention layer of this "
-                    f"model, got {len(demand)}; use a profile that was calibrated on this model."
-                )
+            require_demand_of(layers, demand)
             if budget is None:
                 return PooledLayer(index)
             policy = EvictionPolicy(
@@ -142,35 +124,6 @@ class ReasonAllocCache(ReasonCache):
                 demand=demand,
                 rule=rule,
             )
-            return EvictingLayer(index, rank, policy)
+            return BudgetedLayer(index, rank, policy)
 
         super().__init__(config, make_layer, offloading=offloading)
-
-
-def _require_int(name: str, value: object, *, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
-    if value > LARGEST:
-        raise ValueError(f"{name}: expected an integer <= {LARGEST}, got {value!r}.")
-
-
-def _require_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}.")
-
-
-def _checked_demand(profile: Sequence[float]) -> tuple[float, ...]:
-    problem = ValueError(
-        "profile: expected a BudgetProfile, its directory or repository, or one demand per "
-        f"full-attention layer, finite numbers >= 0 and not all 0, got {profile!r}."
-    )
-    if isinstance(profile, bytes | Mapping) or not isinstance(profile, Iterable):
-        raise problem
-    # Elements of tensors and arrays become plain numbers.
-    values = [value.item() if hasattr(value, "item") else value for value in profile]
-    if not all(isinstance(value, Real) and not isinstance(value, bool) for value in values):
-        raise problem
-    demand = tuple(float(value) for value in values)
-    if not all(math.isfinite(value) and value >= 0 for value in demand) or not any(demand):
-        raise problem
-    return demand

@@ -34,6 +34,7 @@ PARTS: dict[str, set[str]] = {
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
     "report": {"layers", "triton_ops"},
+    "arguments": {"scorers", "budgets", "calibration.profile"},
     "graphs": CACHES | {"layers", "triton_ops"},
     "branching": CACHES,
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
@@ -45,7 +46,7 @@ for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = {"attention", "layers", "scorers", "budgets", "protection", "risk"}
-    PARTS[_cache] |= {"report", "geometry", "calibration.profile"} | CACHES
+    PARTS[_cache] |= {"report", "arguments", "geometry", "calibration.profile"} | CACHES
 # "cli" and the package's own __init__ may import every part; only "__main__" imports "cli".
 PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
 PARTS["__main__"] = {"cli"}
@@ -56,6 +57,7 @@ LIBRARIES: dict[str, set[str]] = {
     "hf_reasoncache": {"torch"},
     "hf_reasoncache.attention": {"torch", "transformers"},
     "hf_reasoncache.geometry": {"transformers"},
+    "hf_reasoncache.arguments": {"transformers"},
     "hf_reasoncache.layers": {"torch", "transformers"},
     "hf_reasoncache.branching": {"torch", "transformers"},
     "hf_reasoncache.calibration": {"torch", "transformers", "safetensors"},

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from examples.benchmarks import cpu_decode
+from examples.benchmarks import cpu_decode, step_latency
 
 ARMS = (
     "DynamicCache + sdpa",
@@ -66,3 +66,16 @@ def test_unknown_dtype_is_refused(capsys):
     with pytest.raises(SystemExit):
         cpu_decode.parse(["--dtypes", "float8"])
     assert "expected some of float32, bfloat16, got float8" in capsys.readouterr().err
+
+
+def test_step_latency_draws_every_cache(tmp_path, capsys):
+    step_latency.main(["--quick", "--output", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    with (tmp_path / "step_latency.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    caches = {row["cache"] for row in rows}
+    assert len(caches) == 4 and len(rows) == 4 * 16
+    assert all(any(line.startswith(name) for line in lines) for name in caches)
+    assert all(float(row["ms"]) > 0 and row["commit"] for row in rows)
+    assert (tmp_path / "step_latency.png").read_bytes().startswith(b"\x89PNG")

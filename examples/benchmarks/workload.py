@@ -96,8 +96,18 @@ class Work:
             keys, values = draw(*size).add_(common, alpha=COMMON), draw(*size)
             yield layer, keys.to(self.dtype), values.to(self.dtype)
 
-    def fill(self, cache: Cache, tokens: int) -> None:
+    def fill(self, cache: Cache, tokens: int, valid: torch.Tensor | None = None) -> None:
         """Put random tokens into a cache, as if a prompt had been read.
+
+        Parameters
+        ----------
+        cache : Cache
+        tokens : int
+        valid : BoolTensor[B, tokens], optional
+            False for padding; for caches of ours only.
+
+        Notes
+        -----
 
         A prompt of 8k tokens takes the model minutes on a CPU. What a step costs depends on how
         many tokens are held, not on which, so the layers get them directly. A layer of ours takes
@@ -113,7 +123,7 @@ class Work:
                 announced = layer.take_incoming()
                 settings = {"scaling": self.shape.head_size**-0.5}
                 layer.store_first(
-                    Chunk(query.expand(-1, -1, tokens, -1), *announced, None, settings)
+                    Chunk(query.expand(-1, -1, tokens, -1), *announced, valid, settings)
                 )
 
 

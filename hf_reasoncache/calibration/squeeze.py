@@ -15,18 +15,18 @@ from transformers import PreTrainedModel
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
-from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
 
 
-class SqueezedLayer(EvictingLayer):
+class SqueezedLayer(BudgetedLayer):
     """An evicting layer whose rows have budgets of their own.
 
     Parameters
     ----------
     index, rank, policy
-        See `EvictingLayer`; the policy's own budget is not used.
+        See `BudgetedLayer`; the policy's own budget is not used.
     heads : LongTensor[B, H_kv]
         Tokens that each head of each row keeps.
     """
@@ -35,8 +35,8 @@ class SqueezedLayer(EvictingLayer):
         self.heads = heads
         super().__init__(index, rank, replace(policy, budget=int(heads.max())))
 
-    def _allocate(self, prompt: torch.Tensor) -> None:
-        super()._allocate(prompt)
+    def _allocate_for(self, prompt: torch.Tensor) -> None:
+        super()._allocate_for(prompt)
         budgets = self._require_budgets()
         if bool((self.heads < budgets.floor[:, None]).any()):
             raise ValueError(

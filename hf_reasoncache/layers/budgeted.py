@@ -1,66 +1,76 @@
-"""A pooled layer with a budget: knows which rows must evict, and evicts, row by row.
-
-Rows are independent. A row in a padded batch evicts at the same tokens as that row alone.
-"""
+"""A layer with a budget: a row whose buffer is full evicts down to it."""
 
 from __future__ import annotations
 
 import torch
 
 from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.held_positions import AllPositions
 from hf_reasoncache.layers.policy import EvictionPolicy
-from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.layers.query_log import QueryLog
+from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.row_budgets import RowBudgets
-from hf_reasoncache.layers.selection import Occasion, choose, gather_held
+from hf_reasoncache.layers.selection import Occasion, choose, gather_held, incoming_held
 from hf_reasoncache.scorers.base import HeldTokens
 
-_STATISTICS = {"mass": torch.float32, "notes": torch.int32}
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
 
 
-class BudgetedLayer(PooledLayer):
-    """Budgets of one layer, and what brings its heads down to them.
+class BudgetedLayer(EvictingLayer):
+    """One layer that holds a budget of tokens per KV head.
 
-    Attributes
-    ----------
-    budgets : RowBudgets or None
-        None until the prompt is complete.
-    evictions : int
-        Compactions so far, each row counted.
-    evicted : int
-        Tokens evicted so far, each row and head counted.
+    Invariants between two forwards: no head holds more than its budget plus `policy.buffer`; the
+    capacities of a row add up to exactly that; the newest `policy.window` columns and the protected
+    prompt are held.
     """
 
+    policy: EvictionPolicy
+    budgets: RowBudgets | None
+
     def __init__(self, index: int, rank: int, policy: EvictionPolicy) -> None:
-        self.rank, self.policy = rank, policy
-        wanted = {"mass": policy.scorer.needs_mass, "notes": policy.scorer.keeps_notes}
-        self.statistics = {name: _STATISTICS[name] for name in wanted if wanted[name]}
-        super().__init__(index)
+        self.rank = rank
+        super().__init__(index, policy)
 
-    def _clear(self) -> None:
-        super()._clear()
-        self.budgets: RowBudgets | None = None
-        self.evictions = self.evicted = 0
-        self._log = QueryLog(self.policy.scorer.queries)
-        self._prompt_columns = 0
+    def store_first(self, chunk: Chunk) -> None:
+        """See `EvictingLayer.store_first`; what a cut takes is never stored."""
+        if self.recording or self.policy.scorer.needs_mass:
+            super().store_first(chunk)
+        else:
+            self._store_cut(chunk)
 
-    def _remember(self, chunk: Chunk) -> None:
-        """Take note of what scoring will need."""
-        self._log.append(chunk.query, self.clock)
-        self._scaling = chunk.settings["scaling"]
+    def _store_cut(self, chunk: Chunk) -> None:
+        batch, heads, steps, _ = chunk.keys.shape
+        self.first = torch.full((batch,), -1)
+        self._place_first(self.seen - steps, chunk.valid)
+        self._remember(chunk)
+        keep, notes = chunk.real_tokens(), {}
+        self._allocate_for(keep[..., : self._end_of_prompt()].sum(-1).cpu())
+        over = keep.sum(-1).cpu() > self._require_budgets().capacity
+        rows = over.any(-1).nonzero()[:, 0]
+        if rows.numel():
+            self._attended = AllPositions((batch, heads, steps), chunk.valid)
+            occasion = self._occasion(rows, self.seen)
+            held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
+            chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))
+            keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, column, chosen)
+            if held.notes is not None:
+                notes["notes"] = torch.zeros_like(keep, dtype=torch.int32)
+                notes["notes"][rows] = notes["notes"][rows].scatter_(-1, column, held.notes)
+        capacity = torch.maximum(self._require_budgets().capacity, keep.sum(-1).cpu())
+        self.pool = RaggedPool(capacity, chunk.keys, chunk.values, self.statistics)
+        columns = torch.arange(self.seen - steps, self.seen, device=chunk.keys.device)
+        whole = chunk.valid is None and not rows.numel()
+        self.pool.append(chunk.keys, chunk.values, columns, None if whole else keep, **notes)
+        self._tail = steps if whole else 0
 
-    def _end_of_prompt(self) -> int:
-        return min(self.policy.prompt_length or self.seen, self.seen)
-
-    def _allocate_held(self) -> None:
-        """`_allocate` for the prompt that the pool holds."""
+    def _allocate(self) -> None:
+        """See `EvictingLayer._allocate`."""
         pool = self._require_pool()
         slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
         in_prompt = (pool.fields["positions"][slots] < self._end_of_prompt()) & (offset >= 0)
-        self._allocate(in_prompt.sum(-1).cpu())
+        self._allocate_for(in_prompt.sum(-1).cpu())
 
-    def _allocate(self, prompt: torch.Tensor) -> None:
+    def _allocate_for(self, prompt: torch.Tensor) -> None:
         """Fix the budgets of every row, given how many tokens `[B, H_kv]` its prompt has."""
         self._prompt_columns = self._end_of_prompt()
         floor = prompt[:, 0] if self.policy.protect_prompt else torch.zeros_like(prompt[:, 0])
@@ -71,26 +81,18 @@ class BudgetedLayer(PooledLayer):
             raise ValueError(f"layer {self.index}: expected budgets, got a layer without a prompt.")
         return self.budgets
 
-    def _due(self, steps: int) -> torch.Tensor:
-        """Rows that must evict before `steps` new tokens, given the capacity they should have."""
+    def _capacity(self, length: torch.Tensor) -> torch.Tensor:
+        """See `EvictingLayer._capacity`."""
+        return torch.maximum(self._require_budgets().capacity, length)
+
+    def _due(self, columns: int, steps: int) -> torch.Tensor:
+        """Rows with a head that has no room for `steps` more tokens."""
         pool = self._require_pool()
         if 0 < steps <= pool.least_free:
             # Between two forwards every head has the capacity it should have.
             return _NO_ROWS
         over = pool.length + steps > self._require_budgets().capacity
         return over.any(-1).nonzero()[:, 0]
-
-    def _make_room(self, steps: int) -> None:
-        pool = self._require_pool()
-        if steps > pool.least_free:
-            pool.relayout(torch.maximum(pool.capacity, pool.length + steps))
-
-    def _fit(self) -> None:
-        """Give every head exactly the capacity it should have."""
-        pool = self._require_pool()
-        target = torch.maximum(self._require_budgets().capacity, pool.length)
-        if not torch.equal(target, pool.capacity):
-            pool.relayout(target)
 
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Compact `rows` to their budgets, when `columns` columns have been stored."""
@@ -99,8 +101,7 @@ class BudgetedLayer(PooledLayer):
         pool, occasion = self._require_pool(), self._occasion(rows, columns)
         held, slots, offset, at = gather_held(pool, occasion)
         keep = self._choose(occasion, held, at)
-        if held.notes is not None:
-            pool.fields["notes"][slots[held.valid]] = held.notes[held.valid]
+        self._store_notes(held, slots)
         pool.compact(rows, slots, offset, keep)
         self._tail = 0
         self._fit()

@@ -1,44 +1,85 @@
-"""A budgeted layer in a forward: when it evicts, and how a forward is undone.
+"""A layer that evicts, in a forward: when evictions come, and how a forward is undone.
 
-A row is due when a head has no room for the next token, and is served at the start of the
-next `update`, never between an attention and its logits. Until then a rejected draft can be cropped
-without a trace. Two forwards bring more tokens than the buffer holds and cannot wait, because the
-memory they need is the one to be saved: a prompt beyond the budget, and a later chunk beyond the
-buffer. They are cut right after their attention.
+A row that is due is served at the start of the next `update`, never between an attention and its
+logits. Until then a rejected draft can be cropped without a trace. Two forwards cannot wait,
+because the memory they need is the one to be saved: a long prompt, and a long chunk later. They are
+cut right after their attention.
+
+What is due and what goes is for the subclasses to say. Rows are independent: a row in a padded
+batch evicts at the same tokens as that row alone.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.draft import Draft
 from hf_reasoncache.layers.held_positions import AllPositions, HeldPositions
+from hf_reasoncache.layers.policy import Budgets, Policy
 from hf_reasoncache.layers.pool import RaggedPool
-from hf_reasoncache.layers.selection import incoming_held
+from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.query_log import QueryLog
+from hf_reasoncache.scorers.base import HeldTokens
 
+_STATISTICS = {"mass": torch.float32, "notes": torch.int32}
 _MASS_BLOCK = 64  # prompt queries per pass while attention mass is accumulated
 
 
-class EvictingLayer(BudgetedLayer):
-    """One layer that holds a budget of tokens per KV head.
+class EvictingLayer(PooledLayer):
+    """One layer that holds some of the tokens it has seen.
 
-    Invariants between two forwards: no head holds more than its budget plus `policy.buffer`; the
-    capacities of a row add up to exactly that; the newest `policy.window` columns and the protected
-    prompt are held.
+    Attributes
+    ----------
+    policy : Policy
+    budgets : Budgets or None
+        What every row may hold; None until the prompt is complete.
+    evictions : int
+        Compactions so far, each row counted.
+    evicted : int
+        Tokens evicted so far, each row and head counted.
     """
 
     _STATE = ("budgets", "evictions", "evicted", "_tail")
 
+    def __init__(self, index: int, policy: Policy) -> None:
+        scorer = policy.scorer
+        wanted = {"mass": scorer.needs_mass, "notes": scorer.keeps_notes}
+        self.statistics = {name: _STATISTICS[name] for name in wanted if wanted[name]}
+        self.policy = policy
+        super().__init__(index)
+
     def _clear(self) -> None:
         super()._clear()
+        self.budgets: Budgets | None = None
+        self.evictions = self.evicted = 0
+        self._log = QueryLog(self.policy.scorer.queries)
+        self._prompt_columns = 0
         self._prompt_open = True
         self._attended: HeldPositions | AllPositions | None = None
         self._draft: Draft | None = None
+
+    # ----------------------------------------------------------------------- what subclasses decide
+
+    @abstractmethod
+    def _allocate(self) -> None:
+        """Fix, or fix anew, what every row may hold, now that the prompt is in the pool."""
+
+    @abstractmethod
+    def _capacity(self, length: torch.Tensor) -> torch.Tensor:
+        """LongTensor[B, H_kv]: slots for heads that hold `length` tokens."""
+
+    @abstractmethod
+    def _due(self, columns: int, steps: int) -> torch.Tensor:
+        """Rows that must evict, `columns` columns being stored, before `steps` more are."""
+
+    @abstractmethod
+    def _evict(self, rows: torch.Tensor, columns: int) -> None:
+        """Do what is due in `rows` when `columns` columns have been stored."""
 
     # ---------------------------------------------------------------------------------- one forward
 
@@ -47,10 +88,10 @@ class EvictingLayer(BudgetedLayer):
         if self.pool is None:
             return
         if self.budgets is None:
-            self._allocate_held()
+            self._allocate()
             self._fit()
         if not (self._grows_prompt(steps) and self.policy.protect_prompt):
-            self._evict(self._due(1 if self.recording else steps), self.seen)
+            self._evict(self._due(self.seen, 1 if self.recording else steps), self.seen)
 
     def prepare(self) -> None:
         """See `PooledLayer.prepare`; evicts where a row is due."""
@@ -71,14 +112,14 @@ class EvictingLayer(BudgetedLayer):
     def _grows_prompt(self, steps: int) -> bool:
         return self._prompt_open and steps > 1 and not self.recording
 
+    def _end_of_prompt(self) -> int:
+        return min(self.policy.prompt_length or self.seen, self.seen)
+
     def store_first(self, chunk: Chunk) -> None:
-        """See `GuardedLayer.store_first`; a prompt beyond the budget is cut here."""
+        """See `GuardedLayer.store_first`; a long prompt is cut here."""
         batch, heads, steps, _ = chunk.keys.shape
         self.first = torch.full((batch,), -1)
         stored = torch.full((batch,), steps) if chunk.valid is None else chunk.valid.sum(-1).cpu()
-        if not self.recording and not self.policy.scorer.needs_mass:
-            self._store_cut(chunk, stored)
-            return
         room = stored[:, None].expand(batch, heads).contiguous()
         self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
         if self.recording:
@@ -87,32 +128,8 @@ class EvictingLayer(BudgetedLayer):
             self._prompt_open = False
         self._store(chunk, self.seen)
         if not self.recording:
-            self._allocate_held()
+            self._allocate()
             self._cut()
-
-    def _store_cut(self, chunk: Chunk, stored: torch.Tensor) -> None:
-        """Store of a prompt what stays; the pool never holds the rest."""
-        batch, heads, steps, _ = chunk.keys.shape
-        self._place_first(self.seen - steps, chunk.valid)
-        self._remember(chunk)
-        keep, notes = chunk.real_tokens(), {}
-        self._allocate(keep[..., : self._end_of_prompt()].sum(-1).cpu())
-        rows = (stored[:, None] > self._require_budgets().capacity).any(-1).nonzero()[:, 0]
-        if rows.numel():
-            self._attended = AllPositions((batch, heads, steps), chunk.valid)
-            occasion = self._occasion(rows, self.seen)
-            held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
-            chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))
-            keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, column, chosen)
-            if held.notes is not None:
-                notes["notes"] = torch.zeros_like(keep, dtype=torch.int32)
-                notes["notes"][rows] = notes["notes"][rows].scatter_(-1, column, held.notes)
-        capacity = torch.maximum(self._require_budgets().capacity, keep.sum(-1).cpu())
-        self.pool = RaggedPool(capacity, chunk.keys, chunk.values, self.statistics)
-        columns = torch.arange(self.seen - steps, self.seen, device=chunk.keys.device)
-        whole = chunk.valid is None and not rows.numel()
-        self.pool.append(chunk.keys, chunk.values, columns, None if whole else keep, **notes)
-        self._tail = steps if whole else 0
 
     def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`."""
@@ -123,7 +140,7 @@ class EvictingLayer(BudgetedLayer):
         self._make_room(chunk.steps)
         out = self._step(chunk, self.seen)
         if grows:
-            self._allocate_held()
+            self._allocate()
         if chunk.steps > 1:
             self._cut()
         return out
@@ -136,6 +153,28 @@ class EvictingLayer(BudgetedLayer):
     def _take(self, chunk: Chunk, end: int) -> None:
         self._append(chunk, end)
         self._remember(chunk)
+
+    def _remember(self, chunk: Chunk) -> None:
+        """Take note of what scoring will need."""
+        self._log.append(chunk.query, self.clock)
+        self._scaling = chunk.settings["scaling"]
+
+    def _store_notes(self, held: HeldTokens, slots: torch.Tensor) -> None:
+        """Keep what the scorer has noted about tokens that lie in `slots`."""
+        if held.notes is not None:
+            self._require_pool().fields["notes"][slots[held.valid]] = held.notes[held.valid]
+
+    def _make_room(self, steps: int) -> None:
+        pool = self._require_pool()
+        if steps > pool.least_free:
+            pool.relayout(torch.maximum(pool.capacity, pool.length + steps))
+
+    def _fit(self) -> None:
+        """Give every head exactly the slots it should have."""
+        pool = self._require_pool()
+        target = self._capacity(pool.length)
+        if not torch.equal(target, pool.capacity):
+            pool.relayout(target)
 
     def _store(self, chunk: Chunk, end: int) -> None:
         """`_step` without the attention's result, for tokens whose result is known already."""
@@ -160,9 +199,9 @@ class EvictingLayer(BudgetedLayer):
         return {"mass": mass, "mass_weight": scorer.mass_decay**age}
 
     def _cut(self) -> None:
-        """Bring rows that a long forward has put over their capacity back to their budget."""
+        """Evict what a long forward has made due."""
         pool = self._require_pool()
-        rows = self._due(0)
+        rows = self._due(self.seen, 0)
         if rows.numel():
             held = pool.held()
             self._attended = HeldPositions(held.positions.clone(), held.layout, held.length)
@@ -179,7 +218,7 @@ class EvictingLayer(BudgetedLayer):
 
     def _attend_draft(self, chunk: Chunk) -> torch.Tensor:
         """Attend to a draft as if its tokens came one by one, evictions between them included."""
-        crosses = bool(self._due(chunk.steps).numel())
+        crosses = bool(self._due(self.seen - chunk.steps, chunk.steps).numel())
         self._draft = Draft(chunk, self._save(deep=crosses), token_by_token=crosses)
         if not crosses:
             self._make_room(chunk.steps)
@@ -190,7 +229,7 @@ class EvictingLayer(BudgetedLayer):
         """Yield single tokens and their end column, evicting what is due before each."""
         for index in range(chunk.steps):
             column = end - chunk.steps + index
-            self._evict(self._due(1), column)
+            self._evict(self._due(column, 1), column)
             self._make_room(1)
             yield chunk.columns(index, index + 1), column + 1
 

@@ -1,12 +1,44 @@
-"""The settings by which a layer evicts."""
+"""The settings by which a layer evicts, and what is common to all kinds of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Protocol
+
+import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.scorers.base import Scorer
+
+
+class Policy(Protocol):
+    """What every evicting layer must know."""
+
+    @property
+    def scorer(self) -> Scorer:
+        """Ranks the tokens of a head."""
+        ...
+
+    @property
+    def protect_prompt(self) -> bool:
+        """Whether prompt tokens are never evicted."""
+        ...
+
+    @property
+    def prompt_length(self) -> int | None:
+        """Columns of the prompt; None takes the forwards before the first single-token one."""
+        ...
+
+
+class Budgets(Protocol):
+    """What the rows of a layer may hold; never written to, so a draft is undone by putting the old
+    object back.
+    """
+
+    def select_rows(self, rows: torch.Tensor) -> Budgets:
+        """Keep, repeat or reorder rows."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class QueryLog:
     def __init__(self, size: int) -> None:
         self.size = size
         self._chunks: deque[torch.Tensor] = deque()
+        self._columns = 0  # in the chunks
         # Column `c` stands at place `c % size`; the ring holds `_held` columns before `_end`.
         self._ring: torch.Tensor | None = None
         self._end = self._held = 0
@@ -48,13 +49,25 @@ class QueryLog:
             self.count_appended()
             return
         self._end_ring()
-        if steps > self.size:
-            # Cloned: a slice would keep the queries of a whole prompt alive.
-            query = query[:, :, -self.size :].clone()
         self._chunks.append(query)
-        columns = sum(chunk.shape[2] for chunk in self._chunks)
-        while columns - self._chunks[0].shape[2] >= self.size:
-            columns -= self._chunks.popleft().shape[2]
+        self._columns += steps
+        self._forget()
+
+    def resize(self, size: int) -> None:
+        """Answer for another number of columns from now on."""
+        if size != self.size:
+            self._end_ring()
+            self.size = size
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the chunks that are too old."""
+        while self._chunks and self._columns - self._chunks[0].shape[2] >= self.size:
+            self._columns -= self._chunks.popleft().shape[2]
+        if self._chunks and self._chunks[0].shape[2] > self.size:
+            # Cloned: a slice would keep the queries of a whole prompt alive.
+            self._chunks[0] = self._chunks[0][:, :, self._columns - self.size :].clone()
+            self._columns = self.size
 
     def last(self) -> torch.Tensor | None:
         """Return the newest queries `[B, H_q, A <= size, D]`, oldest first, if there are any."""
@@ -77,6 +90,7 @@ class QueryLog:
             self._ring = held.new_zeros(batch, heads, self.size, size)
             self._ring.index_copy_(2, columns % self.size, held)
         self._chunks.clear()
+        self._columns = 0
 
     def count_appended(self) -> None:
         """Count a column that the device alone has written into the ring."""
@@ -87,15 +101,18 @@ class QueryLog:
         if self._ring is not None:
             held, self._ring = self.last(), None
             self._chunks = deque([] if held is None else [held])
+            self._columns = self._held
 
     def crop(self, columns: int) -> None:
         """Forget the newest `columns` columns."""
         self._end_ring()
         while columns > 0 and self._chunks:
             chunk = self._chunks.pop()
-            if chunk.shape[2] > columns:
-                self._chunks.append(chunk[:, :, :-columns])
-            columns -= chunk.shape[2]
+            removed = min(columns, chunk.shape[2])
+            if removed < chunk.shape[2]:
+                self._chunks.append(chunk[:, :, :-removed])
+            self._columns -= removed
+            columns -= removed
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder batch rows."""
@@ -107,6 +124,7 @@ class QueryLog:
         twin = QueryLog(self.size)
         held = self.last() if self._ring is not None else None
         twin._chunks = deque(self._chunks if held is None else [held])
+        twin._columns = self._columns if held is None else self._held
         return twin
 
     def tensors(self) -> Iterator[torch.Tensor]:

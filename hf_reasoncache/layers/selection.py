@@ -41,9 +41,18 @@ class Occasion:
 
 
 def gather_held(
-    pool: RaggedPool, occasion: Occasion
+    pool: RaggedPool,
+    occasion: Occasion,
+    span: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[HeldTokens, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Collect what some rows hold, in order of position.
+
+    Parameters
+    ----------
+    pool : RaggedPool
+    occasion : Occasion
+    span : two of LongTensor[R], optional
+        First column of each row to collect, and first one after it not to; all by default.
 
     Returns
     -------
@@ -55,7 +64,15 @@ def gather_held(
     """
     slots, offset = pool.slots(occasion.rows)
     at = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1)
-    order = at.masked_fill(offset < 0, occasion.columns + 1).argsort(dim=-1, stable=True)
+    if span is None:
+        order = at.masked_fill(offset < 0, occasion.columns + 1).argsort(dim=-1, stable=True)
+    else:
+        low, high = (column.to(at.device)[:, None, None] for column in span)
+        inside = (at >= low) & (at < high)
+        offset, at = (x.masked_fill(~inside, -1) for x in (offset, at))
+        # Selection, not a sort of everything: a span is short and the past may be long.
+        far = at.masked_fill(~inside, occasion.columns + 1)
+        order = far.topk(int(inside.sum(-1).max()), largest=False).indices
     slots, offset, at = (x.gather(-1, order) for x in (slots, offset, at))
     held = _held_tokens(occasion, at, lambda name: pool.fields[name][slots], pool.fields)
     return held, slots, offset, at

@@ -1,6 +1,7 @@
 """Token scorers: which tokens a head keeps. One method, one file."""
 
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
+from hf_reasoncache.scorers.bidirectional import Bidirectional
 from hf_reasoncache.scorers.h2o import H2O
 from hf_reasoncache.scorers.key_diff import KeyDiff
 from hf_reasoncache.scorers.key_norm import KeyNorm
@@ -16,6 +17,7 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "Bidirectional",
     "HeldTokens",
     "KeyDiff",
     "KeyNorm",

@@ -4,8 +4,8 @@ plain."""
 import pytest
 import torch
 
-from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV, StreamingLLM
+from tests.caches import KINDS, make_cache
 from tests.models import VOCABULARY, build, prompt
 from tests.oracle import Recorder
 
@@ -17,6 +17,14 @@ UNEQUAL = {
     "gpt_oss": [1, 4],
 }
 
+THRESHOLD = [
+    ("reason_alloc", {"scorer": s}) for s in (RKV(), SnapKV(), H2O(), StreamingLLM(), Random())
+]
+WINDOWS = [
+    ("sliding_window", {"head_budgets": True} | changes)
+    for changes in ({}, {"max_budget": 42, "scorer": RKV()}, {"scorer": H2O(), "chunk_share": 0.0})
+]
+
 
 def decode(recorder, logits, steps):
     for _ in range(steps):
@@ -24,13 +32,11 @@ def decode(recorder, logits, steps):
     return logits
 
 
-@pytest.mark.parametrize("scorer", [RKV(), SnapKV(), H2O(), StreamingLLM(), Random()], ids=repr)
+@pytest.mark.parametrize(("kind", "changes"), THRESHOLD + WINDOWS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_logits_equal_oracle_over_compactions_and_turns(name, scorer):
+def test_logits_equal_oracle_over_compactions_and_turns(name, kind, changes):
     model, inputs = build(name), prompt()
-    cache = ReasonAllocCache(
-        model.config, budget=40, buffer=8, window=4, profile=UNEQUAL[name], scorer=scorer
-    )
+    cache = make_cache(kind, model, profile=UNEQUAL[name], **changes)
     recorder = Recorder(model, cache, inputs["attention_mask"])
     logits = decode(recorder, recorder.forward(inputs["input_ids"]), 60)
     assert cache.report().evictions >= 12, "several compactions are part of this test"
@@ -42,22 +48,30 @@ def test_logits_equal_oracle_over_compactions_and_turns(name, scorer):
     recorder.check(1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["qwen2_sliding", "gemma3", "gpt_oss"])
-def test_logits_equal_oracle_in_hybrid_models(name):
+def test_logits_equal_oracle_in_hybrid_models(name, kind):
     model, inputs = build(name), prompt()
-    cache = ReasonAllocCache(model.config, budget=40, buffer=8, window=4, profile=UNEQUAL[name])
+    cache = make_cache(kind, model, profile=UNEQUAL[name])
     recorder = Recorder(model, cache, inputs["attention_mask"])
     decode(recorder, recorder.forward(inputs["input_ids"]), 60)
     assert cache.report().evictions > 0
     recorder.check(1e-4)
 
 
-@pytest.mark.parametrize("scorer", [RKV(), H2O()], ids=repr)
-def test_logits_equal_oracle_when_the_prompt_is_cut(scorer):
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("reason_alloc", {"budget": 24, "scorer": RKV()}),
+        ("reason_alloc", {"budget": 24, "scorer": H2O()}),
+        ("sliding_window", {}),
+        ("sliding_window", {"max_budget": 36, "prompt_ratio": 0.25, "scorer": H2O()}),
+    ],
+    ids=str,
+)
+def test_logits_equal_oracle_when_the_prompt_is_cut(kind, changes):
     model, inputs = build("llama"), prompt(tokens=90, padding=(0, 33))
-    cache = ReasonAllocCache(
-        model.config, budget=24, buffer=8, window=4, scorer=scorer, protect_prompt=False
-    )
+    cache = make_cache(kind, model, protect_prompt=False, **changes)
     recorder = Recorder(model, cache, inputs["attention_mask"])
     logits = recorder.forward(inputs["input_ids"])
     assert (
@@ -71,12 +85,11 @@ def test_logits_equal_oracle_when_the_prompt_is_cut(scorer):
     recorder.check(1e-4)
 
 
-def test_logits_equal_oracle_in_chunked_prompts():
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_oracle_in_chunked_prompts(kind):
     model, inputs = build("llama"), prompt(tokens=30, padding=(0, 11))
     for protect in (True, False):
-        cache = ReasonAllocCache(
-            model.config, budget=40, buffer=8, window=4, profile=[1, 9, 4], protect_prompt=protect
-        )
+        cache = make_cache(kind, model, profile=[1, 9, 4], protect_prompt=protect)
         recorder = Recorder(model, cache, inputs["attention_mask"])
         for chunk in inputs["input_ids"].split(12, dim=1):
             logits = recorder.forward(chunk)
@@ -85,13 +98,24 @@ def test_logits_equal_oracle_in_chunked_prompts():
         recorder.check(1e-4)
 
 
-@pytest.mark.parametrize("scorer", [RKV(), SnapKV(), H2O(), Random()], ids=repr)
-def test_row_in_padded_batch_equals_row_alone(scorer):
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *(
+            ("reason_alloc", {"budget": 32, "scorer": s})
+            for s in (RKV(), SnapKV(), H2O(), Random())
+        ),
+        ("sliding_window", {"head_budgets": True}),
+        ("sliding_window", {"max_budget": 40, "scorer": RKV()}),
+        ("sliding_window", {"protect_prompt": False, "scorer": H2O()}),
+    ],
+    ids=str,
+)
+def test_row_in_padded_batch_equals_row_alone(kind, changes):
     model, inputs = build("llama"), prompt(batch=3, padding=(0, 7, 16))
-    settings = dict(budget=32, buffer=8, window=4, profile=[1.0, 9.0, 4.0], scorer=scorer)
 
     def run(ids, mask):
-        cache = ReasonAllocCache(model.config, **settings)
+        cache = make_cache(kind, model, profile=[1.0, 9.0, 4.0], **changes)
         out = model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=60
         )
@@ -108,9 +132,20 @@ def test_row_in_padded_batch_equals_row_alone(scorer):
             assert shifted == held[layer][row]
 
 
-@pytest.mark.parametrize("scorer", [RKV(), H2O(mass_decay=0.9), Random()], ids=repr)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *(
+            ("reason_alloc", {"budget": 32, "buffer": 5, "scorer": s})
+            for s in (RKV(), H2O(mass_decay=0.9), Random())
+        ),
+        ("sliding_window", {"head_budgets": True}),
+        ("sliding_window", {"max_budget": 36, "scorer": H2O()}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("mode", ["assistant", "same_model", "prompt_lookup"])
-def test_assisted_equals_plain(mode, scorer):
+def test_assisted_equals_plain(mode, kind, changes):
     model = build("llama")
     inputs = {key: value[:1] for key, value in prompt().items()}
     length = inputs["input_ids"].shape[1]
@@ -125,15 +160,7 @@ def test_assisted_equals_plain(mode, scorer):
         arguments["assistant_model"] = assistant
 
     def run(**more):
-        cache = ReasonAllocCache(
-            model.config,
-            budget=32,
-            buffer=5,
-            window=4,
-            profile=[1, 9, 4],
-            scorer=scorer,
-            prompt_length=length,
-        )
+        cache = make_cache(kind, model, profile=[1, 9, 4], prompt_length=length, **changes)
         out = model.generate(**inputs, **more, past_key_values=cache, max_new_tokens=70)
         return out, cache.report().evictions
 

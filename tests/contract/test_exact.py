@@ -1,10 +1,10 @@
-"""With eviction off, a ReasonAllocCache changes no token of any generate mode."""
+"""With nothing to evict, our caches change no token of any generate mode."""
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_reasoncache import ReasonAllocCache
+from tests.caches import KINDS, exact_cache
 from tests.models import BUILDERS, build, prompt
 
 MODES = {
@@ -41,6 +41,7 @@ def test_tokens_equal_dynamic_cache(name, mode):
     expected = run(DynamicCache(config=model.config))
     model.set_attn_implementation("reasoncache")
     assert torch.equal(run(DynamicCache(config=model.config)), expected), "foreign cache"
-    cache = ReasonAllocCache(model.config, budget=None)
-    assert torch.equal(run(cache), expected)
-    assert cache.report().evicted == 0
+    for kind in KINDS:
+        cache = exact_cache(kind, model)
+        assert torch.equal(run(cache), expected), kind
+        assert cache.report().evicted == 0

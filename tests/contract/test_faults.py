@@ -15,8 +15,9 @@ from transformers import (
     T5Config,
 )
 
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.scorers import RKV
+from tests.caches import CLASSES, SETTINGS, exact_cache, make_cache
 from tests.models import build, prompt
 
 HUGE = 10**30
@@ -79,37 +80,70 @@ def test_budget_that_cannot_hold_the_window(llama, window):
     ],
     ids=["negative", "nan", "inf", "zeros", "empty", "tensor"],
 )
-@pytest.mark.parametrize("budget", [64, None])
-def test_profile_with_unusable_numbers(llama, profile, budget):
+@pytest.mark.parametrize("kind", CLASSES)
+def test_profile_with_unusable_numbers(llama, profile, kind):
     with pytest.raises(ValueError, match=r"profile: expected .*demand.* got "):
-        ReasonAllocCache(llama.config, budget=budget, profile=profile)
+        CLASSES[kind](llama.config, **SETTINGS[kind], profile=profile)
 
 
-@pytest.mark.parametrize("budget", [64, None])
+@pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize(("name", "layers"), [("llama", 3), ("gemma3", 2)])
 @pytest.mark.parametrize("off_by", [-1, 1])
-def test_profile_of_another_geometry(name, layers, off_by, budget):
+def test_profile_of_another_geometry(name, layers, off_by, kind):
     said = (
         rf"profile: expected {layers} demands, one per full-attention layer.* "
         rf"got {layers + off_by}; use a profile that was calibrated on this model"
     )
     with pytest.raises(ValueError, match=said):
         profile = [1.0] * (layers + off_by)
-        ReasonAllocCache(build(name).config, budget=budget, profile=profile)
+        CLASSES[kind](build(name).config, **SETTINGS[kind], profile=profile)
 
 
-@pytest.mark.parametrize("scorer", ["rkv", "RKV()", 7, object(), lambda held: held.keys])
-def test_scorer_that_is_none(llama, scorer):
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("scorer", ["rkv", "RKV()", 7, object(), RKV, lambda held: held.keys])
+def test_scorer_that_is_none(llama, scorer, kind):
     with pytest.raises(ValueError, match=r"scorer: expected an object of .*scorers, got .*RKV\(\)"):
-        ReasonAllocCache(llama.config, budget=64, scorer=scorer)
+        CLASSES[kind](llama.config, **SETTINGS[kind], scorer=scorer)
 
 
-@pytest.mark.parametrize("budget", [64, None])
-def test_offloading(llama, budget):
+@pytest.mark.parametrize("kind", CLASSES)
+def test_offloading(llama, kind):
     with pytest.raises(
         ValueError, match=r"offloading=True: expected .*got .*; use a smaller budget"
     ):
-        ReasonAllocCache(llama.config, budget=budget, offloading=True)
+        CLASSES[kind](llama.config, **SETTINGS[kind], offloading=True)
+
+
+@pytest.mark.parametrize("value", [0, -1, -HUGE, HUGE, True, 64.0, "64", [64]], ids=repr)
+@pytest.mark.parametrize("name", ["window", "recent", "max_budget", "prompt_length"])
+def test_windows_refuse_numbers_out_of_range_or_of_another_type(llama, name, value):
+    said = rf"{name}: expected an integer [><]= \d+, got {re.escape(repr(value))}"
+    with pytest.raises(ValueError, match=said):
+        SlidingWindowCompressCache(llama.config, **{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.01, float("nan"), HUGE, True, "0.3", [0.3]], ids=repr)
+@pytest.mark.parametrize("name", ["ratio", "prompt_ratio", "chunk_share"])
+def test_windows_refuse_shares_that_are_none(llama, name, value):
+    said = rf"{name}: expected a number from 0\S* to 1, got {re.escape(repr(value))}"
+    with pytest.raises(ValueError, match=said):
+        SlidingWindowCompressCache(llama.config, **{name: value})
+
+
+def test_windows_refuse_what_does_not_fit_together(llama):
+    with pytest.raises(ValueError, match=r"ratio: expected a number from 0\.125 to 1, got 0\.1"):
+        SlidingWindowCompressCache(llama.config, window=8, ratio=0.1)
+    with pytest.raises(ValueError, match=r"max_budget: expected an integer >= 70, got 69"):
+        SlidingWindowCompressCache(llama.config, max_budget=69)
+    with pytest.raises(ValueError, match=r"max_budget: expected a ratio below 1.*ReasonAllocCache"):
+        SlidingWindowCompressCache(llama.config, ratio=1.0, max_budget=4096)
+
+
+@pytest.mark.parametrize("name", ["protect_prompt", "head_budgets"])
+@pytest.mark.parametrize("value", ["no", None, 2])
+def test_windows_refuse_a_flag_that_is_no_bool(llama, name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        SlidingWindowCompressCache(llama.config, **{name: value})
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -147,11 +181,11 @@ def unsupported():
 @pytest.mark.parametrize(
     ("model_type", "config", "feature"), [pytest.param(*row, id=row[0]) for row in unsupported()]
 )
-@pytest.mark.parametrize("budget", [64, None])
-def test_unsupported_model_by_name(model_type, config, feature, budget):
+@pytest.mark.parametrize("kind", CLASSES)
+def test_unsupported_model_by_name(model_type, config, feature, kind):
     said = rf"{model_type}.*: expected .*full-attention.*got .*({feature}).*; use DynamicCache"
     with pytest.raises(ValueError, match=said):
-        ReasonAllocCache(config, budget=budget)
+        CLASSES[kind](config, **SETTINGS[kind])
 
 
 @pytest.mark.parametrize("config", [None, {}, "meta/model", MistralConfig, 3], ids=repr)
@@ -208,16 +242,16 @@ def test_budget_error_goes_away_with_reset_and_a_shorter_prompt(llama):
     assert torch.equal(generate(llama, cache, short), generate(llama, fresh, short))
 
 
-@pytest.mark.parametrize("budget", [None, 40])
+@pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_other_batch_without_reset(llama, batch, budget):
-    cache = ReasonAllocCache(llama.config, budget=budget, window=4)
+def test_other_batch_without_reset(llama, batch, kind):
+    cache = make_cache(kind, llama)
     generate(llama, cache, max_new_tokens=3)
     longer = prompt(batch=batch, tokens=40, padding=(0,) * batch)
     with pytest.raises(ValueError, match=rf"a batch of 2 rows.*got {batch}; reset\(\) the cache"):
         generate(llama, cache, longer)
     cache.reset()
-    fresh = ReasonAllocCache(llama.config, budget=budget, window=4)
+    fresh = make_cache(kind, llama)
     other = prompt(batch=batch, padding=(0,) * batch)
     assert torch.equal(generate(llama, cache, other), generate(llama, fresh, other))
 
@@ -242,10 +276,11 @@ def test_held_positions_of_a_layer_that_is_not_ours(layer):
 # ------------------------------------------------------------------------ interrupted generations
 
 
-@pytest.mark.parametrize("budget", [None, 40])
+@pytest.mark.parametrize("make", [exact_cache, make_cache])
+@pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("layer", [0, 1])
-def test_generation_interrupted_between_cache_and_attention(llama, budget, layer, monkeypatch):
-    cache = ReasonAllocCache(llama.config, budget=budget, window=4)
+def test_generation_interrupted_between_cache_and_attention(llama, kind, make, layer, monkeypatch):
+    cache = make(kind, llama)
     generate(llama, cache, max_new_tokens=3)
     token = torch.ones(2, 1, dtype=torch.long)
 
@@ -259,8 +294,7 @@ def test_generation_interrupted_between_cache_and_attention(llama, budget, layer
     with pytest.raises(ValueError, match=r"interrupted|reset\(\)"), torch.no_grad():
         llama(token, past_key_values=cache)
     cache.reset()
-    fresh = ReasonAllocCache(llama.config, budget=budget, window=4)
-    assert torch.equal(generate(llama, cache), generate(llama, fresh))
+    assert torch.equal(generate(llama, cache), generate(llama, make(kind, llama)))
 
 
 def test_cache_that_is_still_generating_is_not_shared(llama):

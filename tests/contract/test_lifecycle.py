@@ -11,14 +11,23 @@ from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.scorers import H2O, RKV, Random
+from tests.caches import KINDS, exact_cache, make_cache
+from tests.caches import SETTINGS as BY_KIND
 from tests.models import VOCABULARY, build, prompt
 
-SETTINGS = dict(budget=40, buffer=8, window=4, profile=[1, 9, 4])
+SETTINGS = BY_KIND["reason_alloc"]
+PROFILE = [1, 9, 4]
+VARIANTS = [
+    ("reason_alloc", {"scorer": RKV()}),
+    ("reason_alloc", {"scorer": H2O()}),
+    ("sliding_window", {"head_budgets": True, "max_budget": 42}),
+]
+"""Kind of cache, and settings: two that keep statistics per token, and one that keeps neither."""
 LAYERS, HEADS, HEAD_SIZE = 3, 2, 16
 
 
-def new_cache(model, **changes):
-    return ReasonAllocCache(model.config, **(SETTINGS | changes))
+def new_cache(model, kind="reason_alloc", **changes):
+    return make_cache(kind, model, **({"profile": PROFILE} | changes))
 
 
 def tokens(model, cache, inputs=None, **arguments):
@@ -203,10 +212,10 @@ def tensors_reachable_from(value, found, seen):
         tensors_reachable_from(vars(value), found, seen)
 
 
-@pytest.mark.parametrize("scorer", [RKV(), H2O()], ids=repr)
-def test_no_tensor_of_size_escapes_the_report(scorer):
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
+def test_no_tensor_of_size_escapes_the_report(kind, changes):
     model = build("llama")
-    cache = new_cache(model, scorer=scorer)
+    cache = new_cache(model, kind, **changes)
     tokens(model, cache)
     found = {}
     for layer in cache.layers:
@@ -231,9 +240,10 @@ def test_growing_cache_doubles_and_stays_exact():
 # ------------------------------------------------------------------------------------------ report
 
 
-def test_report_counts_and_fits_80_columns():
+@pytest.mark.parametrize("kind", KINDS)
+def test_report_counts_and_fits_80_columns(kind):
     model = build("llama")
-    cache = new_cache(model)
+    cache = new_cache(model, kind)
     assert max(map(len, str(cache.report()).splitlines())) <= 80
     assert cache.report().backend == "-"
     tokens(model, cache)
@@ -265,12 +275,11 @@ def test_report_of_a_long_run_on_a_large_model_fits_80_columns():
 # ----------------------------------------------------------------------------- reset and deepcopy
 
 
-@pytest.mark.parametrize("scorer", [RKV(), H2O(mass_decay=0.9)], ids=repr)
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-def test_reset_cache_equals_a_new_one(name, scorer):
+def test_reset_cache_equals_a_new_one(name, kind, changes):
     model = build(name)
-    changes = dict(scorer=scorer, profile=None)
-    used, fresh = new_cache(model, **changes), new_cache(model, **changes)
+    used, fresh = (new_cache(model, kind, profile=None, **changes) for _ in range(2))
     tokens(model, used, prompt(batch=3, tokens=17, padding=(0, 1, 2), seed=9), max_new_tokens=80)
     used.reset()
     assert used.get_seq_length() == 0 and used.report().kv_bytes == 0
@@ -281,9 +290,10 @@ def test_reset_cache_equals_a_new_one(name, scorer):
     assert [used.held_positions(i) for i in full] == [fresh.held_positions(i) for i in full]
 
 
-def test_reset_after_assisted_decoding_forgets_the_drafts():
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_after_assisted_decoding_forgets_the_drafts(kind):
     model, inputs = build("llama"), prompt(batch=1)
-    used, fresh = new_cache(model), new_cache(model)
+    used, fresh = new_cache(model, kind), new_cache(model, kind)
     tokens(model, used, inputs, prompt_lookup_num_tokens=4)
     used.reset()
     assert torch.equal(tokens(model, used, inputs), tokens(model, fresh, inputs))
@@ -291,10 +301,10 @@ def test_reset_after_assisted_decoding_forgets_the_drafts():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-@pytest.mark.parametrize("scorer", [RKV(), H2O()], ids=repr)
-def test_copy_and_original_continue_alike_and_apart(name, scorer):
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
+def test_copy_and_original_continue_alike_and_apart(name, kind, changes):
     model = build(name)
-    driver, logits = start(model, scorer=scorer, profile=None)
+    driver, logits = start(model, kind=kind, profile=None, **changes)
     logits = driver.greedy(logits, 33)
     twin = Driver(model, copy.deepcopy(driver.cache), driver.mask)
     twin.seen = driver.seen
@@ -305,7 +315,7 @@ def test_copy_and_original_continue_alike_and_apart(name, scorer):
     found = driver.greedy(logits, 25)
     assert torch.equal(found, twin.greedy(logits, 25))
     assert driver.cache.report() == twin.cache.report() != other.cache.report()
-    fresh, first = start(model, scorer=scorer, profile=None)
+    fresh, first = start(model, kind=kind, profile=None, **changes)
     assert torch.equal(fresh.greedy(first, 58)[:, 33:], found)
     assert driver.cache.report().evictions > 0
 
@@ -327,20 +337,23 @@ def test_second_turn_equals_dynamic_cache(name, padding):
         )
         return tokens(model, cache, {"input_ids": ids, "attention_mask": mask}, max_new_tokens=15)
 
-    cache = ReasonAllocCache(model.config, budget=None)
-    assert torch.equal(two_turns(cache), two_turns(DynamicCache(config=model.config)))
-    assert cache.get_seq_length() == 21 + 15 + 11 + 15 - 1
+    expected = two_turns(DynamicCache(config=model.config))
+    for kind in KINDS:
+        cache = exact_cache(kind, model)
+        assert torch.equal(two_turns(cache), expected), kind
+        assert cache.get_seq_length() == 21 + 15 + 11 + 15 - 1
 
 
-def test_second_turn_on_an_evicting_cache_sees_every_token_once():
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_turn_on_an_evicting_cache_sees_every_token_once(kind):
     model, inputs = build("llama"), prompt()
-    cache = new_cache(model)
+    cache = new_cache(model, kind)
     first = tokens(model, cache, inputs, max_new_tokens=40)
     ids = torch.cat([first, torch.full((2, 9), 5)], dim=1)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 49), value=1)
     out = tokens(model, cache, {"input_ids": ids, "attention_mask": mask}, max_new_tokens=20)
 
-    driver, logits = start(model)
+    driver, logits = start(model, kind=kind)
     for column in range(21, 60):
         driver(first[:, column : column + 1])
     logits = driver(torch.cat([first[:, 60:61], torch.full((2, 9), 5)], dim=1))
@@ -354,7 +367,7 @@ def test_second_turn_on_an_evicting_cache_sees_every_token_once():
 # -------------------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("scorer", [RKV(), H2O()], ids=repr)
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 @pytest.mark.parametrize(
     ("change", "rows"),
@@ -367,9 +380,9 @@ def test_second_turn_on_an_evicting_cache_sees_every_token_once():
     ],
     ids=["select", "select_mask", "repeat", "reorder", "copies"],
 )
-def test_every_row_continues_as_it_would_have(change, rows, name, scorer):
+def test_every_row_continues_as_it_would_have(change, rows, name, kind, changes):
     model, inputs = build(name), prompt(batch=3, padding=(0, 7, 16))
-    stay, logits = start(model, inputs, scorer=scorer, profile=None)
+    stay, logits = start(model, inputs, kind=kind, profile=None, **changes)
     logits = stay.greedy(logits, 30)
     moved = Driver(model, copy.deepcopy(stay.cache), stay.mask[rows])
     moved.seen = stay.seen
@@ -382,9 +395,10 @@ def test_every_row_continues_as_it_would_have(change, rows, name, scorer):
         assert layer.evictions > 0
 
 
-def test_rows_that_were_copied_go_their_own_ways():
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_were_copied_go_their_own_ways(kind):
     model, inputs = build("llama"), prompt(batch=1)
-    driver, logits = start(model, inputs)
+    driver, logits = start(model, inputs, kind=kind)
     logits = driver.greedy(logits, 30)
     alone = copy.deepcopy(driver.cache)
     driver.cache.batch_repeat_interleave(2)
@@ -413,31 +427,34 @@ def test_copied_samples_that_are_greedy_equal_one_sample(budget):
     assert (cache.report().evictions > 0) == (budget is not None)
 
 
-def test_beams_of_a_row_do_not_depend_on_its_batch():
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_of_a_row_do_not_depend_on_its_batch(kind):
     model, inputs = build("llama"), prompt(batch=2, padding=(0, 7))
-    cache = new_cache(model)
+    cache = new_cache(model, kind)
     out = tokens(model, cache, inputs, num_beams=4, num_return_sequences=4)
     assert cache.report().evictions > 0 and out.shape == (8, 81)
     assert len({tuple(row.tolist()) for row in out}) == 8, "beams differ from each other"
     for row, pad in enumerate((0, 7)):
         single = {key: value[row : row + 1, pad:] for key, value in inputs.items()}
-        alone = tokens(model, new_cache(model), single, num_beams=4, num_return_sequences=4)
+        alone = new_cache(model, kind)
+        alone = tokens(model, alone, single, num_beams=4, num_return_sequences=4)
         assert torch.equal(alone, out[4 * row : 4 * row + 4, pad:])
 
 
-def test_best_beam_is_scored_as_if_it_had_been_fed_alone():
+@pytest.mark.parametrize("kind", KINDS)
+def test_best_beam_is_scored_as_if_it_had_been_fed_alone(kind):
     """Every step reorders all rows; the winner's cache is the one its own tokens make."""
     model, inputs = build("llama"), prompt(batch=1)
     out = tokens(
         model,
-        new_cache(model),
+        new_cache(model, kind),
         inputs,
         num_beams=4,
         length_penalty=0.0,
         output_scores=True,
         return_dict_in_generate=True,
     )
-    driver, logits = start(model, inputs)
+    driver, logits = start(model, inputs, kind=kind)
     total = 0.0
     for column in range(21, 81):
         token = out.sequences[:, column]
@@ -552,25 +569,25 @@ def test_prompt_shorter_than_the_window(length):
                 assert head[: len(protected)] == protected
 
 
-@pytest.mark.parametrize("scorer", [RKV(), Random()], ids=repr)
-def test_rows_of_all_different_paddings_equal_themselves_alone(scorer):
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
+def test_rows_of_all_different_paddings_equal_themselves_alone(kind, changes):
     paddings = (0, 3, 10, 19, 20)
     model, inputs = build("llama"), prompt(batch=5, padding=paddings)
-    cache = new_cache(model, scorer=scorer)
+    cache = new_cache(model, kind, **changes)
     out = tokens(model, cache, inputs)
     for row, pad in enumerate(paddings):
         single = {key: value[row : row + 1, pad:] for key, value in inputs.items()}
-        alone = new_cache(model, scorer=scorer)
+        alone = new_cache(model, kind, **changes)
         assert torch.equal(tokens(model, alone, single)[0], out[row, pad:])
         for layer in range(LAYERS):
             held = [[at + pad for at in head] for head in alone.held_positions(layer)[0]]
             assert cache.held_positions(layer)[row] == held
 
 
-@pytest.mark.parametrize("scorer", [RKV(), H2O()], ids=repr)
-def test_bfloat16_model_runs(scorer):
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
+def test_bfloat16_model_runs(kind, changes):
     model = build("llama").bfloat16()
-    driver, logits = start(model, scorer=scorer)
+    driver, logits = start(model, kind=kind, **changes)
     found = driver.greedy(logits, 60)
     assert found.dtype == torch.bfloat16 and bool(found.isfinite().all())
     assert driver.cache.layers[0].pool.fields["keys"].dtype == torch.bfloat16

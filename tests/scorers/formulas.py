@@ -15,12 +15,12 @@ def softmax(numbers: list[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def attention(head: Head, last: int) -> list[float]:
-    """Mean probability over the last queries and the query group, each query causal."""
+def attention(head: Head, last: int, causal: bool = True) -> list[float]:
+    """Mean probability over the last queries and the query group."""
     scores = [0.0] * len(head)
     window = head.queries[-last:]
     for position, group in window:
-        seen = [n for n in range(len(head)) if head.positions[n] <= position]
+        seen = [n for n in range(len(head)) if head.positions[n] <= position or not causal]
         for query in group:
             weights = softmax([head.scaling * float(query @ head.keys[n]) for n in seen])
             for n, weight in zip(seen, weights, strict=True):

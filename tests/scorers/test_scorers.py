@@ -12,6 +12,7 @@ from hf_reasoncache.scorers import (
     H2O,
     RKV,
     TOVA,
+    Bidirectional,
     KeyDiff,
     KeyNorm,
     LagKV,
@@ -37,6 +38,11 @@ MATRIX = {
         partial(formulas.snapkv, last=3, kernel=3),
     ),
     "tova": (TOVA(), partial(formulas.attention, last=1)),
+    "bidirectional": (Bidirectional(), partial(formulas.attention, last=128, causal=False)),
+    "bidirectional-some": (
+        Bidirectional(queries=3),
+        partial(formulas.attention, last=3, causal=False),
+    ),
     "h2o": (H2O(), formulas.h2o),
     "h2o-average": (
         H2O(recent_ratio=0.25, average=True),
@@ -172,6 +178,7 @@ def test_missing_queries_are_as_if_never_asked_for(scorer, length):
         (lambda: RKV(queries=0), "queries >= 1, got 0"),
         (lambda: RKV(kernel=4), "odd kernel >= 1, got 4"),
         (lambda: RKV(threshold=-0.5), "threshold"),
+        (lambda: Bidirectional(queries=0), "queries >= 1, got 0"),
         (lambda: SnapKV(queries=-1), "queries >= 1, got -1"),
         (lambda: SnapKV(queries=2.5), "got 2.5"),
         (lambda: SnapKV(kernel=0), "odd kernel >= 1, got 0"),

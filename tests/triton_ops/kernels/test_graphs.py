@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.graphs import CudaRecorder, decode_graphs
 from hf_reasoncache.layers import pooled
 from hf_reasoncache.scorers import H2O, RKV
@@ -14,10 +14,11 @@ from triton_ops.backend import interpreting
 
 IN_PLACE = dict(budget=8, window=2, head_budgets=False, protect_prompt=False)
 CASES = {
-    # Steps; times recorded and run as usual; settings. The pool of the first one grows once.
-    "everything": (8, (2, 2), dict(budget=None)),
-    "queries": (8, (1, 1), dict(buffer=3, scorer=RKV(), **IN_PLACE)),
-    "mass": (5, (1, 1), dict(buffer=2, scorer=H2O(mass_decay=0.9), **IN_PLACE)),
+    # Steps; times recorded and run as usual; class and settings. The first and the last pool grow.
+    "everything": (8, (2, 2), ReasonAllocCache, dict(budget=None)),
+    "queries": (8, (1, 1), ReasonAllocCache, dict(buffer=3, scorer=RKV(), **IN_PLACE)),
+    "mass": (5, (1, 1), ReasonAllocCache, dict(buffer=2, scorer=H2O(mass_decay=0.9), **IN_PLACE)),
+    "windows": (9, (2, 3), SlidingWindowCompressCache, dict(window=4, ratio=0.25, recent=1)),
 }
 
 
@@ -32,10 +33,10 @@ def host_tensors(cache):
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_and_contents_are_those_without_graphs(name, device, monkeypatch):
     monkeypatch.setattr(pooled, "FIRST_ROOM", 4)
-    steps, counts, settings = CASES[name]
+    steps, counts, kind, settings = CASES[name]
     model = small_llama(query_heads=2).to(device)
     inputs = {k: v.to(device) for k, v in prompt(tokens=9, padding=(0, 3)).items()}
-    plain, cache = (ReasonAllocCache(model.config, **settings) for _ in range(2))
+    plain, cache = (kind(model.config, **settings) for _ in range(2))
     arguments = inputs | {"max_new_tokens": steps + 1, "do_sample": False}
     expected = model.generate(**arguments, past_key_values=plain)
     recorder = TapeRecorder(lambda: host_tensors(cache)) if interpreting() else CudaRecorder()

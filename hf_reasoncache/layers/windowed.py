@@ -1,0 +1,245 @@
+"""A layer that compresses each window of generated text once, when it has been written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from hf_reasoncache.budgets.heads import head_budgets
+from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.selection import Occasion, gather_held
+from hf_reasoncache.layers.token2chunk import token2chunk
+from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
+from hf_reasoncache.scorers.base import HeldTokens
+
+_NO_ROWS = torch.zeros(0, dtype=torch.long)
+_SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
+
+Allot = Callable[[HeldTokens, torch.Tensor], torch.Tensor]
+
+
+class WindowedLayer(EvictingLayer):
+    """One layer that holds the prompt, a share of every window, and the newest tokens.
+
+    Invariants between two forwards: all tokens from a row's next window on are held; of the windows
+    before it each head holds what `RowWindows.kept` said, or less after a second pass; with a
+    bound, no row held more than that per head when its last compaction ended.
+    """
+
+    policy: WindowPolicy
+    budgets: RowWindows | None
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._log.resize(self._log_size)
+
+    @property
+    def _log_size(self) -> int:
+        """Columns that lie between now and the oldest query that a complete window needs."""
+        wanted = min(self.policy.scorer.queries, self.policy.window)
+        return wanted + self.policy.recent if wanted else 0
+
+    def _remember(self, chunk: Chunk) -> None:
+        if chunk.steps > 1 and self._log_size:
+            # It may bring several windows at once, whose queries are needed until they are served.
+            self._log.resize(max(self._log_size, self._open_columns()))
+        super()._remember(chunk)
+
+    def _open_columns(self) -> int:
+        if self.budgets is not None:
+            return self.budgets.open_columns(self.seen)
+        return 0 if self.policy.protect_prompt else self.seen
+
+    def _require_windows(self) -> RowWindows:
+        if self.budgets is None:
+            raise ValueError(f"layer {self.index}: expected windows, got a layer without a prompt.")
+        return self.budgets
+
+    # ---------------------------------------------------------------------- what EvictingLayer asks
+
+    def _allocate(self) -> None:
+        self._prompt_columns = self._end_of_prompt()
+        self.budgets = RowWindows.after_prompt(
+            self.policy, self.first, self._prompt_columns, self.budgets
+        )
+
+    def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
+        placed = self._placed
+        super()._place_first(begin, valid)
+        if not placed and self.budgets is not None:
+            self.budgets = replace(self.budgets, first=self.first)
+
+    def _capacity(self, length: torch.Tensor) -> torch.Tensor:
+        """See `EvictingLayer._capacity`: room for a window, and some for what stays of the next.
+
+        Few different capacities keep heads of similar length in one attention call.
+        """
+        need = length + self.policy.window
+        step = self.policy.window // 2
+        spare = max(step, int(length.max()) // _SPARE)
+        roomy = (need + spare + step - 1) // step * step
+        if self.budgets is not None and self.budgets.limit is not None:
+            bound = (self.budgets.limit + self.policy.window)[:, None].expand_as(need)
+            # What a bounded head will need in the end it gets at once, and never has to move.
+            roomy = bound.where(need <= bound, roomy)
+        return roomy
+
+    def _make_room(self, steps: int) -> None:
+        pool = self._require_pool()
+        if steps > pool.least_free:
+            pool.relayout(torch.maximum(pool.capacity, self._capacity(pool.length + steps)))
+
+    def _fit(self) -> None:
+        """Move the pool if a head lacks room for the next window, or much room is unused."""
+        pool = self._require_pool()
+        target = self._capacity(pool.length)
+        if bool((pool.length + self.policy.window > pool.capacity).any()) or (
+            4 * pool.layout.slots > 5 * int(target.sum())
+        ):
+            pool.relayout(target)
+
+    def _due(self, columns: int, steps: int) -> torch.Tensor:
+        """Rows whose next window is complete before the last of `steps` more tokens."""
+        windows = self._require_windows()
+        if columns + steps <= windows.calm:
+            return _NO_ROWS
+        return (windows.complete_at < columns + steps).nonzero()[:, 0]
+
+    def _evict(self, rows: torch.Tensor, columns: int) -> None:
+        """Compress every window of `rows` that is complete."""
+        if not rows.numel():
+            return
+        served = rows = self._complete(rows, columns)
+        while rows.numel():
+            self._compress(rows, columns)
+            rows = self._complete(rows, columns)
+        if not served.numel():
+            return
+        self._hold_bound(served, columns)
+        self._log.resize(self._log_size)
+        self._tail = 0
+        self._fit()
+
+    def _crop(self, columns: int) -> None:
+        super()._crop(columns)
+        if self.budgets is not None:
+            self.budgets = self.budgets.crop(self.seen)
+
+    # ---------------------------------------------------------------------------------- compression
+
+    def _complete(self, rows: torch.Tensor, columns: int) -> torch.Tensor:
+        return rows[self._require_windows().complete_at[rows] <= columns]
+
+    def _compress(self, rows: torch.Tensor, columns: int) -> None:
+        """Compress the next window of each of `rows`, as its own queries see it."""
+        windows = self._require_windows()
+        low, high, kept = windows.start[rows], windows.end[rows], windows.kept(rows)
+        self.budgets = windows.advance(rows)
+        if bool((kept < high - low).any()):
+            self._shrink(rows, columns, low, high, high, self._allot(kept))
+
+    def _allot(self, kept: torch.Tensor) -> Allot:
+        """Give every head of a row the same, or heads by demand the same in total."""
+
+        def equal(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+            return kept[:, None].expand(-1, scores.shape[1])
+
+        def by_demand(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+            heads, count = scores.shape[1], held.count.amin(-1).tolist()
+            split = [
+                # No head can keep more than it holds.
+                head_budgets(
+                    scores[row : row + 1].masked_fill(~held.valid[row : row + 1], -torch.inf),
+                    held.valid[row : row + 1],
+                    heads * each,
+                    high=max(1.0, min(2.0, count[row] / max(each, 1))),
+                    comparable=self.policy.scorer.comparable,
+                )
+                for row, each in enumerate(kept.tolist())
+            ]
+            return torch.cat(split)
+
+        return by_demand if self.policy.head_budgets else equal
+
+    def _hold_bound(self, rows: torch.Tensor, columns: int) -> None:
+        """Compress the oldest windows of `rows` again, as the newest queries see them."""
+
+        def again(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+            # At least one less than there are, so that the bound is reached.
+            return held.count * min(self.policy.kept, self.policy.window - 1) // self.policy.window
+
+        rows = self._over_bound(rows)
+        while rows.numel():
+            windows = self._require_windows()
+            low, high = windows.stretch(rows)
+            self.budgets = windows.sweep_to(rows, high)
+            now = columns - self.first[rows]
+            self._shrink(rows, columns, low, high, now, again)
+            rows = self._over_bound(rows)
+
+    def _over_bound(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows that hold more than their bound in what no longer is in a window to come."""
+        windows, pool = self._require_windows(), self._require_pool()
+        if windows.limit is None:
+            return _NO_ROWS
+        slots, offset = pool.slots(rows)
+        begin = (self.first[rows] + windows.start[rows]).to(slots.device)
+        past = (pool.fields["positions"][slots] < begin[:, None, None]) & (offset >= 0)
+        allowed = (windows.limit[rows] - self.policy.recent) * past.shape[1]
+        return rows[past.flatten(1).sum(-1).cpu() > allowed]
+
+    def _shrink(
+        self,
+        rows: torch.Tensor,
+        columns: int,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        now: torch.Tensor,
+        allot: Allot,
+    ) -> None:
+        """Evict from the tokens at positions `low` to `high - 1`, scored as of position `now`."""
+        pool, first = self._require_pool(), self.first[rows]
+        occasion = Occasion(rows, first, columns, None, self._scaling, self.index)
+        held, slots, offset, _ = gather_held(pool, occasion, (first + low, first + high))
+        if not held.keys.shape[2]:
+            return
+        queries, asked = self._queries(rows, columns, low, now, pool.length.shape[1])
+        held = replace(held, length=now.to(asked.device), queries=queries, query_positions=asked)
+        scores = self.policy.scorer.score(held)
+        budgets = allot(held, scores)
+        keep = token2chunk(scores, held.valid, budgets, self.policy.chunk_share)
+        self._store_notes(held, slots)
+        lost = held.valid & ~keep
+        everything, place = pool.slots(rows)
+        stays = place >= 0
+        row, head, index = lost.nonzero(as_tuple=True)
+        stays[row, head, offset[row, head, index]] = False
+        pool.compact(rows, everything, place, stays)
+        self.evictions += rows.numel()
+        self.evicted += int(lost.sum())
+
+    def _queries(
+        self, rows: torch.Tensor, columns: int, low: torch.Tensor, now: torch.Tensor, heads: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return the last queries before position `now`, none older than `low`, and where they are.
+
+        Returns
+        -------
+        Tensor[R, H_kv, G, A, D] or None
+        LongTensor[R, A]
+            Positions; -1 for a query that there is not.
+        """
+        log, device = self._log.last(), self._require_pool().fields["positions"].device
+        wanted = min(self.policy.scorer.queries, self.policy.window)
+        asked = now[:, None] + torch.arange(-wanted, 0)
+        if log is None:
+            return None, torch.full_like(asked, -1).to(device)
+        place = self.first[rows][:, None] + asked - (columns - log.shape[2])
+        asked = asked.where((asked >= low[:, None]) & (place >= 0), -1).to(device)
+        place = place.clamp_min(0).to(device)
+        index = place[:, None, :, None].expand(-1, log.shape[1], -1, log.shape[3])
+        chosen = log[rows.to(device)].gather(2, index)
+        return chosen.unflatten(1, (heads, -1)), asked

@@ -1,0 +1,220 @@
+"""Where the windows of each row lie, and how much of one stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class WindowPolicy:
+    """The settings by which one layer compresses its windows.
+
+    Attributes
+    ----------
+    window : int
+        Tokens of a window.
+    kept : int
+        Tokens per head that stay of a whole window of generated text, on average over the heads.
+    mean_kept : int
+        `kept` on average over the layers, for which `max_budget` must have room.
+    prompt_kept : int
+        `kept` of a window of the prompt; only used when the prompt is not protected.
+    recent : int
+        Newest tokens that are in no window yet.
+    chunk_share : float
+        Share of the kept tokens that fill gaps, see `token2chunk`.
+    scorer : Scorer
+    head_budgets : bool
+        Whether the heads share what is kept of a window by demand instead of equally.
+    protect_prompt : bool
+        Whether the prompt is never in a window.
+    prompt_length : int or None
+        Columns of the prompt; None takes the forwards before the first single-token one.
+    phase : int
+        Windows end at positions that leave this remainder when divided by `window`. Another phase
+        in every layer spreads the work over the steps.
+    max_budget : int or None
+        Tokens per head that stay after a compaction, on average over the layers.
+    demand : tuple of float or None
+        Demand of each layer, by which the layers share `max_budget`.
+    rule : BudgetRule
+        How demand becomes the bounds of the layers.
+    rank : int
+        Index of this layer in `demand`.
+    """
+
+    window: int
+    kept: int
+    mean_kept: int
+    prompt_kept: int
+    recent: int
+    chunk_share: float
+    scorer: Scorer
+    head_budgets: bool
+    protect_prompt: bool
+    prompt_length: int | None = None
+    phase: int = 0
+    max_budget: int | None = None
+    demand: tuple[float, ...] | None = None
+    rule: BudgetRule = field(default_factory=BudgetRule)
+    rank: int = 0
+
+    def limit(self, prompt_tokens: int) -> int | None:
+        """Tokens per head that stay after a compaction of a row whose protected prompt has
+        `prompt_tokens` tokens; None without a bound.
+
+        Raises
+        ------
+        ValueError
+            If the bound cannot hold the prompt, the recent tokens and a compressed window.
+        """
+        if self.max_budget is None:
+            return None
+        floor = prompt_tokens + self.recent + self.mean_kept
+        if floor > self.max_budget:
+            raise ValueError(
+                f"max_budget too small: expected max_budget >= {floor} ({prompt_tokens} protected "
+                f"prompt tokens, {self.recent} recent ones and {self.mean_kept} of a window), got "
+                f"max_budget={self.max_budget}. Raise it, shorten the prompt, or pass "
+                "protect_prompt=False."
+            )
+        if self.demand is None:
+            return self.max_budget
+        return self.rule.layer_budgets(self.demand, self.max_budget, floor=floor)[self.rank]
+
+
+@dataclass(frozen=True, eq=False)
+class RowWindows:
+    """The next window of every row of one layer; changes give a new object.
+
+    Positions are counted from a row's first real token, so a row in a padded batch has the windows
+    of that row alone, and rows of different length reach theirs at different steps.
+
+    Attributes
+    ----------
+    policy : WindowPolicy
+    first : LongTensor[B]
+        Column of each row's first real token; -1 while a row has only seen padding.
+    prompt : LongTensor[B]
+        Position behind the prompt. No window reaches across it.
+    start : LongTensor[B]
+        Position where the next window begins; all before it is compressed, or protected prompt.
+    sweep : LongTensor[B]
+        Position up to which the compressed past has been compressed again.
+    limit : LongTensor[B] or None
+        Tokens per head that stay after a compaction.
+    """
+
+    policy: WindowPolicy
+    first: torch.Tensor
+    prompt: torch.Tensor
+    start: torch.Tensor
+    sweep: torch.Tensor
+    limit: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        # Now, because a captured step may ask for it but not compute it.
+        _ = self.calm
+
+    @staticmethod
+    def after_prompt(
+        policy: WindowPolicy, first: torch.Tensor, columns: int, before: RowWindows | None
+    ) -> RowWindows:
+        """Place the windows when the prompt has grown to `columns` columns.
+
+        Parameters
+        ----------
+        policy : WindowPolicy
+        first : LongTensor[B]
+        columns : int
+        before : RowWindows or None
+            The windows in the shorter prompt, if there was one.
+        """
+        prompt = (columns - first).where(first >= 0, 0)
+        protected = prompt if policy.protect_prompt else torch.zeros_like(prompt)
+        limits = [policy.limit(tokens) for tokens in protected.tolist()]
+        carried = not policy.protect_prompt and before is not None
+        return RowWindows(
+            policy=policy,
+            first=first,
+            prompt=prompt,
+            start=before.start if carried and before is not None else protected,
+            sweep=before.sweep if carried and before is not None else protected,
+            limit=None if policy.max_budget is None else torch.tensor(limits),
+        )
+
+    @cached_property
+    def end(self) -> torch.Tensor:
+        """LongTensor[B]: position behind each row's next window."""
+        window, phase = self.policy.window, self.policy.phase
+        aligned = self.start + window - (self.start - phase) % window
+        return aligned.where(self.start >= self.prompt, torch.minimum(aligned, self.prompt))
+
+    @cached_property
+    def complete_at(self) -> torch.Tensor:
+        """LongTensor[B]: columns stored when a row's next window is complete."""
+        complete = self.first + self.end + self.policy.recent
+        return complete.where(self.first >= 0, torch.iinfo(torch.long).max)
+
+    @cached_property
+    def calm(self) -> int:
+        """Columns up to which no window becomes complete; a number, as every step asks for it."""
+        return int(self.complete_at.min())
+
+    def open_columns(self, columns: int) -> int:
+        """Columns since the beginning of the earliest next window."""
+        return max(0, columns - int((self.first + self.start).min()))
+
+    def kept(self, rows: torch.Tensor) -> torch.Tensor:
+        """LongTensor[R]: tokens per head that stay of each row's next window.
+
+        A window that the end of the prompt cuts short keeps its share: rounding down the running
+        total instead of each part makes the parts of a window add up to the whole.
+        """
+        start, end = self.start[rows], self.end[rows]
+        share = torch.full_like(start, self.policy.kept)
+        share = share.where(start >= self.prompt[rows], self.policy.prompt_kept)
+        return end * share // self.policy.window - start * share // self.policy.window
+
+    def advance(self, rows: torch.Tensor) -> RowWindows:
+        """Go on to the next window in some rows."""
+        return replace(self, start=self.start.index_put((rows,), self.end[rows]))
+
+    def stretch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the oldest windows, positions from and to, that were not compressed again yet.
+
+        They hold about as many tokens as a new window. When all the past has had its turn, it
+        begins again with the oldest.
+        """
+        oldest = self.prompt[rows] if self.policy.protect_prompt else torch.zeros_like(rows)
+        low = self.sweep[rows].where(self.sweep[rows] < self.start[rows], oldest)
+        span = self.policy.window * max(1, round(self.policy.window / max(self.policy.kept, 1)))
+        return low, torch.minimum(low + span, self.start[rows])
+
+    def sweep_to(self, rows: torch.Tensor, position: torch.Tensor) -> RowWindows:
+        """Note up to where the past of some rows has been compressed again."""
+        return replace(self, sweep=self.sweep.index_put((rows,), position))
+
+    def crop(self, columns: int) -> RowWindows:
+        """Go back to `columns` columns: what comes next begins a window there."""
+        length = (columns - self.first).where(self.first >= 0, 0)
+        moved = (torch.minimum(x, length) for x in (self.prompt, self.start, self.sweep))
+        prompt, start, sweep = moved
+        return replace(self, prompt=prompt, start=start, sweep=sweep)
+
+    def select_rows(self, rows: torch.Tensor) -> RowWindows:
+        """Keep, repeat or reorder rows."""
+        return replace(
+            self,
+            first=self.first[rows],
+            prompt=self.prompt[rows],
+            start=self.start[rows],
+            sweep=self.sweep[rows],
+            limit=None if self.limit is None else self.limit[rows],
+        )

@@ -1,0 +1,21 @@
+"""The caches that share a contract, with settings that make each compress early and often."""
+
+from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
+
+CLASSES = {"reason_alloc": ReasonAllocCache, "sliding_window": SlidingWindowCompressCache}
+SETTINGS = {
+    "reason_alloc": dict(budget=40, buffer=8, window=4),
+    "sliding_window": dict(window=8, ratio=0.4, recent=4),
+}
+EXACT = {"reason_alloc": dict(budget=None), "sliding_window": dict(window=8, ratio=1.0, recent=4)}
+KINDS = tuple(CLASSES)
+
+
+def make_cache(kind, model, **changes):
+    """A cache that evicts; `changes` replace its settings."""
+    return CLASSES[kind](model.config, **(SETTINGS[kind] | changes))
+
+
+def exact_cache(kind, model):
+    """A cache that keeps everything."""
+    return CLASSES[kind](model.config, **EXACT[kind])
