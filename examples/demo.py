@@ -17,7 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from examples.harness import FULL, Arm, Summary, load, run_arm, summarize
-from examples.policies import make_arm, policies
+from examples.policies import make_arm, policies, wave
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems
 from hf_reasoncache.scorers import Random
 
@@ -29,7 +29,7 @@ SEED = DEVELOPMENT_SEEDS[500]
 
 def arms(family: str, budgets: Sequence[int]) -> list[Arm]:
     """The full cache, ours at each budget, and random eviction at the smallest budget."""
-    best = policies(family)["H2O (attention only) + wave"]
+    best = {**policies(family)["H2O (attention only) + wave"], "profile": wave(family, "tuned")}
     ours = [
         make_arm(f"ReasonAlloc {budget}", best, budget, protect=False)
         for budget in sorted(budgets, reverse=True)
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=sorted(MODELS), default="llama")
     parser.add_argument("--problems", type=int, default=32, help="of each task")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[112, 80, 64])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[112, 76, 64])
     parser.add_argument("--output", type=Path, default=Path("demo.png"))
     parser.add_argument("--threads", type=int, default=1, help="more do not help so small a model")
     arguments = parser.parse_args()
