@@ -37,12 +37,13 @@ WINDOW, RECENT = 32, 16
 
 RATIOS = (0.2, 0.3, 0.4)
 THRESHOLDS = {
-    "random": (132, 147, 154),
-    "R-KV": (132, 147, 154),
+    "random": (142, 147, 154),
+    "R-KV": (142, 147, 154),
     "R-KV + wave + heads (ReasonAlloc)": (146, 186, 206),
 }
 """Budgets at which a policy holds, on development problems of the Llama's `chain`, as many tokens
-on average over the steps as windows do at each ratio."""
+on average over the steps as windows do at each ratio; 142 is the least that holds the longest
+prompt."""
 
 
 def windows(family: str) -> dict[str, dict[str, Any]]:

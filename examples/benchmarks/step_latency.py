@@ -102,7 +102,7 @@ def draw(path: Path, steps: dict[str, list[float]], title: str) -> None:
     """One histogram per cache, under each other, on one axis."""
     # Without pyplot: no window system is asked for, and nothing global is left behind.
     figure = Figure(figsize=(8, 1.5 * len(steps) + 0.8))
-    panels = figure.subplots(len(steps), 1, sharex=True)
+    panels = figure.subplots(len(steps), 1, sharex=True, sharey=True)
     low = min(map(min, steps.values()))
     high = max(map(max, steps.values()))
     edges = torch.logspace(float(torch.tensor(low).log10()), float(torch.tensor(high).log10()), 60)
