@@ -12,6 +12,9 @@ from triton_ops.redundancy.search import BLOCK, most_recent_repeats
 # Cosines held at once (4 MB in float32), so that they stay in a cache and a long prompt, whose
 # heads are searched one after another, borrows little memory.
 TILE = 1 << 20
+# Two keys alone are as redundant as each other. In float64 the rounding errors by which such a tie
+# would be decided, one way in a batch and another without it, vanish in a scorer's softmax.
+FEW = 32
 
 
 def redundancy(
@@ -35,14 +38,14 @@ def _together(held: torch.Tensor) -> Iterator[tuple[slice | torch.Tensor, int]]:
     Heads that hold as many tokens go together: their new tokens lie in the same block.
     """
     heads, count = held.shape
-    if bool(held.all()):
+    if count and bool(held.all()):
         # No copy of the keys.
-        group = max(1, TILE // max(1, count * BLOCK))
+        group = max(1, TILE // (count * BLOCK))
         yield from ((slice(first, first + group), count) for first in range(0, heads, group))
         return
     extent = (torch.arange(1, count + 1, device=held.device) * held).amax(-1)
-    for used in extent.unique().tolist():
-        group = max(1, TILE // max(1, used * BLOCK))
+    for used in extent[extent > 0].unique().tolist():
+        group = max(1, TILE // (used * BLOCK))
         for some in (extent == used).nonzero()[:, 0].split(group):
             yield some, used
 
@@ -51,7 +54,8 @@ def _of_heads(
     keys: torch.Tensor, held: torch.Tensor, known: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`redundancy` of a few heads `[S, N, D]`, whose scratch is all that lives at once."""
-    dtype = torch.promote_types(keys.dtype, torch.float32)
+    few = keys.shape[1] <= FEW
+    dtype = torch.promote_types(keys.dtype, torch.float64 if few else torch.float32)
     unit = keys.to(dtype)
     if not bool(held.all()):
         unit = unit.where(held[..., None], 0.0)
@@ -62,4 +66,4 @@ def _of_heads(
     total = torch.linalg.vecdot(unit, unit.sum(1, keepdim=True)) - (norm > 0).to(dtype).squeeze(-1)
     total.scatter_add_(1, repeat.clamp(min=0), -exempted)
     mean = total / held.sum(-1, keepdim=True).clamp(min=1)
-    return mean.where(held, 0.0), repeat
+    return mean.where(held, 0.0).to(torch.promote_types(keys.dtype, torch.float32)), repeat

@@ -10,7 +10,7 @@ import torch
 from triton_ops.redundancy.places import NONE, UNSEEN
 
 BLOCK = 128
-"""Columns per step of the search."""
+"""Columns per step of the scan."""
 
 # A cosine of two unit vectors near 1/2 is off by less than 0.01 in bfloat16: both factors of a
 # product by at most 2^-8 of themselves, the result by 2^-8 of 1/2.
@@ -40,34 +40,38 @@ def most_recent_repeats(
         Of the key and its repeat, 0 where there is none.
     """
     screened = _screens(unit, threshold)
-    repeat = _scan(unit.to(torch.bfloat16) if screened else unit, unit, held, known, threshold)
+    screen = unit.to(torch.bfloat16) if screened else unit
+    repeat, open_, end = _scan(screen, held, known, threshold)
     cosine = _cosine(unit, repeat)
     if screened:
         # What looked like a repeat in bfloat16 and is none; the next candidate is an older one.
         wrong = (repeat != NONE) & (cosine <= threshold)
-        if bool(wrong.any()):
-            end = int(repeat[wrong].max())
-            repeat.masked_fill_(wrong, NONE)
-            _search(unit, end, wrong, repeat, threshold)
-            cosine = _cosine(unit, repeat)
+        end = max(end, int(repeat.where(wrong, 0).max()))
+        repeat.masked_fill_(wrong, NONE)
+        open_ |= wrong
+    if bool(open_.any()):
+        _search(unit, end, open_, repeat, cosine, threshold)
     return repeat, cosine
 
 
 def _scan(
-    screen: torch.Tensor,
-    unit: torch.Tensor,
-    held: torch.Tensor,
-    known: torch.Tensor,
-    threshold: float,
-) -> torch.Tensor:
-    """Return the place of every key's most recent repeat, as `screen` sees it.
+    unit: torch.Tensor, held: torch.Tensor, known: torch.Tensor, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Answer for most rows, comparing every row with every column.
 
     Columns are scanned in blocks from the most recent backwards, by the rows of the block and older
     ones. Cosines are symmetric, so the same block answers its own rows for all older columns, after
     which they are done: half of the matrix is all that is ever computed. A row leaves with its
-    first match, or once only columns are left for which its answer is known. The scan ends when no
-    row is left; real keys, which share a large common component, mostly match within the first
-    block.
+    first match, or once only columns are left for which its answer is known. Real keys, which share
+    a large common component, mostly match within the first block.
+
+    Returns
+    -------
+    repeat : LongTensor[S, N]
+    open_ : BoolTensor[S, N]
+        The few rows that are left (an attention sink resembles nothing).
+    end : int
+        Those have seen all columns from here on.
     """
     repeat, open_, seen = torch.full_like(known, NONE), held.clone(), known != UNSEEN
     # Keys before this place have been compared with each other.
@@ -78,15 +82,10 @@ def _scan(
             done = open_ & seen & (compared >= end)
             repeat = known.where(done, repeat)
             open_ &= ~done
-        left = int(open_[:, :end].sum(-1).amax())
-        if left == 0:
-            break
-        if 2 * left <= end:
-            # Few rows keep searching (an attention sink resembles nothing): carry only those.
-            _search(unit, end, open_, repeat, threshold)
-            break
+        if 2 * int(open_[:, :end].sum(-1).amax()) <= end:
+            return repeat, open_, end
         start = max(0, end - BLOCK)
-        cosine = screen[:, :end] @ screen[:, start:end].mT
+        cosine = unit[:, :end] @ unit[:, start:end].mT
         cosine[:, start:].diagonal(dim1=-2, dim2=-1).zero_()
         near = _near(cosine, threshold)
         _answer(near, -1, start, open_[:, :end], repeat[:, :end])
@@ -94,11 +93,16 @@ def _scan(
             _answer(near[:, :start], -2, 0, open_[:, start:end], repeat[:, start:end])
         # Its own rows have now seen all columns.
         open_[:, start:end] = False
-    return repeat
+    return repeat, open_, 0
 
 
 def _search(
-    unit: torch.Tensor, end: int, asking: torch.Tensor, repeat: torch.Tensor, threshold: float
+    unit: torch.Tensor,
+    end: int,
+    asking: torch.Tensor,
+    repeat: torch.Tensor,
+    cosine: torch.Tensor,
+    threshold: float,
 ) -> None:
     """Scan the columns before `end` for a few rows.
 
@@ -108,23 +112,30 @@ def _search(
     end : int
     asking : BoolTensor[S, N]
         Rows that want an answer.
-    repeat : LongTensor[S, N]
-        `NONE` for those; written in place.
+    repeat, cosine : LongTensor[S, N], Tensor[S, N]
+        `NONE` and anything for those; written in place.
     threshold : float
     """
+    most = int(asking.sum(-1).amax())
     # Heads with fewer of them carry some other rows along.
-    row = asking.to(torch.uint8).topk(int(asking.sum(-1).amax()), dim=-1).indices
+    row = asking.to(torch.uint8).topk(most, dim=-1).indices
     open_, found = asking.gather(1, row), repeat.gather(1, row)
     searching = unit.gather(1, row.unsqueeze(-1).expand(-1, -1, unit.shape[2]))
-    for last in range(end, 0, -BLOCK):
-        first = max(0, last - BLOCK)
-        cosine = searching @ unit[:, first:last].mT
+    # Few rows by many columns: as many cosines at once as in the scan.
+    block = BLOCK * unit.shape[1] // most
+    for last in range(end, 0, -block):
+        first = max(0, last - block)
+        seen = searching @ unit[:, first:last].mT
         head, own = ((row >= first) & (row < last)).nonzero(as_tuple=True)
-        cosine[head, own, row[head, own] - first] = 0.0
-        _answer(_near(cosine, threshold), -1, first, open_, found)
+        seen[head, own, row[head, own] - first] = 0.0
+        _answer(_near(seen, threshold), -1, first, open_, found)
         if not bool(open_.any()):
             break
     repeat.scatter_(1, row, found)
+    head, own = asking.nonzero(as_tuple=True)
+    place = repeat[head, own]
+    dot = torch.linalg.vecdot(unit[head, own], unit[head, place.clamp(min=0)])
+    cosine[head, own] = dot.where(place != NONE, 0.0)
 
 
 def _near(cosine: torch.Tensor, threshold: float) -> torch.Tensor:
