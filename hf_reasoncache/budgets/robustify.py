@@ -14,6 +14,8 @@ _LEAST = 1e-12
 # Products such as 0.07 * 100 miss an integer by a rounding error; bounds are cut to integers beyond
 # it.
 _SLACK = 1e-9
+# Fractions closer than this are equal.
+_GRID = float(1 << 24)
 
 Bound = float | torch.Tensor
 
@@ -82,7 +84,7 @@ def robustify(
     budget, lower, upper = _broadcast(tensor, total, low, high)
     largest = tensor.amax(-1, keepdim=True)
     share = (tensor / largest.where(largest > 0.0, 1.0)).pow(exponent).clamp(min=_LEAST)
-    integers = _largest_remainder(_fill(share, budget, lower, upper), budget)
+    integers = largest_remainder(_fill(share, budget, lower, upper), budget)
     if isinstance(demand, torch.Tensor):
         return integers.to(demand.device)
     return integers.tolist()
@@ -149,8 +151,24 @@ def _fill(
     return level.clamp(lower, upper)
 
 
-def _largest_remainder(filled: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
-    """Round down, then one more for the largest fractions until a row sums to `budget`."""
+def largest_remainder(filled: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+    """Round down, then one more for the largest fractions until a row sums to `budget`.
+
+    Parameters
+    ----------
+    filled : Tensor[..., n]
+        float64, summing to `budget` up to rounding errors.
+    budget : Tensor[..., 1]
+        Whole numbers.
+
+    Returns
+    -------
+    LongTensor[..., n]
+        Of equal fractions the one with the lower index is rounded up.
+    """
+    # A sum's rounding error depends on how many entries there are; it must not decide a tie, or a
+    # row would depend on the padding of its batch.
+    filled = (filled * _GRID).round() / _GRID
     down = filled.floor()
     missing = budget - down.sum(-1, keepdim=True)
     # An entry at its upper bound has no fraction, so it is never among the `missing` ones.
