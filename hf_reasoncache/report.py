@@ -9,6 +9,7 @@ import torch
 
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.protection import Spans
 from triton_ops.backend import describe
 
 
@@ -131,6 +132,31 @@ class CacheReport:
                 f"{max(counts):5d} {layer.kv_bytes:12,}"
             )
         return "\n".join(lines)
+
+
+def keep_rates(layer: PooledLayer, spans: Spans) -> torch.Tensor:
+    """Share of every span's tokens that a layer holds, on average over its heads.
+
+    Returns
+    -------
+    Tensor[B, S]
+        float64, on the CPU; NaN where a row has fewer than `S` spans.
+    """
+    pool = layer.pool
+    if pool is None:
+        raise ValueError("keep_rates: expected a cache that holds tokens, got an empty one.")
+    sources = spans.sources(pool.length.shape[0])
+    slots, offset = pool.slots(torch.arange(len(sources)))
+    columns = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1).cpu()
+    rates = torch.full(
+        (len(sources), max(map(len, spans.rows))), torch.nan, dtype=torch.float64, device="cpu"
+    )
+    for row, source in enumerate(sources):
+        first = int(layer.first[row])
+        for place, (start, stop) in enumerate(spans.rows[source]):
+            inside = (columns[row] >= first + start) & (columns[row] < first + stop)
+            rates[row, place] = inside.double().sum(-1).mean() / (stop - start)
+    return rates
 
 
 def storage_bytes(layer: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hf_reasoncache.layers.chunk import Chunk
@@ -74,7 +76,11 @@ class BudgetedLayer(EvictingLayer):
         """Fix the budgets of every row, given how many tokens `[B, H_kv]` its prompt has."""
         self._prompt_columns = self._end_of_prompt()
         floor = prompt[:, 0] if self.policy.protect_prompt else torch.zeros_like(prompt[:, 0])
-        self.budgets = RowBudgets.equal(self.policy, self.rank, floor, prompt.shape[1])
+        protection = self._protect()
+        if protection is not None:
+            floor = torch.maximum(floor, protection.count)
+        budgets = RowBudgets.equal(self.policy, self.rank, floor, prompt.shape[1])
+        self.budgets = replace(budgets, protection=protection)
 
     def _require_budgets(self) -> RowBudgets:
         if self.budgets is None:
@@ -116,6 +122,8 @@ class BudgetedLayer(EvictingLayer):
         if self.policy.protect_prompt:
             protected |= at < self._prompt_columns
         budgets = self._require_budgets()
+        if budgets.protection is not None:
+            protected |= budgets.protection.covers(occasion.rows, held.positions)
         keep, self.budgets = choose(self.policy, budgets, occasion, held, protected)
         self.evictions += occasion.rows.numel()
         self.evicted += int((held.valid & ~keep).sum())

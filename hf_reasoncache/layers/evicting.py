@@ -24,6 +24,7 @@ from hf_reasoncache.layers.policy import Budgets, Policy
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.query_log import QueryLog
+from hf_reasoncache.protection import RowProtection
 from hf_reasoncache.scorers.base import HeldTokens
 
 _STATISTICS = {"mass": torch.float32, "notes": torch.int32}
@@ -87,9 +88,13 @@ class EvictingLayer(PooledLayer):
         self._attended = self._draft = None
         if self.pool is None:
             return
+        complete = self._prompt_open and not self._grows_prompt(steps)
         if self.budgets is None:
             self._allocate()
             self._fit()
+            complete = True
+        if complete:
+            self._check_prompt()
         if not (self._grows_prompt(steps) and self.policy.protect_prompt):
             self._evict(self._due(self.seen, 1 if self.recording else steps), self.seen)
 
@@ -111,6 +116,19 @@ class EvictingLayer(PooledLayer):
 
     def _grows_prompt(self, steps: int) -> bool:
         return self._prompt_open and steps > 1 and not self.recording
+
+    def _protect(self) -> RowProtection | None:
+        """What is protected in each row, now that the prompt has grown to its present end."""
+        if self.policy.protection is None:
+            return None
+        prompt = (self._end_of_prompt() - self.first).where(self.first >= 0, 0)
+        known = None if self.budgets is None else self.budgets.protection
+        return self.policy.protection.for_rows(prompt) if known is None else known.grown(prompt)
+
+    def _check_prompt(self) -> None:
+        """Raise ValueError unless what is to be protected fits the prompt, which is complete."""
+        if self.budgets is not None and self.budgets.protection is not None:
+            self.budgets.protection.check()
 
     def _end_of_prompt(self) -> int:
         return min(self.policy.prompt_length or self.seen, self.seen)

@@ -8,6 +8,7 @@ import torch
 
 from hf_reasoncache.budgets.heads import head_budgets
 from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.protection import RowProtection
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +26,14 @@ class RowBudgets:
         Protected prompt tokens and the window: what no head may go below.
     last_split : LongTensor[B]
         Columns stored when the row's heads were last re-allocated.
+    protection : RowProtection or None
     """
 
     policy: EvictionPolicy
     heads: torch.Tensor
     floor: torch.Tensor
     last_split: torch.Tensor
+    protection: RowProtection | None = None
 
     @staticmethod
     def equal(policy: EvictionPolicy, rank: int, prompt: torch.Tensor, heads: int) -> RowBudgets:
@@ -104,4 +107,5 @@ class RowBudgets:
             heads=self.heads[rows],
             floor=self.floor[rows],
             last_split=self.last_split[rows],
+            protection=None if self.protection is None else self.protection.select_rows(rows),
         )

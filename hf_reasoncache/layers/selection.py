@@ -182,7 +182,12 @@ def choose(
     scores = policy.scorer.score(held).masked_fill(protected, torch.inf)
     scores = scores.masked_fill(~held.valid, -torch.inf)
     budgets = budgets.resplit(occasion.rows, scores, held.valid, occasion.columns)
-    return keep_top(scores, budgets.heads[occasion.rows]) & held.valid, budgets
+    keep = keep_top(scores, budgets.heads[occasion.rows]) & held.valid
+    if budgets.protection is not None:
+        keep = budgets.protection.rebalance(
+            occasion.rows, held.positions, keep, scores, held.valid, protected & held.valid
+        )
+    return keep, budgets
 
 
 def keep_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:

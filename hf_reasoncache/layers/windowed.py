@@ -18,7 +18,7 @@ from hf_reasoncache.scorers.base import HeldTokens
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
 _SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
 
-Allot = Callable[[HeldTokens, torch.Tensor], torch.Tensor]
+Allot = Callable[[HeldTokens, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class WindowedLayer(EvictingLayer):
@@ -63,8 +63,12 @@ class WindowedLayer(EvictingLayer):
     def _allocate(self) -> None:
         self._prompt_columns = self._end_of_prompt()
         self.budgets = RowWindows.after_prompt(
-            self.policy, self.first, self._prompt_columns, self.budgets
+            self.policy, self.first, self._prompt_columns, self.budgets, self._protect()
         )
+
+    def _check_prompt(self) -> None:
+        super()._check_prompt()
+        self._require_windows().check_whitelist()
 
     def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
         placed = self._placed
@@ -144,17 +148,20 @@ class WindowedLayer(EvictingLayer):
     def _allot(self, kept: torch.Tensor) -> Allot:
         """Give every head of a row the same, or heads by demand the same in total."""
 
-        def equal(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+        def equal(held: HeldTokens, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
             return kept[:, None].expand(-1, scores.shape[1])
 
-        def by_demand(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+        def by_demand(held: HeldTokens, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
             heads, count = scores.shape[1], held.count.amin(-1).tolist()
+            floor = forced.sum(-1).amax(-1).tolist()
+            scores = scores.masked_fill(forced, torch.inf).masked_fill(~held.valid, -torch.inf)
             split = [
                 # No head can keep more than it holds.
                 head_budgets(
-                    scores[row : row + 1].masked_fill(~held.valid[row : row + 1], -torch.inf),
+                    scores[row : row + 1],
                     held.valid[row : row + 1],
                     heads * each,
+                    floor=floor[row],
                     high=max(1.0, min(2.0, count[row] / max(each, 1))),
                     comparable=self.policy.scorer.comparable,
                 )
@@ -167,9 +174,10 @@ class WindowedLayer(EvictingLayer):
     def _hold_bound(self, rows: torch.Tensor, columns: int) -> None:
         """Compress the oldest windows of `rows` again, as the newest queries see them."""
 
-        def again(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+        def again(held: HeldTokens, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
             # At least one less than there are, so that the bound is reached.
-            return held.count * min(self.policy.kept, self.policy.window - 1) // self.policy.window
+            kept, listed = min(self.policy.kept, self.policy.window - 1), forced.sum(-1)
+            return listed + (held.count - listed) * kept // self.policy.window
 
         rows = self._over_bound(rows)
         while rows.numel():
@@ -209,8 +217,13 @@ class WindowedLayer(EvictingLayer):
         queries, asked = self._queries(rows, columns, low, now, pool.length.shape[1])
         held = replace(held, length=now.to(asked.device), queries=queries, query_positions=asked)
         scores = self.policy.scorer.score(held)
-        budgets = allot(held, scores)
-        keep = token2chunk(scores, held.valid, budgets, self.policy.chunk_share)
+        protection, forced = self._require_windows().protection, torch.zeros_like(held.valid)
+        if protection is not None:
+            forced = protection.covers(rows, held.positions) & held.valid
+        budgets = allot(held, scores, forced)
+        keep = token2chunk(scores, held.valid, budgets, self.policy.chunk_share, forced)
+        if protection is not None:
+            keep = protection.rebalance(rows, held.positions, keep, scores, held.valid, forced)
         self._store_notes(held, slots)
         lost = held.valid & ~keep
         everything, place = pool.slots(rows)
