@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.protection import Fair, Protection, Spans
+from hf_reasoncache.risk import Guard, Risk
 from hf_reasoncache.scorers.base import Scorer
 
 Profile = BudgetProfile | str | os.PathLike[str] | Sequence[float]
@@ -84,6 +85,14 @@ def require_protection(
             "whole prompt; pass protect_prompt=False to keep the spans alone."
         )
     return Protection(keep, fair)
+
+
+def require_risk(measure_risk: bool, max_risk: float | Guard | None) -> Risk | None:
+    """Return what is to be measured of an eviction's cost, None if nothing is."""
+    require_bool("measure_risk", measure_risk)
+    if max_risk is None:
+        return Risk() if measure_risk else None
+    return Risk(guard=max_risk if isinstance(max_risk, Guard) else Guard(max_risk))
 
 
 def demand_and_rule(

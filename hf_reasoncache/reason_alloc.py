@@ -12,6 +12,7 @@ from hf_reasoncache.arguments import (
     require_demand_of,
     require_int,
     require_protection,
+    require_risk,
     require_scorer,
 )
 from hf_reasoncache.cache import ReasonCache
@@ -19,6 +20,7 @@ from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Fair
+from hf_reasoncache.risk import Guard
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -57,6 +59,12 @@ class ReasonAllocCache(ReasonCache):
     fair : float or Fair, optional
         From 0 to 1: how far spans of the text keep tokens by their length instead of by score, so
         that none is forgotten whole; a `protection.Fair` says which spans.
+    measure_risk : bool
+        Measure, before each eviction, how far it moves the output of each head for the newest 8
+        queries; in `report()`. It certifies these outputs, not the quality of the answer.
+    max_risk : float or Guard, optional
+        Largest relative error of a head's output, measured so, that an eviction may cause: beyond
+        it fewer tokens go, within `budget + buffer`. A `risk.Guard` says what else to do.
     prompt_length : int, optional
         Columns of the prompt, padding included. Needed only with assisted decoding, whose first
         forward brings the first draft together with the prompt: without it, the accepted part of
@@ -109,6 +117,8 @@ class ReasonAllocCache(ReasonCache):
         protect_prompt: bool = True,
         protect: Protected | None = None,
         fair: float | Fair | None = None,
+        measure_risk: bool = False,
+        max_risk: float | Guard | None = None,
         prompt_length: int | None = None,
         offloading: bool = False,
     ) -> None:
@@ -122,6 +132,7 @@ class ReasonAllocCache(ReasonCache):
         require_bool("head_budgets", head_budgets)
         require_bool("protect_prompt", protect_prompt)
         protection = require_protection(protect, fair, protect_prompt)
+        risk = require_risk(measure_risk, max_risk)
         demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
@@ -139,6 +150,7 @@ class ReasonAllocCache(ReasonCache):
                 demand=demand,
                 rule=rule,
                 protection=protection,
+                risk=risk,
             )
             return BudgetedLayer(index, rank, policy)
 

@@ -14,6 +14,7 @@ from hf_reasoncache.arguments import (
     require_demand_of,
     require_int,
     require_protection,
+    require_risk,
     require_scorer,
     require_share,
 )
@@ -23,6 +24,7 @@ from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.windowed import WindowedLayer
 from hf_reasoncache.layers.windows import WindowPolicy
 from hf_reasoncache.protection import Fair
+from hf_reasoncache.risk import Guard
 from hf_reasoncache.scorers import Bidirectional
 from hf_reasoncache.scorers.base import Scorer
 
@@ -65,6 +67,8 @@ class SlidingWindowCompressCache(ReasonCache):
     fair : float or Fair, optional
         See `ReasonAllocCache`. Windows of generated text have equal shares anyway; this is for the
         spans of a prompt, as far as they lie in one window.
+    measure_risk, max_risk
+        See `ReasonAllocCache`; a guard keeps at most three quarters of what a window would lose.
     scorer : Scorer, optional
         Ranks the tokens of a window; `Bidirectional(queries=window)` by default. A scorer sees the
         window alone, as if the text ended there.
@@ -117,6 +121,8 @@ class SlidingWindowCompressCache(ReasonCache):
         prompt_ratio: float | None = None,
         protect: Protected | None = None,
         fair: float | Fair | None = None,
+        measure_risk: bool = False,
+        max_risk: float | Guard | None = None,
         scorer: Scorer | None = None,
         profile: Profile | None = None,
         head_budgets: bool = False,
@@ -143,6 +149,7 @@ class SlidingWindowCompressCache(ReasonCache):
                     "use a smaller ratio, or ReasonAllocCache."
                 )
         protection = require_protection(protect, fair, protect_prompt)
+        risk = require_risk(measure_risk, max_risk)
         demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
@@ -164,6 +171,7 @@ class SlidingWindowCompressCache(ReasonCache):
                 rule=rule,
                 rank=rank,
                 protection=protection,
+                risk=risk,
             )
             return WindowedLayer(index, policy)
 

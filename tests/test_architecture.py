@@ -33,8 +33,8 @@ PARTS: dict[str, set[str]] = {
     "version": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
-    "report": {"layers", "protection", "triton_ops"},
-    "arguments": {"scorers", "budgets", "protection", "calibration.profile"},
+    "report": {"layers", "protection", "risk", "triton_ops"},
+    "arguments": {"scorers", "budgets", "protection", "risk", "calibration.profile"},
     "graphs": CACHES | {"layers", "triton_ops"},
     "branching": CACHES,
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.

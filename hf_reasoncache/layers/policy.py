@@ -10,6 +10,7 @@ import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.protection import Protection, RowProtection
+from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers.base import Scorer
 
 
@@ -34,6 +35,16 @@ class Policy(Protocol):
     @property
     def protection(self) -> Protection | None:
         """Whitelist and fair eviction."""
+        ...
+
+    @property
+    def risk(self) -> Risk | None:
+        """What is measured of an eviction's cost; None measures nothing."""
+        ...
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether anything is evicted once the text is long enough."""
         ...
 
 
@@ -74,6 +85,8 @@ class EvictionPolicy:
         Columns between two re-allocations of the head budgets (Delta of the paper).
     protection : Protection or None
         Whitelist and fair eviction; None costs nothing.
+    risk : Risk or None
+        What is measured of an eviction's cost; None costs nothing.
     protect_prompt : bool
         Whether prompt tokens are never evicted.
     prompt_length : int or None
@@ -93,6 +106,12 @@ class EvictionPolicy:
     rule: BudgetRule = field(default_factory=BudgetRule)
     head_interval: int = 128
     protection: Protection | None = None
+    risk: Risk | None = None
+
+    @property
+    def may_evict(self) -> bool:
+        """True: a budget is finite."""
+        return True
 
     @property
     def remedy(self) -> str:

@@ -67,6 +67,15 @@ class RowBudgets:
         """LongTensor[B, H_kv]: what a head may hold between two compactions."""
         return self.heads + self.policy.buffer
 
+    def bounds(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens per head after a compaction, and the least and the most that a guard may give.
+
+        A quarter of the buffer stays free, or evictions would come at every step.
+        """
+        heads, buffer = self.heads[rows], self.policy.buffer
+        least = self.floor[rows, None].expand_as(heads)
+        return heads, least, heads + buffer - max(1, buffer // 4)
+
     def resplit(
         self, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor, columns: int
     ) -> RowBudgets:

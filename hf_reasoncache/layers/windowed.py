@@ -13,6 +13,7 @@ from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.selection import Occasion, gather_held
 from hf_reasoncache.layers.token2chunk import token2chunk
 from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
+from hf_reasoncache.risk.guard import Weigh
 from hf_reasoncache.scorers.base import HeldTokens
 
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
@@ -40,7 +41,7 @@ class WindowedLayer(EvictingLayer):
     def _log_size(self) -> int:
         """Columns that lie between now and the oldest query that a complete window needs."""
         wanted = min(self.policy.scorer.queries, self.policy.window)
-        return wanted + self.policy.recent if wanted else 0
+        return max(wanted + self.policy.recent if wanted else 0, self._risk_queries)
 
     def _remember(self, chunk: Chunk) -> None:
         if chunk.steps > 1 and self._log_size:
@@ -143,7 +144,7 @@ class WindowedLayer(EvictingLayer):
         low, high, kept = windows.start[rows], windows.end[rows], windows.kept(rows)
         self.budgets = windows.advance(rows)
         if bool((kept < high - low).any()):
-            self._shrink(rows, columns, low, high, high, self._allot(kept))
+            self._shrink(rows, columns, low, high, high, self._allot(kept), relent=True)
 
     def _allot(self, kept: torch.Tensor) -> Allot:
         """Give every head of a row the same, or heads by demand the same in total."""
@@ -185,7 +186,7 @@ class WindowedLayer(EvictingLayer):
             low, high = windows.stretch(rows)
             self.budgets = windows.sweep_to(rows, high)
             now = columns - self.first[rows]
-            self._shrink(rows, columns, low, high, now, again)
+            self._shrink(rows, columns, low, high, now, again, relent=False)
             rows = self._over_bound(rows)
 
     def _over_bound(self, rows: torch.Tensor) -> torch.Tensor:
@@ -207,8 +208,13 @@ class WindowedLayer(EvictingLayer):
         high: torch.Tensor,
         now: torch.Tensor,
         allot: Allot,
+        *,
+        relent: bool,
     ) -> None:
-        """Evict from the tokens at positions `low` to `high - 1`, scored as of position `now`."""
+        """Evict from the tokens at positions `low` to `high - 1`, scored as of position `now`.
+
+        With `relent`, a guard may keep more than `allot` says.
+        """
         pool, first = self._require_pool(), self.first[rows]
         occasion = Occasion(rows, first, columns, None, self._scaling, self.index)
         held, slots, offset, _ = gather_held(pool, occasion, (first + low, first + high))
@@ -221,16 +227,33 @@ class WindowedLayer(EvictingLayer):
         if protection is not None:
             forced = protection.covers(rows, held.positions) & held.valid
         budgets = allot(held, scores, forced)
-        keep = token2chunk(scores, held.valid, budgets, self.policy.chunk_share, forced)
-        if protection is not None:
-            keep = protection.rebalance(rows, held.positions, keep, scores, held.valid, forced)
+        everything, place = pool.slots(rows)
+
+        def select(per_head: torch.Tensor) -> torch.Tensor:
+            share = self.policy.chunk_share
+            keep = token2chunk(scores, held.valid, per_head, share, forced)
+            if protection is None:
+                return keep
+            return protection.rebalance(rows, held.positions, keep, scores, held.valid, forced)
+
+        def staying(keep: torch.Tensor) -> torch.Tensor:
+            stays = place >= 0
+            row, head, index = (held.valid & ~keep).nonzero(as_tuple=True)
+            stays[row, head, offset[row, head, index]] = False
+            return stays
+
+        def scale() -> Weigh:
+            at = pool.fields["positions"][everything].long() - first.to(place.device)[:, None, None]
+            at = at.masked_fill(place < 0, -1)
+            weigh = self._scale(rows, columns, at, lambda name: pool.fields[name][everything])
+            return lambda keeps: weigh([staying(keep) for keep in keeps])
+
+        spare = (held.count.cpu() - budgets.cpu()).clamp_min(0) * 3 // 4 * relent
+        bounds = (budgets.cpu(), forced.sum(-1).cpu(), budgets.cpu() + spare)
+        keep = self._decide(rows, columns, select, bounds, scale)
         self._store_notes(held, slots)
         lost = held.valid & ~keep
-        everything, place = pool.slots(rows)
-        stays = place >= 0
-        row, head, index = lost.nonzero(as_tuple=True)
-        stays[row, head, offset[row, head, index]] = False
-        pool.compact(rows, everything, place, stays)
+        pool.compact(rows, everything, place, staying(keep))
         self.evictions += rows.numel()
         self.evicted += int(lost.sum())
 
@@ -248,7 +271,7 @@ class WindowedLayer(EvictingLayer):
         log, device = self._log.last(), self._require_pool().fields["positions"].device
         wanted = min(self.policy.scorer.queries, self.policy.window)
         asked = now[:, None] + torch.arange(-wanted, 0)
-        if log is None:
+        if log is None or not wanted:
             return None, torch.full_like(asked, -1).to(device)
         place = self.first[rows][:, None] + asked - (columns - log.shape[2])
         asked = asked.where((asked >= low[:, None]) & (place >= 0), -1).to(device)

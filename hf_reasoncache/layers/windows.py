@@ -9,6 +9,7 @@ import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.protection import Protection, RowProtection
+from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers.base import Scorer
 
 
@@ -50,6 +51,8 @@ class WindowPolicy:
         Index of this layer in `demand`.
     protection : Protection or None
         Whitelist and fair eviction; None costs nothing.
+    risk : Risk or None
+        What is measured of an eviction's cost; None costs nothing.
     """
 
     window: int
@@ -68,6 +71,12 @@ class WindowPolicy:
     rule: BudgetRule = field(default_factory=BudgetRule)
     rank: int = 0
     protection: Protection | None = None
+    risk: Risk | None = None
+
+    @property
+    def may_evict(self) -> bool:
+        """False where all of a window stays: the cache is meant to be exact."""
+        return self.kept < self.window or self.prompt_kept < self.window
 
     @property
     def remedy(self) -> str:
