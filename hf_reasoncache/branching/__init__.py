@@ -4,6 +4,7 @@ from hf_reasoncache.branching.calibrate import ExitCalibration, calibrate_exit
 from hf_reasoncache.branching.exit import ConfidentExit
 from hf_reasoncache.branching.rules import ConsensusExit, DecodeExit, ExitRules, WeakExit
 from hf_reasoncache.branching.vote import Branch, Reason, VoteResult, vote
+from hf_reasoncache.branching.waves import vote_in_waves
 
 __all__ = [
     "Branch",
@@ -17,4 +18,5 @@ __all__ = [
     "WeakExit",
     "calibrate_exit",
     "vote",
+    "vote_in_waves",
 ]
