@@ -8,12 +8,14 @@ from hf_reasoncache.attention import register
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.graphs import decode_graphs
 from hf_reasoncache.reason_alloc import ReasonAllocCache
+from hf_reasoncache.shared_branch import SharedBranchCache
 from hf_reasoncache.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.version import __version__
 
 __all__ = [
     "BudgetProfile",
     "ReasonAllocCache",
+    "SharedBranchCache",
     "SlidingWindowCompressCache",
     "__version__",
     "decode_graphs",
