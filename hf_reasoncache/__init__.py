@@ -5,6 +5,8 @@ Importing the package registers the attention implementations "reasoncache", "re
 """
 
 from hf_reasoncache.attention import register
+from hf_reasoncache.branching.generate import branch_generate
+from hf_reasoncache.branching.prefill_once import prefill_once
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.graphs import decode_graphs
 from hf_reasoncache.reason_alloc import ReasonAllocCache
@@ -18,7 +20,9 @@ __all__ = [
     "SharedBranchCache",
     "SlidingWindowCompressCache",
     "__version__",
+    "branch_generate",
     "decode_graphs",
+    "prefill_once",
 ]
 
 register()

@@ -113,8 +113,12 @@ class SharedBranchCache(ReasonCache):
         for layer in self.layers:
             if isinstance(layer, Branching):
                 layer.fork(source)
-            else:
+            elif hasattr(layer, "batch_select_indices"):
                 layer.batch_select_indices(source)
+            else:
+                raise ValueError(
+                    f"fork: expected layers whose rows can be repeated, got {type(layer).__name__}."
+                )
         return list(range(rows, rows + copies))
 
     def _branches(self) -> list[Branching]:
@@ -129,7 +133,7 @@ class SharedBranchCache(ReasonCache):
             raise ValueError(f"row: expected one of {self._rows()} rows of the batch, got {row}.")
 
 
-def _branching(layer: PooledLayer, twins: Twins) -> Branching:
+def _branching(layer: object, twins: Twins) -> Branching:
     """Return the branching form of a layer."""
     if isinstance(layer, EvictingLayer):
         policy = layer.policy

@@ -144,8 +144,7 @@ class Trunk:
                 level.setdefault(id(part), (part, []))[1].append(row)
         return tuple(
             tuple(
-                (part, torch.tensor(rows, device=part.keys.device))
-                for part, rows in level.values()
+                (part, torch.tensor(rows, device=part.keys.device)) for part, rows in level.values()
             )
             for level in found
         )
