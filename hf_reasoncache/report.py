@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
 from triton_ops.backend import describe
 
 
@@ -48,15 +48,10 @@ class LayerReport:
     @staticmethod
     def of(index: int, layer: PooledLayer) -> LayerReport:
         """Describe a layer as it is now."""
-        pool = layer.pool
-        kv_bytes = (
-            0
-            if pool is None
-            else sum(pool.fields[name].untyped_storage().nbytes() for name in ("keys", "values"))
-        )
+        pool, kv_bytes = layer.pool, distinct_bytes(layer.kv_tensors())
         return LayerReport(
             index=index,
-            held=[] if pool is None else pool.length.tolist(),
+            held=layer.held().tolist(),
             capacity=[] if pool is None else pool.capacity.tolist(),
             kv_bytes=kv_bytes,
             other_bytes=layer.nbytes - kv_bytes,
