@@ -124,7 +124,7 @@ class StepSegmenter:
         if not self._patterns:
             return False
         tail = self._ids[-limits.look_back :]
-        text, before = self.tokenizer.decode(tail), self.tokenizer.decode(tail[:-1])
+        text, before = (str(self.tokenizer.decode(ids)) for ids in (tail, tail[:-1]))
         # The newest token must complete the match: an older one was judged when it was new.
         return any(
             match.end() > len(before)
