@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -74,22 +75,64 @@ def single(recordings: Sequence[Recording], truth: Sequence[str]) -> str:
     return percent(float(rates.mean()), low, high)
 
 
-def draw(path: Path, curves: dict[str, list[tuple[float, Share]]], target: float) -> None:
-    """Plot votes changed against tokens saved on fresh problems, for every level of consensus."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    panel = figure.subplots()
+@dataclass(frozen=True)
+class Point:
+    """One level of consensus on fresh problems.
+
+    Attributes
+    ----------
+    level : float
+    saved : float
+        Share of the tokens.
+    right, changed : Share
+        Votes that are right, and votes that exit changed.
+    """
+
+    level: float
+    saved: float
+    right: Share
+    changed: Share
+
+
+def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float) -> None:
+    """Plot what tokens saved cost: right votes, and votes that exit changed."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for (name, points), marker in zip(curves.items(), "os^D", strict=False):
-        saved = [100 * x for x, _ in points]
-        rates = [100 * rate.value for _, rate in points]
-        low = [100 * (rate.value - rate.interval[0]) for _, rate in points]
-        high = [100 * (rate.interval[1] - rate.value) for _, rate in points]
-        panel.errorbar(saved, rates, [low, high], marker=marker, capsize=2, lw=1, label=name)
-    panel.axhline(100 * target, color="black", ls="--", lw=1, label=f"target {100 * target:g}%")
-    panel.set_xlabel("tokens saved, %")
-    panel.set_ylabel("votes changed by exit, %")
-    panel.set_ylim(bottom=0)
-    panel.legend(frameon=False)
-    panel.spines[["top", "right"]].set_visible(False)
+        for panel, shares in (
+            (left, [point.right for point in points]),
+            (right, [point.changed for point in points]),
+        ):
+            values = [100 * each.value for each in shares]
+            low, high = zip(*(each.interval for each in shares), strict=True)
+            bars = [
+                [v - 100 * x for v, x in zip(values, low, strict=True)],
+                [100 * x - v for v, x in zip(values, high, strict=True)],
+            ]
+            saved = [100 * point.saved for point in points]
+            panel.errorbar(
+                saved, values, bars, marker=marker, ms=4, capsize=2, lw=1, label=name, clip_on=False
+            )
+        right.annotate(
+            f"{points[-1].level:g}",
+            (100 * points[-1].saved, 100 * points[-1].changed.value),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    left.axhline(100 * full.value, color="black", ls=":", lw=1, label="all branches to their ends")
+    right.axhline(100 * target, color="black", ls="--", lw=1)
+    right.annotate(f"target {100 * target:g}%", (1, 100 * target), va="bottom", fontsize=8)
+    left.set_ylabel("right votes, %")
+    right.set_ylabel("votes changed by exit, %")
+    right.set_ylim(bottom=0)
+    for panel in (left, right):
+        panel.set_xlabel("tokens saved, %")
+        panel.set_xlim(0, 100)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     figure.savefig(path, dpi=130)
 
 

@@ -22,12 +22,21 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.benchmarks.machine import Machine
 from examples.branch_recordings import GROUP, Sampling, mixed, record_branches
-from examples.branch_tables import draw, line, markdown, saved_interval, single, timing, write_csv
+from examples.branch_tables import (
+    Point,
+    draw,
+    line,
+    markdown,
+    saved_interval,
+    single,
+    timing,
+    write_csv,
+)
 from examples.compare_policies import insert
 from examples.harness import load
 from examples.timed_branches import live_arms, time_arms
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, read_answer
-from examples.tiny_reasoner.evaluate import Share, share
+from examples.tiny_reasoner.evaluate import share
 from hf_reasoncache.branching import (
     ConsensusExit,
     DecodeExit,
@@ -42,6 +51,7 @@ from hf_reasoncache.branching.vote import group_confidence, sqrt_confidence
 
 WAVE = 4
 CALIBRATION_SEED = DEVELOPMENT_SEEDS[600]
+LEVELS = (1.0, 0.99, 0.95, 0.9, 0.8)
 NOTHING = ExitRules(consensus=None, group=GROUP)
 
 
@@ -138,23 +148,34 @@ def _until_answer(
     return replay(recordings, every, answer=read_answer, tokenizer=tokenizer)
 
 
-def curves(recordings: Sequence[Recording]) -> dict[str, list[tuple[float, Share]]]:
-    """Return tokens saved and votes changed at levels of consensus, with waves and without."""
+def curves(recordings: Sequence[Recording], truth: Sequence[str]) -> dict[str, list[Point]]:
+    """Return what levels of consensus cost and save, with waves and without."""
     full = replay(recordings, NOTHING)
-    found: dict[str, list[tuple[float, Share]]] = {}
-    for name, wave in (
-        ("all branches at once", None),
-        (f"waves of {WAVE}", WAVE),
-        ("waves of 1", 1),
-    ):
-        points = []
-        for level in (1.0, 0.99, 0.95, 0.9, 0.8):
+    found: dict[str, list[Point]] = {}
+    for name, wave in (("all at once", None), (f"waves of {WAVE}", WAVE), ("one by one", 1)):
+        found[name] = []
+        for level in LEVELS:
             rules = ExitRules(consensus=ConsensusExit(level), group=GROUP)
             votes = replay(recordings, rules, wave=wave)
+            right = [each.answer == answer for each, answer in zip(votes, truth, strict=True)]
             changed = [a.answer != b.answer for a, b in zip(votes, full, strict=True)]
-            points.append((saved_interval(votes, full)[0], share(changed)))
-        found[name] = points
+            saved = saved_interval(votes, full)[0]
+            found[name].append(Point(level, saved, share(right), share(changed)))
     return found
+
+
+def describe(found: ExitCalibration | str) -> str:
+    """Say which rules passed, or why none did."""
+    if isinstance(found, str):
+        return f"none: {found}"
+    rules = found.rules
+    parts = [
+        f"consensus {rules.consensus.confidence:g}" if rules.consensus else "",
+        f"weak below {rules.weak.threshold:.2f} nats" if rules.weak else "",
+        f"decode at {rules.decode.confidence:g}" if rules.decode else "",
+    ]
+    last = next(each for each in reversed(found.tried) if each.rules == rules)
+    return f"{', '.join(filter(None, parts))} ({last})"
 
 
 def parse() -> argparse.Namespace:
@@ -201,7 +222,8 @@ def main() -> None:
     ]
     name = f"self_consistency-{family}"
     write_csv(arguments.output / f"{name}.csv", rows)
-    draw(arguments.output / f"{name}.png", curves(fresh), target)
+    right = share([each.answer == answer for each, answer in zip(full, truth, strict=True)])
+    draw(arguments.output / f"{name}.png", curves(fresh, truth), right, target)
     notes = [
         f"{family} model, {len(fresh)} fresh problems of all tasks (seed {TEST_SEEDS[0]}), "
         f"{arguments.branches} branches at temperature {arguments.temperature:g}; calibrated on "
@@ -209,10 +231,8 @@ def main() -> None:
         f"{target:.0%} changed votes at 95% confidence. A single branch is right in "
         f"{single(fresh, truth)}%. Percent, Wilson 95% intervals; tokens saved: bootstrap over "
         f"problems. float32, torch {torch.__version__}.",
-        *(
-            f"{key}: {each.rules}" if isinstance(each, ExitCalibration) else f"{key}: {each}"
-            for key, each in found.items()
-        ),
+        "Calibrated:",
+        "\n".join(f"- {key}: {describe(each)}" for key, each in found.items()),
     ]
     for key, each in found.items():
         if isinstance(each, ExitCalibration):
