@@ -95,6 +95,22 @@ class SharedBranchCache(ReasonCache):
 
         super().__init__(config, make_layer, offloading=offloading)
 
+    def reserve(self, tokens: int) -> None:
+        """Allocate room for so many own tokens of each branch at once, where all are kept.
+
+        Without it storages grow by 1/16, which moves them now and then and leaves 3% of a suffix
+        unused on average.
+
+        Parameters
+        ----------
+        tokens : int
+            What a branch will write: `max_new_tokens`, at most.
+        """
+        require_int("tokens", tokens, low=1)
+        for layer in self._branches():
+            if isinstance(layer, BranchedLayer):
+                layer.reserved = tokens
+
     def fork(self, row: int, copies: int = 1) -> list[int]:
         """Add copies of a row to the batch, behind the last one.
 

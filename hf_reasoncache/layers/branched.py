@@ -21,10 +21,11 @@ from triton_ops.backend import uses_triton
 from triton_ops.decode_attention import decode_attention
 from triton_ops.prefix_attention import prefix_attention
 
-ROOM = 4
-GROWTH = 32
-"""A full suffix moves into a storage with room for 1/32 more than it holds, and 4 tokens at least:
-memory is all but the least possible, and a move costs an eighth of the attention between two."""
+ROOM = 16
+GROWTH = 16
+"""A full suffix moves into a storage with room for 1/16 more than it holds, and 16 tokens at least:
+3% of it are unused on average. Moving more often costs more than it saves, as every move asks the
+system for new pages."""
 
 
 class Branching(PooledLayer):
@@ -167,13 +168,25 @@ class Branching(PooledLayer):
 
 
 class BranchedLayer(Branching):
-    """One layer that keeps every token, what several rows have in common once."""
+    """One layer that keeps every token, what several rows have in common once.
+
+    Attributes
+    ----------
+    reserved : int
+        Own tokens per row that the pool has room for from the first on.
+    """
+
+    def __init__(self, twins: Twins, index: int) -> None:
+        super().__init__(twins, index)
+        self.reserved = 0
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
         if steps > pool.least_free:
             # The same room for all, so that they fill up together.
-            pool.relayout(pool.length + steps + max(ROOM, pool.longest // GROWTH))
+            roomy = pool.length + steps + max(ROOM, pool.longest // GROWTH)
+            enough = pool.longest + steps <= self.reserved
+            pool.relayout(torch.full_like(roomy, self.reserved) if enough else roomy)
 
     def fork(self, rows: torch.Tensor) -> None:
         """See `Branching.fork`: the own tokens of a row that is repeated become a segment."""
