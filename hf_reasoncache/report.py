@@ -62,6 +62,53 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BranchReport:
+    """What branches share.
+
+    Attributes
+    ----------
+    rows : int
+        Branches in the batch.
+    parked : int
+        Branches put aside.
+    segments : int
+        Pieces of text that are stored apart because more than one branch may read them, per layer.
+    unshared_bytes : int
+        Keys and values if every branch had its own copy of all that it reads.
+    parked_bytes : int
+        Keys and values that only parked branches need.
+    max_bytes : int or None
+        The bound on keys and values, parked ones included.
+    blocks_evicted : int
+        Blocks of parked branches that the bound has cost.
+    steps_over : int
+        Forwards before which live branches alone needed more than the bound.
+    """
+
+    rows: int
+    parked: int
+    segments: int
+    unshared_bytes: int
+    parked_bytes: int
+    max_bytes: int | None
+    blocks_evicted: int
+    steps_over: int
+
+    def lines(self) -> list[str]:
+        """Format for a terminal of 80 columns."""
+        lines = [
+            f"{self.rows} branches would take {self.unshared_bytes:,} bytes unshared; "
+            f"{self.parked} parked"
+        ]
+        if self.max_bytes is not None:
+            lines.append(
+                f"bound {self.max_bytes:,} bytes: {self.blocks_evicted} blocks evicted, "
+                f"exceeded in {self.steps_over} steps"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
 class CacheReport:
     """All layers of a cache; `print` it for a table.
 
@@ -73,11 +120,14 @@ class CacheReport:
         The full-attention layers.
     other_bytes : int
         Bytes held by layers that are transformers' own (sliding windows and the like).
+    branches : BranchReport or None
+        Of a `SharedBranchCache`.
     """
 
     seen: int
     layers: tuple[LayerReport, ...]
     other_bytes: int
+    branches: BranchReport | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -87,7 +137,9 @@ class CacheReport:
     @property
     def total_bytes(self) -> int:
         """Bytes of everything the cache holds."""
-        return self.kv_bytes + self.other_bytes + sum(layer.other_bytes for layer in self.layers)
+        parked = 0 if self.branches is None else self.branches.parked_bytes
+        ours = self.kv_bytes + parked + sum(layer.other_bytes for layer in self.layers)
+        return ours + self.other_bytes
 
     @property
     def evictions(self) -> int:
@@ -117,6 +169,7 @@ class CacheReport:
             f"keys and values {self.kv_bytes:,} bytes, all storages {self.total_bytes:,} bytes",
             f"attention to the pools by {self.backend}",
             f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
+            *(() if self.branches is None else self.branches.lines()),
             "layer   held per head: min  mean   max     KV bytes",
         ]
         for layer in self.layers:

@@ -1,36 +1,31 @@
 """Layers whose rows share what they have in common: the prompt, and the text before a fork.
 
-A shared prompt lies in segments, a row's own text in the pool of the layer that this is mixed into.
-So the compressed kinds are the layers that exist, with the prompt held elsewhere: it counts against
-a row's budget but is never scored, never evicted and never copied.
+What is shared lies in segments, a row's own text in the pool of the layer that `Branching` is mixed
+into.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.chunk import Chunk
-from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.pool import RaggedPool
-from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.layers.segments import Segment, Trunk
+from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
+from hf_reasoncache.layers.segments import Path, Segment, Trunk
 from hf_reasoncache.layers.twins import Twins
-from hf_reasoncache.layers.windowed import WindowedLayer
 from triton_ops.backend import uses_triton
 from triton_ops.decode_attention import decode_attention
 from triton_ops.prefix_attention import prefix_attention
 
-FIRST_ROOM = 32
+ROOM = 16
 GROWTH = 16
-"""A full suffix moves into a storage with room for `FIRST_ROOM` tokens more, or 1/16 of what it
-holds: little memory is ever unused, and a token is copied 16 times, which costs less than attending
-to 16 tokens."""
+"""A full suffix moves into a storage with room for 1/16 more than it holds, and 16 tokens at least:
+3% of it are unused on average. Moving more often costs more than it saves, as every move asks the
+system for new pages."""
 
 
 class Branching(PooledLayer):
@@ -154,6 +149,12 @@ class Branching(PooledLayer):
             for shared, heads in zip(self.trunk.columns(), super().held_positions(), strict=True)
         ]
 
+    @property
+    def unshared_bytes(self) -> int:
+        """Bytes of keys and values if every row had its own copy of all that it reads."""
+        own = distinct_bytes(super().kv_tensors())
+        return own + sum(part.nbytes * count for part, count in self.trunk.readers.items())
+
     def kv_tensors(self) -> Iterator[torch.Tensor]:
         """See `PooledLayer.kv_tensors`."""
         yield from super().kv_tensors()
@@ -167,13 +168,25 @@ class Branching(PooledLayer):
 
 
 class BranchedLayer(Branching):
-    """One layer that keeps every token, what several rows have in common once."""
+    """One layer that keeps every token, what several rows have in common once.
+
+    Attributes
+    ----------
+    reserved : int
+        Own tokens per row that the pool has room for from the first on.
+    """
+
+    def __init__(self, twins: Twins, index: int) -> None:
+        super().__init__(twins, index)
+        self.reserved = 0
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
         if steps > pool.least_free:
             # The same room for all, so that they fill up together.
-            pool.relayout(pool.length + steps + max(FIRST_ROOM, pool.longest // GROWTH))
+            roomy = pool.length + steps + max(ROOM, pool.longest // GROWTH)
+            enough = pool.longest + steps <= self.reserved
+            pool.relayout(torch.full_like(roomy, self.reserved) if enough else roomy)
 
     def fork(self, rows: torch.Tensor) -> None:
         """See `Branching.fork`: the own tokens of a row that is repeated become a segment."""
@@ -205,45 +218,12 @@ class BranchedLayer(Branching):
         pool.relayout(pool.length.clone())
         self._tail = 0
 
-
-class CompressedBranch(Branching, EvictingLayer):
-    """What the compressed kinds have in common."""
-
-    def store_first(self, chunk: Chunk) -> None:
-        """See `Branching.store_first`."""
-        self._remember(chunk)
-        super().store_first(chunk)
-
-    def _share(self, chunk: Chunk) -> None:
-        super()._share(chunk)
-        self._allocate()
-        self._fit()
-
-    def activate_past_recording(self) -> None:
-        """Refuse assisted decoding, whose first forward brings a draft together with the prompt."""
-        raise ValueError(
-            "assisted decoding: expected branches that keep every token, got a suffix policy; use "
-            "SharedBranchCache(config) without suffix, or generate without an assistant."
-        )
-
-
-class BudgetedBranch(CompressedBranch, BudgetedLayer):
-    """A `BudgetedLayer` for the suffixes; the budget of a row counts its prompt."""
-
-    def _allocate_for(self, prompt: torch.Tensor) -> None:
-        elsewhere = self.trunk.lengths
-        super()._allocate_for(prompt + elsewhere[:, None])
-        whole = self._require_budgets()
-        self.budgets = replace(
-            whole, heads=whole.heads - elsewhere[:, None], floor=whole.floor - elsewhere
-        )
-
-
-class WindowedBranch(CompressedBranch, WindowedLayer):
-    """A `WindowedLayer` for the suffixes; the bound of a row counts its prompt."""
-
-    def _allocate(self) -> None:
-        super()._allocate()
-        whole = self._require_windows()
-        if whole.limit is not None:
-            self.budgets = replace(whole, limit=whole.limit - self.trunk.lengths)
+    def unfreeze(self, path: Path, first: int) -> None:
+        """Add a row, behind the last one, that reads `path` and has no tokens of its own yet."""
+        pool = self._require_pool()
+        rows = torch.arange(len(pool.length) + 1) % len(pool.length)
+        pool.select_rows(rows)
+        pool.length = pool.length.index_fill(0, torch.tensor([len(rows) - 1]), 0)
+        self.trunk = Trunk((*self.trunk.paths, path))
+        self.first = torch.cat([self.first, torch.tensor([first])])
+        self._tail = 0
