@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache import ReasonAllocCache, branch_generate
 from hf_reasoncache.branching import (
     ConfidentExit,
     ConsensusExit,
@@ -152,6 +152,33 @@ def test_it_works_with_our_caches_and_leaves_greedy_tokens_alone(model):
     for row, result in enumerate(exit.results()):
         (branch,) = result.branches
         assert branch.answer == answer(plain[row, start : start + branch.tokens])
+
+
+@pytest.mark.parametrize("name", ["consensus", "all"])
+def test_branches_that_stopped_leave_branch_generate(model, name):
+    """The same branches as plain generate; rows that stopped cost no step of the model."""
+    _, expected = run(model, RULES[name])
+    rows = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    exit = ConfidentExit(answer, branches=BRANCHES, eos_token_id=ENDS, rules=RULES[name])
+    torch.manual_seed(3)
+    out = branch_generate(
+        model,
+        prompt(),
+        num_branches=BRANCHES,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=TOKENS,
+        stopping_criteria=[exit],
+        logits_processor=[exit.recorder],
+    )
+    hook.remove()
+    assert torch.equal(out, expected)
+    # Two prompts, then what still runs: a branch's first token comes from the prompt.
+    spent = sum(result.tokens for result in exit.results())
+    assert sum(rows) == 2 + spent - 2 * BRANCHES
 
 
 def test_text_goes_through_the_tokenizer(model):
