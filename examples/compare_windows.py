@@ -88,7 +88,8 @@ def line(ratio: str, name: str, summary: Summary) -> dict[str, str]:
         **{task: cell(share) for task, share in summary.by_task.items()},
         "finished": f"{100 * summary.finished:.1f}",
         "held": f"{summary.held:.1f}",
-        "KiB/row": f"{summary.kib:.0f}",
+        "KiB": f"{summary.mean_kib:.0f}",
+        "KiB at the end": f"{summary.kib:.0f}",
     }
 
 
@@ -149,7 +150,8 @@ def main() -> None:
         f"{seed}), greedy, float32, prompt kept; windows of {WINDOW} tokens, {RECENT} recent ones; "
         f"thresholds: compaction every {BUFFER} tokens; {platform.machine()} CPU, torch "
         f"{torch.__version__}, transformers {transformers.__version__}. Percent, Wilson 95% "
-        "intervals. `held`: tokens per KV head, mean over the steps."
+        "intervals. `held`: tokens per KV head, `KiB`: all storages of the cache, both per row and "
+        "mean over the steps that a chain takes; `at the end`: when the longest row of a batch ends."
     )
     text = markdown(sorted(rows, key=lambda row: float(row["ratio"])), note)
     if arguments.development:

@@ -16,7 +16,6 @@ from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
 from hf_reasoncache.scorers.base import HeldTokens
 
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
-_SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
 
 Allot = Callable[[HeldTokens, torch.Tensor], torch.Tensor]
 
@@ -73,19 +72,29 @@ class WindowedLayer(EvictingLayer):
             self.budgets = replace(self.budgets, first=self.first)
 
     def _capacity(self, length: torch.Tensor) -> torch.Tensor:
-        """See `EvictingLayer._capacity`: room for a window, and some for what stays of the next.
+        """See `EvictingLayer._capacity`."""
+        return self._capacity_at(self.seen, length)
 
-        Few different capacities keep heads of similar length in one attention call.
+    def _capacity_at(self, columns: int, length: torch.Tensor) -> torch.Tensor:
+        """Room until a row's next window is complete, and for what stays of one more window.
+
+        Rounded up: few different capacities keep heads of similar length in one attention call.
         """
-        need = length + self.policy.window
-        step = self.policy.window // 2
-        spare = max(step, int(length.max()) // _SPARE)
-        roomy = (need + spare + step - 1) // step * step
+        step = max(1, self.policy.window // 4)
+        need = self._until_compaction(columns, length) + self.policy.kept
+        roomy = (need + step - 1) // step * step
         if self.budgets is not None and self.budgets.limit is not None:
             bound = (self.budgets.limit + self.policy.window)[:, None].expand_as(need)
             # What a bounded head will need in the end it gets at once, and never has to move.
             roomy = bound.where(need <= bound, roomy)
         return roomy
+
+    def _until_compaction(self, columns: int, length: torch.Tensor) -> torch.Tensor:
+        """Tokens that heads with `length` of `columns` columns hold when a window is complete."""
+        most = self.policy.window + self.policy.recent
+        if self.budgets is None:
+            return length + most
+        return length + (self.budgets.complete_at - columns).clamp(0, most)[:, None]
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
@@ -93,10 +102,17 @@ class WindowedLayer(EvictingLayer):
             pool.relayout(torch.maximum(pool.capacity, self._capacity(pool.length + steps)))
 
     def _fit(self) -> None:
-        """Move the pool if a head lacks room for the next window, or much room is unused."""
+        self._fit_at(self.seen)
+
+    def _fit_at(self, columns: int) -> None:
+        """Move the pool if a head lacks room until its next window is complete, or much is unused.
+
+        All heads get their spare room then, so the pool moves every one or two windows, however
+        many rows there are.
+        """
         pool = self._require_pool()
-        target = self._capacity(pool.length)
-        if bool((pool.length + self.policy.window > pool.capacity).any()) or (
+        target = self._capacity_at(columns, pool.length)
+        if bool((self._until_compaction(columns, pool.length) > pool.capacity).any()) or (
             4 * pool.layout.slots > 5 * int(target.sum())
         ):
             pool.relayout(target)
@@ -121,7 +137,7 @@ class WindowedLayer(EvictingLayer):
         self._hold_bound(served, columns)
         self._log.resize(self._log_size)
         self._tail = 0
-        self._fit()
+        self._fit_at(columns)
 
     def _crop(self, columns: int) -> None:
         super()._crop(columns)
