@@ -16,6 +16,7 @@ from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
 from hf_reasoncache.scorers.base import HeldTokens
 
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
+_SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
 
 Allot = Callable[[HeldTokens, torch.Tensor], torch.Tensor]
 
@@ -76,12 +77,13 @@ class WindowedLayer(EvictingLayer):
         return self._capacity_at(self.seen, length)
 
     def _capacity_at(self, columns: int, length: torch.Tensor) -> torch.Tensor:
-        """Room until a row's next window is complete, and for what stays of one more window.
+        """Room until a row's next window is complete, and some for what stays of later ones.
 
         Rounded up: few different capacities keep heads of similar length in one attention call.
         """
         step = max(1, self.policy.window // 4)
-        need = self._until_compaction(columns, length) + self.policy.kept
+        spare = max(self.policy.kept, int(length.max()) // _SPARE)
+        need = self._until_compaction(columns, length) + spare
         roomy = (need + step - 1) // step * step
         if self.budgets is not None and self.budgets.limit is not None:
             bound = (self.budgets.limit + self.policy.window)[:, None].expand_as(need)
@@ -107,8 +109,7 @@ class WindowedLayer(EvictingLayer):
     def _fit_at(self, columns: int) -> None:
         """Move the pool if a head lacks room until its next window is complete, or much is unused.
 
-        All heads get their spare room then, so the pool moves every one or two windows, however
-        many rows there are.
+        All heads get their spare room then: the pool moves as seldom for many rows as for one.
         """
         pool = self._require_pool()
         target = self._capacity_at(columns, pool.length)
