@@ -163,5 +163,6 @@ def _of_layer(
     """Tokens of a window that stay in one layer, `kept` on average over the layers."""
     if demand is None:
         return kept
-    # No layer can keep more than the window has.
-    return replace(rule, high=min(rule.high, window / kept)).layer_budgets(demand, kept)[rank]
+    # The rule bounds all that a layer holds. Here most of that, prompt and recent tokens, is the same
+    # in all layers, so a layer that needs its whole text may have it.
+    return replace(rule, high=window / kept).layer_budgets(demand, kept)[rank]

@@ -249,7 +249,7 @@ class WindowedLayer(EvictingLayer):
         LongTensor[R, A]
             Positions; -1 for a query that there is not.
         """
-        log, device = self._log.last(), self._require_pool().fields["positions"].device
+        log, device = self._log.last(rows), self._require_pool().fields["positions"].device
         wanted = min(self.policy.scorer.queries, self.policy.window)
         asked = now[:, None] + torch.arange(-wanted, 0)
         if log is None:
@@ -258,5 +258,4 @@ class WindowedLayer(EvictingLayer):
         asked = asked.where((asked >= low[:, None]) & (place >= 0), -1).to(device)
         place = place.clamp_min(0).to(device)
         index = place[:, None, :, None].expand(-1, log.shape[1], -1, log.shape[3])
-        chosen = log[rows.to(device)].gather(2, index)
-        return chosen.unflatten(1, (heads, -1)), asked
+        return log.gather(2, index).unflatten(1, (heads, -1)), asked

@@ -114,6 +114,14 @@ def test_no_layer_keeps_more_than_the_window_has():
     assert sum(kept) == LAYERS * 6 and max(kept) == WINDOW
 
 
+def test_a_layer_that_needs_all_its_text_keeps_all_of_it():
+    """Whatever the rule says a layer may have of the mean: here that would be 6 of 8."""
+    cache = new_cache(build("llama"), profile=[0.1, 1000, 0.1])
+    kept = [layer.policy.kept for layer in cache.layers]
+    assert sum(kept) == LAYERS * KEPT
+    assert kept == [1, 7, 1], "the rule's lower bound holds"
+
+
 def test_prompt_ratio_is_the_share_of_the_prompt_only():
     model, inputs = build("llama"), prompt(batch=1, tokens=40, padding=(0,))
     driver, logits = start(model, inputs, protect_prompt=False, prompt_ratio=0.75)
