@@ -154,7 +154,8 @@ def main() -> None:
         f"thresholds: compaction every {BUFFER} tokens; {platform.machine()} CPU, torch "
         f"{torch.__version__}, transformers {transformers.__version__}. Percent, Wilson 95% "
         "intervals. `held`: tokens per KV head; `KiB`: all storages of the cache, per row; both "
-        "mean over the steps that a solution takes. `at the end`: when the longest row of a batch ends."
+        "mean over the steps that a solution takes. `at the end`: when the longest row of a batch "
+        "ends."
     )
     text = markdown(sorted(rows, key=lambda row: float(row["ratio"])), note)
     if arguments.development:
