@@ -5,14 +5,14 @@
 A tiny reasoner reads reference solutions with the full cache. A token is *needed* by a head if,
 after its window has been compressed, a query pays it at least half of its attention. Printed is the
 share of the needed tokens that each way to choose would have kept. `oracle` chooses by the
-attention to come. With `--generate`, the same choices are made by the cache, problem by problem.
+attention to come. With `--generate`, the cache makes some of these choices, problem by problem.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,24 +129,36 @@ def describe(reading: Reading, layer: int, low: int, high: int) -> HeldTokens:
 
 
 class Tally:
-    """Counts needed tokens, and those that were kept."""
+    """Counts needed tokens and those that were kept; marks the texts that lost none."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], int] = defaultdict(int)
         self.all: dict[tuple[str, str], int] = defaultdict(int)
+        self.whole: dict[tuple[str, str], list[bool]] = defaultdict(list)  # a mark per text
 
     def add(self, name: str, column: str, needed: torch.Tensor, keep: torch.Tensor) -> None:
         """Count BoolTensors of one shape."""
         self.kept[name, column] += int((needed & keep).sum())
         self.all[name, column] += int(needed.sum())
 
+    def begin_text(self, layers: int) -> None:
+        """No layer has lost a token of the text that follows."""
+        for name in CHOICES:
+            for layer in range(layers):
+                self.whole[name, f"{layer}"].append(True)
+
     def percent(self, name: str, column: str) -> float:
         """Share of the needed tokens that were kept."""
         return 100 * self.kept[name, column] / max(1, self.all[name, column])
 
+    def whole_percent(self, name: str, column: str) -> float:
+        """Share of the texts of which no needed token was lost."""
+        return 100 * share(self.whole[name, column]).value
+
 
 def count(reading: Reading, prompt: int, ratio: float, tally: Tally) -> None:
     """Let every choice compress the windows of one text."""
+    tally.begin_text(len(reading.mass))
     for layer, mass in reading.mass.items():
         for low, high in windows(prompt, mass.shape[-1], layer, len(reading.mass)):
             later = mass[:, :, high + RECENT :, low:high] >= NEEDED
@@ -158,23 +170,21 @@ def count(reading: Reading, prompt: int, ratio: float, tally: Tally) -> None:
             for name, (make, chunks) in CHOICES.items():
                 budgets = torch.full((1, heads), kept)
                 keep = token2chunk(make(reading).score(held), held.valid, budgets, chunks)[0]
-                tally.add(name, f"{layer}", needed, keep)
-                tally.add(name, "all", needed, keep)
-                tally.add(name, "any", needed, keep.any(0).expand(heads, -1))
+                shared = keep.any(0).expand(heads, -1)
+                for column, held_by in ((f"{layer}", keep), ("all", keep), ("any", shared)):
+                    tally.add(name, column, needed, held_by)
+                tally.whole[name, f"{layer}"][-1] &= not bool((needed & ~shared).any())
                 for age, (near, far) in AGES.items():
                     some = later[:, :, max(0, near - RECENT) : far - RECENT].any(1).any(1)
                     tally.add(name, age, some, keep)
 
 
-def table(tally: Tally, layers: int) -> str:
-    """The shares in 80 columns."""
-    columns = [*map(str, range(layers)), "all", "any", *AGES]
+def table(names: Sequence[str], columns: Sequence[str], value: Callable[[str, str], float]) -> str:
+    """Percentages, a line per name."""
     lines = [f"{'percent':22}" + "".join(f"{column:>{_width(column)}}" for column in columns)]
-    for name in CHOICES:
-        shares = (f"{tally.percent(name, c):{_width(c)}.0f}" for c in columns)
-        lines.append(f"{name:22}" + "".join(shares))
-    counts = (f"{tally.all[next(iter(CHOICES)), c]:{_width(c)}}" for c in columns)
-    return "\n".join([*lines, f"{'needed tokens':22}" + "".join(counts)])
+    for name in names:
+        lines.append(f"{name:22}" + "".join(f"{value(name, c):{_width(c)}.0f}" for c in columns))
+    return "\n".join(lines)
 
 
 def _width(column: str) -> int:
@@ -204,7 +214,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=50)
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=DEVELOPMENT_SEEDS[100])
-    parser.add_argument("--generate", action="store_true", help="answer the problems, too (slow)")
+    parser.add_argument(
+        "--generate", nargs="+", choices=CHOICES, default=[], help="answer the problems, too (slow)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -219,7 +231,8 @@ def main() -> None:
     for problem in tqdm(problems, unit="problem"):
         reading, prompt = read(model, tokenizer, problem)
         count(reading, prompt, arguments.ratio, tally)
-        for name, (make, chunks) in CHOICES.items() if arguments.generate else ():
+        for name in arguments.generate:
+            make, chunks = CHOICES[name]
             settings = {"scorer": make(reading), "chunk_share": chunks, "ratio": arguments.ratio}
             arm = Arm(
                 name,
@@ -228,13 +241,19 @@ def main() -> None:
                 ),
             )
             correct[name].append(run_arm(model, tokenizer, [problem], arm).outcomes[0].correct)
+    config = model.config
+    layers = [f"{layer}" for layer in range(config.num_hidden_layers)]
+    needed = tally.all[next(iter(CHOICES)), "all"]
+    needed /= len(problems) * config.num_hidden_layers * config.num_key_value_heads
     print(
-        f"{arguments.family}, {arguments.task}, {arguments.problems} problems (seed "
-        f"{arguments.seed}), windows of {WINDOW}, ratio {arguments.ratio:g}:\n"
-        "needed tokens that the head keeps, by layer and in all; that any head of\n"
-        "the layer keeps; and by their distance from the query that needs them"
+        f"{arguments.family}, {arguments.task}, {len(problems)} problems (seed {arguments.seed}), "
+        f"windows of {WINDOW}, ratio {arguments.ratio:g}.\n"
+        f"A head needs {needed:.1f} tokens of a text's windows. Kept by that head, in each layer\n"
+        "and in all; by any head of the layer; and by how much later they are needed:"
     )
-    print(table(tally, model.config.num_hidden_layers))
+    print(table(list(CHOICES), [*layers, "all", "any", *AGES], tally.percent))
+    print("\nTexts of which every needed token is kept by at least one head, in each layer:")
+    print(table(list(CHOICES), layers, tally.whole_percent))
     for name, outcomes in correct.items():
         print(f"{name:22} {cell(share(outcomes))}% of the answers right")
 
