@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.geometry import supported_layers
 from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
+from hf_reasoncache.protection import Spans
+from hf_reasoncache.report import CacheReport, LayerReport, keep_rates, storage_bytes
 
 
 class ReasonCache(Cache):
@@ -55,6 +58,23 @@ class ReasonCache(Cache):
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
         }
         super().__init__(layers=layers)
+
+    @classmethod
+    def policy(cls, **settings: Any) -> SuffixPolicy:
+        """Describe how this class compresses, for `SharedBranchCache(suffix=...)`.
+
+        Parameters
+        ----------
+        **settings
+            What the class takes besides the config.
+
+        Raises
+        ------
+        TypeError
+            If the class takes no such argument.
+        """
+        inspect.signature(cls).bind(None, **settings)
+        return SuffixPolicy(cls, settings)
 
     def reset(self) -> None:
         """Make the cache new: no token, no storage."""
@@ -113,6 +133,29 @@ class ReasonCache(Cache):
             ),
         )
 
+    def keep_rates(self, spans: Any) -> torch.Tensor:
+        """Return how much of some spans of the prompt is still held.
+
+        Parameters
+        ----------
+        spans : Spans, or token ranges
+            See `hf_reasoncache.protection`; they need not be protected.
+
+        Returns
+        -------
+        Tensor[L, B, S]
+            For each full-attention layer, row and span, the share of its tokens that is held, on
+            average over the KV heads; NaN where a row has fewer spans.
+
+        Raises
+        ------
+        ValueError
+            If the spans are not valid or for another number of rows, or nothing is held yet.
+        """
+        chosen = Spans.of(spans)
+        ours = [layer for layer in self.layers if isinstance(layer, PooledLayer)]
+        return torch.stack([keep_rates(layer, chosen) for layer in ours])
+
     def held_positions(self, layer_idx: int) -> list[list[list[int]]]:
         """Return the tokens that the last forward attended to in one layer.
 
@@ -141,3 +184,18 @@ class ReasonCache(Cache):
                 f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}."
             )
         return layer.held_positions()
+
+
+@dataclass(frozen=True)
+class SuffixPolicy:
+    """How branches are compressed while they share their prompt; made by `policy` of a cache.
+
+    Attributes
+    ----------
+    cache : type of ReasonCache
+    settings : dict
+        Arguments of that class; it checks them when it gets a config.
+    """
+
+    cache: type[ReasonCache]
+    settings: dict[str, Any]
