@@ -74,7 +74,8 @@ class SlidingWindowCompressCache(ReasonCache):
         window alone, as if the text ended there.
     profile : BudgetProfile, str, path or sequence of float, optional
         Demand of each full-attention layer, as for `ReasonAllocCache`: layers that need more keep
-        more of a window (and of `max_budget`), `ratio` on average.
+        more of a window (and of `max_budget`), `ratio` on average. A layer may keep all of it: the
+        profile's upper bound holds for `max_budget` only.
     head_budgets : bool
         Whether the heads of a layer share what stays of a window by demand instead of equally.
     prompt_length : int, optional

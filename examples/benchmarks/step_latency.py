@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from transformers import Cache
 
 from examples.benchmarks.machine import Machine
@@ -116,6 +117,8 @@ def draw(path: Path, steps: dict[str, list[float]], title: str) -> None:
         panel.set_title(name, fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=8, loc="upper right")
+    panels[-1].xaxis.set_major_formatter(ScalarFormatter())
+    panels[-1].xaxis.set_minor_formatter(ScalarFormatter())
     panels[-1].set_xlabel("ms per step")
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
