@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,6 +58,23 @@ class ReasonCache(Cache):
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
         }
         super().__init__(layers=layers)
+
+    @classmethod
+    def policy(cls, **settings: Any) -> SuffixPolicy:
+        """Describe how this class compresses, for `SharedBranchCache(suffix=...)`.
+
+        Parameters
+        ----------
+        **settings
+            What the class takes besides the config.
+
+        Raises
+        ------
+        TypeError
+            If the class takes no such argument.
+        """
+        inspect.signature(cls).bind(None, **settings)
+        return SuffixPolicy(cls, settings)
 
     def reset(self) -> None:
         """Make the cache new: no token, no storage."""
@@ -165,3 +184,18 @@ class ReasonCache(Cache):
                 f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}."
             )
         return layer.held_positions()
+
+
+@dataclass(frozen=True)
+class SuffixPolicy:
+    """How branches are compressed while they share their prompt; made by `policy` of a cache.
+
+    Attributes
+    ----------
+    cache : type of ReasonCache
+    settings : dict
+        Arguments of that class; it checks them when it gets a config.
+    """
+
+    cache: type[ReasonCache]
+    settings: dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.risk import RiskLog
 from triton_ops.backend import describe
@@ -62,16 +62,11 @@ class LayerReport:
     @staticmethod
     def of(index: int, layer: PooledLayer) -> LayerReport:
         """Describe a layer as it is now."""
-        pool = layer.pool
+        pool, kv_bytes = layer.pool, distinct_bytes(layer.kv_tensors())
         evicting = layer if isinstance(layer, EvictingLayer) else None
-        kv_bytes = (
-            0
-            if pool is None
-            else sum(pool.fields[name].untyped_storage().nbytes() for name in ("keys", "values"))
-        )
         return LayerReport(
             index=index,
-            held=[] if pool is None else pool.length.tolist(),
+            held=layer.held().tolist(),
             capacity=[] if pool is None else pool.capacity.tolist(),
             kv_bytes=kv_bytes,
             other_bytes=layer.nbytes - kv_bytes,
@@ -86,6 +81,53 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BranchReport:
+    """What branches share.
+
+    Attributes
+    ----------
+    rows : int
+        Branches in the batch.
+    parked : int
+        Branches put aside.
+    segments : int
+        Pieces of text that are stored apart because more than one branch may read them, per layer.
+    unshared_bytes : int
+        Keys and values if every branch had its own copy of all that it reads.
+    parked_bytes : int
+        Keys and values that only parked branches need.
+    max_bytes : int or None
+        The bound on keys and values, parked ones included.
+    blocks_evicted : int
+        Blocks of parked branches that the bound has cost.
+    steps_over : int
+        Forwards before which live branches alone needed more than the bound.
+    """
+
+    rows: int
+    parked: int
+    segments: int
+    unshared_bytes: int
+    parked_bytes: int
+    max_bytes: int | None
+    blocks_evicted: int
+    steps_over: int
+
+    def lines(self) -> list[str]:
+        """Format for a terminal of 80 columns."""
+        lines = [
+            f"{self.rows} branches would take {self.unshared_bytes:,} bytes unshared; "
+            f"{self.parked} parked"
+        ]
+        if self.max_bytes is not None:
+            lines.append(
+                f"bound {self.max_bytes:,} bytes: {self.blocks_evicted} blocks evicted, "
+                f"exceeded in {self.steps_over} steps"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
 class CacheReport:
     """All layers of a cache; `print` it for a table.
 
@@ -97,11 +139,14 @@ class CacheReport:
         The full-attention layers.
     other_bytes : int
         Bytes held by layers that are transformers' own (sliding windows and the like).
+    branches : BranchReport or None
+        Of a `SharedBranchCache`.
     """
 
     seen: int
     layers: tuple[LayerReport, ...]
     other_bytes: int
+    branches: BranchReport | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -111,7 +156,9 @@ class CacheReport:
     @property
     def total_bytes(self) -> int:
         """Bytes of everything the cache holds."""
-        return self.kv_bytes + self.other_bytes + sum(layer.other_bytes for layer in self.layers)
+        parked = 0 if self.branches is None else self.branches.parked_bytes
+        ours = self.kv_bytes + parked + sum(layer.other_bytes for layer in self.layers)
+        return ours + self.other_bytes
 
     @property
     def evictions(self) -> int:
@@ -196,6 +243,7 @@ class CacheReport:
             f"keys and values {self.kv_bytes:,} bytes, all storages {self.total_bytes:,} bytes",
             f"attention to the pools by {self.backend}",
             f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
+            *(() if self.branches is None else self.branches.lines()),
         ]
         if self.nothing_evicted:
             lines += [

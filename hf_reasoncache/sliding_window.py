@@ -187,5 +187,6 @@ def _of_layer(
     """Tokens of a window that stay in one layer, `kept` on average over the layers."""
     if demand is None:
         return kept
-    # No layer can keep more than the window has.
-    return replace(rule, high=min(rule.high, window / kept)).layer_budgets(demand, kept)[rank]
+    # The rule bounds all that a layer holds. Of that, prompt and recent tokens are the same in all
+    # layers, so one that needs its whole text may have it.
+    return replace(rule, high=window / kept).layer_budgets(demand, kept)[rank]

@@ -1,6 +1,6 @@
 """The caches that share a contract, with settings that make each compress early and often."""
 
-from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
+from hf_reasoncache import ReasonAllocCache, SharedBranchCache, SlidingWindowCompressCache
 
 CLASSES = {"reason_alloc": ReasonAllocCache, "sliding_window": SlidingWindowCompressCache}
 SETTINGS = {
@@ -8,14 +8,25 @@ SETTINGS = {
     "sliding_window": dict(window=8, ratio=0.4, recent=4),
 }
 EXACT = {"reason_alloc": dict(budget=None), "sliding_window": dict(window=8, ratio=1.0, recent=4)}
-KINDS = tuple(CLASSES)
+BRANCHED = "branched"
+"""Branches that evict like a ReasonAllocCache, or keep everything."""
+KINDS = (*CLASSES, BRANCHED)
 
 
 def make_cache(kind, model, **changes):
     """A cache that evicts; `changes` replace its settings."""
+    if kind == BRANCHED:
+        return SharedBranchCache(model.config, suffix=make_policy("reason_alloc", **changes))
     return CLASSES[kind](model.config, **(SETTINGS[kind] | changes))
+
+
+def make_policy(kind, **changes):
+    """What makes branches evict; `changes` replace settings."""
+    return CLASSES[kind].policy(**(SETTINGS[kind] | changes))
 
 
 def exact_cache(kind, model):
     """A cache that keeps everything."""
+    if kind == BRANCHED:
+        return SharedBranchCache(model.config)
     return CLASSES[kind](model.config, **EXACT[kind])

@@ -36,7 +36,7 @@ PARTS: dict[str, set[str]] = {
     "report": {"layers", "protection", "risk", "triton_ops"},
     "arguments": {"scorers", "budgets", "protection", "risk", "calibration.profile"},
     "graphs": CACHES | {"layers", "triton_ops"},
-    "branching": CACHES,
+    "branching": CACHES | {"arguments", "geometry"},
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
     "calibration": {"scorers", "budgets", "geometry", "layers", "risk", "triton_ops", "version"}
     | CACHES,

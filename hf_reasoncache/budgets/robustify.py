@@ -89,7 +89,7 @@ def robustify(
     budget, lower, upper = _broadcast(array, _array(total), _array(low), _array(high))
     largest = array.max(-1, keepdims=True)
     share = np.maximum((array / np.where(largest > 0.0, largest, 1.0)) ** exponent, _LEAST)
-    integers = largest_remainder(_fill(share, budget, lower, upper), budget)
+    integers = _largest_remainder(_fill(share, budget, lower, upper), budget)
     if isinstance(demand, torch.Tensor):
         return torch.from_numpy(integers).to(demand.device)
     return integers.tolist()
@@ -156,21 +156,25 @@ def _fill(share: Array, budget: Array, lower: Array, upper: Array) -> Array:
     return (scale * share).clip(lower, upper)
 
 
-def largest_remainder(filled: Array, budget: Array) -> Integers:
+def largest_remainder(filled: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
     """Round down, then one more for the largest fractions until a row sums to `budget`.
 
     Parameters
     ----------
-    filled : float64 array [..., n]
-        Sums to `budget` up to rounding errors.
-    budget : array [..., 1]
+    filled : Tensor[..., n]
+        float64, summing to `budget` up to rounding errors.
+    budget : Tensor[..., 1]
         Whole numbers.
 
     Returns
     -------
-    int64 array [..., n]
+    LongTensor[..., n]
         Of equal fractions the one with the lower index is rounded up.
     """
+    return torch.from_numpy(_largest_remainder(_array(filled), _array(budget))).to(filled.device)
+
+
+def _largest_remainder(filled: Array, budget: Array) -> Integers:
     # A sum's rounding error depends on how many entries there are; it must not decide a tie, or a
     # row would depend on the padding of its batch.
     filled = np.round(filled * _GRID) / _GRID

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,12 @@ from triton_ops.decode_attention import decode_attention
 
 FIRST_ROOM = 256
 """Slots allocated beyond the prompt when no budget says how long the text may become."""
+
+
+def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all storages behind some tensors, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class PooledLayer(GuardedLayer):
@@ -138,18 +144,22 @@ class PooledLayer(GuardedLayer):
             asking = asking.expand(batch, steps)
             if chunk.valid is not None:
                 asking = asking.masked_fill(~chunk.valid, -1)
-        return decode_attention(
-            chunk.query.reshape(batch, heads, query_heads // heads, steps, head_size),
-            pool.fields["keys"],
-            pool.fields["values"],
-            pool.fields["positions"],
-            pool.layout,
-            pool.length,
+        return self._attention(chunk)(
+            query=chunk.query.reshape(batch, heads, query_heads // heads, steps, head_size),
+            keys=pool.fields["keys"],
+            values=pool.fields["values"],
+            positions=pool.fields["positions"],
+            layout=pool.layout,
+            length=pool.length,
             device_length=pool.device_length if uses_triton(pool.fields["keys"]) else None,
             query_positions=asking,
             **chunk.settings,
             **accumulate,
         )
+
+    def _attention(self, chunk: Chunk) -> Callable[..., torch.Tensor]:
+        """Return what attends to the pool; called with the arguments of `decode_attention`."""
+        return decode_attention
 
     def _require_pool(self) -> RaggedPool:
         if self.pool is None:
@@ -179,6 +189,15 @@ class PooledLayer(GuardedLayer):
 
     # --------------------------------------------------------------------------------------- report
 
+    def held(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: tokens held, on the CPU."""
+        return torch.zeros(0, 0) if self.pool is None else self.pool.length
+
+    def kv_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield all keys and values."""
+        if self.pool is not None:
+            yield from (self.pool.fields["keys"], self.pool.fields["values"])
+
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield all tensors whose size grows with the tokens held."""
         if self.pool is not None:
@@ -187,8 +206,7 @@ class PooledLayer(GuardedLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of all storages behind `tensors`, each counted once."""
-        storages = (tensor.untyped_storage() for tensor in self.tensors())
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return distinct_bytes(self.tensors())
 
     def held_positions(self) -> list[list[list[int]]]:
         """Sorted columns that the last forward attended to, per row and KV head; padding is never

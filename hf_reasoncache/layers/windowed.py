@@ -78,19 +78,30 @@ class WindowedLayer(EvictingLayer):
             self.budgets = replace(self.budgets, first=self.first)
 
     def _capacity(self, length: torch.Tensor) -> torch.Tensor:
-        """See `EvictingLayer._capacity`: room for a window, and some for what stays of the next.
+        """See `EvictingLayer._capacity`."""
+        return self._capacity_at(self.seen, length)
 
-        Few different capacities keep heads of similar length in one attention call.
+    def _capacity_at(self, columns: int, length: torch.Tensor) -> torch.Tensor:
+        """Room until a row's next window is complete, and some for what stays of later ones.
+
+        Rounded up: few different capacities keep heads of similar length in one attention call.
         """
-        need = length + self.policy.window
-        step = self.policy.window // 2
-        spare = max(step, int(length.max()) // _SPARE)
-        roomy = (need + spare + step - 1) // step * step
+        step = max(1, self.policy.window // 4)
+        spare = max(self.policy.kept, int(length.max()) // _SPARE)
+        need = self._until_compaction(columns, length) + spare
+        roomy = (need + step - 1) // step * step
         if self.budgets is not None and self.budgets.limit is not None:
             bound = (self.budgets.limit + self.policy.window)[:, None].expand_as(need)
             # What a bounded head will need in the end it gets at once, and never has to move.
             roomy = bound.where(need <= bound, roomy)
         return roomy
+
+    def _until_compaction(self, columns: int, length: torch.Tensor) -> torch.Tensor:
+        """Tokens that heads with `length` of `columns` columns hold when a window is complete."""
+        most = self.policy.window + self.policy.recent
+        if self.budgets is None:
+            return length + most
+        return length + (self.budgets.complete_at - columns).clamp(0, most)[:, None]
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
@@ -98,10 +109,16 @@ class WindowedLayer(EvictingLayer):
             pool.relayout(torch.maximum(pool.capacity, self._capacity(pool.length + steps)))
 
     def _fit(self) -> None:
-        """Move the pool if a head lacks room for the next window, or much room is unused."""
+        self._fit_at(self.seen)
+
+    def _fit_at(self, columns: int) -> None:
+        """Move the pool if a head lacks room until its next window is complete, or much is unused.
+
+        All heads get their spare room then: the pool moves as seldom for many rows as for one.
+        """
         pool = self._require_pool()
-        target = self._capacity(pool.length)
-        if bool((pool.length + self.policy.window > pool.capacity).any()) or (
+        target = self._capacity_at(columns, pool.length)
+        if bool((self._until_compaction(columns, pool.length) > pool.capacity).any()) or (
             4 * pool.layout.slots > 5 * int(target.sum())
         ):
             pool.relayout(target)
@@ -126,7 +143,7 @@ class WindowedLayer(EvictingLayer):
         self._hold_bound(served, columns)
         self._log.resize(self._log_size)
         self._tail = 0
-        self._fit()
+        self._fit_at(columns)
 
     def _crop(self, columns: int) -> None:
         super()._crop(columns)
@@ -268,7 +285,7 @@ class WindowedLayer(EvictingLayer):
         LongTensor[R, A]
             Positions; -1 for a query that there is not.
         """
-        log, device = self._log.last(), self._require_pool().fields["positions"].device
+        log, device = self._log.last(rows), self._require_pool().fields["positions"].device
         wanted = min(self.policy.scorer.queries, self.policy.window)
         asked = now[:, None] + torch.arange(-wanted, 0)
         if log is None or not wanted:
@@ -277,5 +294,4 @@ class WindowedLayer(EvictingLayer):
         asked = asked.where((asked >= low[:, None]) & (place >= 0), -1).to(device)
         place = place.clamp_min(0).to(device)
         index = place[:, None, :, None].expand(-1, log.shape[1], -1, log.shape[3])
-        chosen = log[rows.to(device)].gather(2, index)
-        return chosen.unflatten(1, (heads, -1)), asked
+        return log.gather(2, index).unflatten(1, (heads, -1)), asked

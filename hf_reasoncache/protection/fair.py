@@ -129,9 +129,8 @@ def share_fairly(
     fair = robustify(demand, keep.sum(-1), exponent=1.0, **bounds)
     # Both sum to the same number, so their mixture does too.
     mixture = (1.0 - strength) * default.double() + strength * fair
-    total = keep.sum(-1, keepdim=True)
-    rounded = largest_remainder(mixture.cpu().numpy(), total.cpu().numpy())
-    quota = torch.nn.functional.pad(torch.from_numpy(rounded).to(keep.device), (0, 1))
+    quota = largest_remainder(mixture, keep.sum(-1, keepdim=True))
+    quota = torch.nn.functional.pad(quota, (0, 1))
 
     # Stable sorts, the least important rule first.
     order = torch.arange(places - 1, -1, -1, device=keep.device).expand_as(spans)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from triton_ops.decode_attention.fused import fused_attention, is_fused
 from triton_ops.layout import Bucket, RaggedLayout
 
 
@@ -36,7 +37,8 @@ def decode_attention_reference(
         packed, lengths = packed[layout.order], lengths[layout.order]
     # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
     used = lengths.tolist()
-    explicit = any(x is not None for x in (softcap, s_aux, mass, logsumexp))
+    explicit = any(x is not None for x in (softcap, s_aux, mass))
+    explicit = explicit or (logsumexp is not None and not is_fused(query, values))
 
     outputs, sums = [], []
     for bucket in layout.buckets:
@@ -61,9 +63,13 @@ def decode_attention_reference(
                 bucket.view(mass)[:, :longest] += weights.sum(1)
         else:
             bias = None if visible is None else _additive(visible, q.dtype)
-            out = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=bias, scale=scaling
-            )[0]
+            if logsumexp is None:
+                out = F.scaled_dot_product_attention(
+                    q[None], k[None], v[None], attn_mask=bias, scale=scaling
+                )[0]
+            else:
+                out, total = fused_attention(q, k, v, bias, scaling)
+                sums.append(total)
         outputs.append(out)
 
     def in_order(parts: list[torch.Tensor]) -> torch.Tensor:

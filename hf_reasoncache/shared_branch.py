@@ -1,0 +1,289 @@
+"""Branches of one problem: their prompt is stored once, and so is all they share before a fork."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import chain
+from numbers import Real
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from hf_reasoncache.arguments import require_int
+from hf_reasoncache.cache import ReasonCache, SuffixPolicy
+from hf_reasoncache.layers.branched import BranchedLayer, Branching
+from hf_reasoncache.layers.compressed_branch import branching_form
+from hf_reasoncache.layers.parking import Parked, Parking
+from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
+from hf_reasoncache.layers.twins import Twins
+from hf_reasoncache.report import BranchReport, CacheReport
+
+
+class SharedBranchCache(ReasonCache):
+    """A cache for many continuations of a few prompts, each prompt stored once.
+
+    Rows of a batch with the same prompt are recognised by themselves, so plain
+    `generate(num_return_sequences=N, past_key_values=cache)` shares memory, and so do beams.
+    `branch_generate` also reads the prompt only once. Attention reads a shared prompt once for all
+    its branches and joins the result with each branch's own tokens.
+
+    The model must run the "reasoncache" attention (or "reasoncache_eager", "reasoncache_fa2").
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        `model.config`.
+    suffix : SuffixPolicy, optional
+        `ReasonAllocCache.policy(...)` or `SlidingWindowCompressCache.policy(...)`: what a branch
+        writes itself is compressed, and budgets mean what they mean there: resident tokens per KV
+        head *of a branch*, prompt included. The prompt is never evicted. By default every token is
+        kept.
+    max_bytes : int, optional
+        Bound on the bytes of keys and values in the full-attention layers. When it is reached,
+        blocks of parked branches go (see `park`); what the branches in the batch need stays, and
+        `report()` says in how many steps that was more than the bound.
+    offloading : bool
+        Not supported.
+
+    Raises
+    ------
+    ValueError
+        If the model is not supported, or a suffix policy cannot leave the prompt alone.
+
+    Examples
+    --------
+    >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="reasoncache")
+    >>> cache = SharedBranchCache(model.config)
+    >>> out = branch_generate(model, inputs, num_branches=16, past_key_values=cache, do_sample=True)
+    >>> print(cache.report())
+
+    Notes
+    -----
+    Attention to a shared prefix as one product for all branches is Hydragen's (arXiv 2402.05099);
+    a tree of segments with one copy of what branches have in common is that of RadixAttention
+    (arXiv 2312.07104) and DeFT (arXiv 2404.00242). Ours: branches that are compressed while they
+    share, recognition of equal prompts from keys and values, and left-padded batches of prompts.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        suffix: SuffixPolicy | None = None,
+        max_bytes: int | None = None,
+        offloading: bool = False,
+    ) -> None:
+        if suffix is not None and not isinstance(suffix, SuffixPolicy):
+            raise ValueError(
+                f"suffix: expected ReasonAllocCache.policy(...) or SlidingWindowCompressCache."
+                f"policy(...), got {suffix!r}."
+            )
+        if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
+            raise ValueError(f"max_bytes: expected an integer >= 1, got {max_bytes!r}.")
+        self.max_bytes = max_bytes
+        self._forget_parked()
+        # It checks its arguments, and has a layer for each of ours.
+        compressed = None if suffix is None else suffix.cache(config, **suffix.settings)
+        twins = Twins()
+
+        def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
+            if compressed is None:
+                return BranchedLayer(twins, index)
+            return branching_form(compressed.layers[index], twins)
+
+        super().__init__(config, make_layer, offloading=offloading)
+
+    def reserve(self, tokens: int) -> None:
+        """Allocate room for so many own tokens of each branch at once, where all are kept.
+
+        Without it storages grow by 1/16, which moves them now and then and leaves 3% of a suffix
+        unused on average.
+
+        Parameters
+        ----------
+        tokens : int
+            What a branch will write: `max_new_tokens`, at most.
+        """
+        require_int("tokens", tokens, low=1)
+        for layer in self._branches():
+            if isinstance(layer, BranchedLayer):
+                layer.reserved = tokens
+
+    def fork(self, row: int, copies: int = 1) -> list[int]:
+        """Add copies of a row to the batch, behind the last one.
+
+        Row and copies share what the row has read and written so far. Where suffixes are
+        compressed, each copy gets its own, as its tokens will be evicted apart.
+
+        Parameters
+        ----------
+        row : int
+        copies : int
+
+        Returns
+        -------
+        list of int
+            The new rows.
+
+        Raises
+        ------
+        ValueError
+            If there is no such row.
+        """
+        require_int("copies", copies, low=1)
+        rows = self._rows()
+        self._require_row(row)
+        source = torch.cat([torch.arange(rows), torch.full((copies,), row)])
+        for layer in self.layers:
+            if isinstance(layer, Branching):
+                layer.fork(source)
+            elif hasattr(layer, "batch_select_indices"):
+                layer.batch_select_indices(source)
+            else:
+                raise ValueError(
+                    f"fork: expected layers whose rows can be repeated, got {type(layer).__name__}."
+                )
+        return list(range(rows, rows + copies))
+
+    def park(self, row: int, score: float) -> Parked:
+        """Put a branch aside: it leaves the batch, and its tokens stay for `resume`.
+
+        The rows behind it move up by one. With `max_bytes`, parked blocks go when memory is short,
+        lowest `score / (depth + 1)` first, prompts last.
+
+        Parameters
+        ----------
+        row : int
+        score : float
+            What the branch is worth, >= 0.
+
+        Raises
+        ------
+        ValueError
+            If there is no such row or no other one, or suffixes are compressed, or some layers of
+            the model are not full-attention.
+        """
+        layers = self._exact_layers("park")
+        self._require_row(row)
+        if not isinstance(score, Real) or isinstance(score, bool) or not 0 <= score < math.inf:
+            raise ValueError(f"score: expected a finite number >= 0, got {score!r}.")
+        if self._rows() == 1:
+            raise ValueError("park: expected another row to stay in the batch, got the only one.")
+        for layer in layers:
+            layer.freeze(torch.tensor([row]))
+        parked = Parked(
+            score=float(score),
+            first=int(layers[0].first[row]),
+            end=self.get_seq_length(),
+            _paths=[layer.trunk.paths[row] for layer in layers],
+        )
+        self.batch_select_indices(torch.tensor([i for i in range(self._rows()) if i != row]))
+        self._parking.branches.append(parked)
+        self._hold_bound()
+        return parked
+
+    def resume(self, parked: Parked) -> int:
+        """Bring a parked branch back, as the last row of the batch.
+
+        Rows of a batch stand at the same column. To the branch, the columns from `parked.end` to
+        `get_seq_length()` are padding: pass an `attention_mask` with zeros there, and feed the
+        tokens from `parked.end` on again if blocks of the branch had to go.
+
+        Returns
+        -------
+        int
+            The new row.
+
+        Raises
+        ------
+        ValueError
+            If the branch is not parked here (any more).
+        """
+        if parked not in self._parking.branches:
+            raise ValueError(
+                "resume: expected what park() of this cache returned, got a branch that is not "
+                "parked here; it was resumed already, or the cache was reset."
+            )
+        for layer, path in zip(self._exact_layers("resume"), parked.paths, strict=True):
+            layer.unfreeze(path, parked.first)
+        self._parking.branches.remove(parked)
+        return self._rows() - 1
+
+    def discard(self, parked: Parked) -> None:
+        """Give up a parked branch and the memory that only it needs; again is no error."""
+        if parked in self._parking.branches:
+            self._parking.branches.remove(parked)
+
+    def reset(self) -> None:
+        """See `ReasonCache.reset`; parked branches are given up too."""
+        super().reset()
+        self._forget_parked()
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `ReasonCache.update`; holds the bound before each forward."""
+        if layer_idx == 0 and not self._hold_bound():
+            self._steps_over += 1
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def report(self) -> CacheReport:
+        """See `ReasonCache.report`; with what branches share."""
+        report, layers = super().report(), self._branches()
+        branches = BranchReport(
+            rows=self._rows(),
+            parked=len(self._parking.branches),
+            segments=len(layers[0].trunk.readers),
+            unshared_bytes=sum(layer.unshared_bytes for layer in layers),
+            parked_bytes=self._kv_bytes() - report.kv_bytes,
+            max_bytes=self.max_bytes,
+            blocks_evicted=self._parking.blocks_evicted,
+            steps_over=self._steps_over,
+        )
+        return replace(report, branches=branches)
+
+    def _forget_parked(self) -> None:
+        self._parking = Parking()
+        self._steps_over = 0
+
+    def _kv_bytes(self) -> int:
+        live = (tensor for layer in self._branches() for tensor in layer.kv_tensors())
+        return distinct_bytes(chain(live, self._parking.tensors()))
+
+    def _hold_bound(self) -> bool:
+        """Let parked blocks go until the bound holds; False if that is not enough."""
+        if self.max_bytes is None:
+            return True
+        while self._kv_bytes() > self.max_bytes:
+            if not self._parking.evict_one(self._branches()[0].trunk.paths):
+                return False
+        return True
+
+    def _exact_layers(self, action: str) -> list[BranchedLayer]:
+        layers = [layer for layer in self.layers if isinstance(layer, BranchedLayer)]
+        if len(layers) < len(self.layers):
+            other = next(layer for layer in self.layers if not isinstance(layer, BranchedLayer))
+            raise ValueError(
+                f"{action}: expected full-attention layers that keep every token, got "
+                f"{type(other).__name__}; use fork(), or a cache without suffix on a model without "
+                "sliding-window layers."
+            )
+        return layers
+
+    def _branches(self) -> list[Branching]:
+        return [layer for layer in self.layers if isinstance(layer, Branching)]
+
+    def _rows(self) -> int:
+        return self._branches()[0].rows or 0
+
+    def _require_row(self, row: int) -> None:
+        require_int("row", row, low=0)
+        if row >= self._rows():
+            raise ValueError(f"row: expected one of {self._rows()} rows of the batch, got {row}.")
