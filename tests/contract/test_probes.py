@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_reasoncache.risk import Probes
-from tests.caches import KINDS, exact_cache, make_cache
+from tests.caches import CLASSES, exact_cache, make_cache
 from tests.contract.test_lifecycle import LAYERS, Driver, now_held
 from tests.models import build, prompt
 from tests.risk.reference import outputs
@@ -28,7 +28,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_a_probe_is_the_difference_to_all_tokens(name, kind):
     model, inputs = build(name), prompt()
     cache = make_cache(kind, model, probes=ALL)
@@ -66,7 +66,7 @@ def test_a_probe_is_the_difference_to_all_tokens(name, kind):
     assert checked >= 28
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_probes_change_nothing_and_are_zero_where_nothing_is_evicted(kind):
     model = build("llama")
     plain = make_cache(kind, model)
