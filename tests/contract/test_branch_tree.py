@@ -293,6 +293,21 @@ def test_lowest_score_goes_first_prompt_last():
     machine.write(2)
 
 
+def test_prompts_go_after_all_else():
+    """A prompt that nobody reads is kept before what was written behind another one."""
+    machine = Tree()
+    machine.begin(rows=3, copies=1, bound=None)
+    cache = machine.cache
+    poor = cache.park(1, 0.1)
+    machine.rows.pop(1)
+    machine.write(3)
+    rich = cache.park(1, 9.0)
+    order = []
+    while cache._parking.evict_one(cache.layers[0].trunk.paths):
+        order.append([poor.tokens, rich.tokens])
+    assert order == [[4, 4], [0, 4], [0, 0]]
+
+
 def test_bound_is_reported_and_not_fatal():
     model = build("llama")
     cache = SharedBranchCache(model.config, max_bytes=20_000)
