@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -70,8 +70,13 @@ def todo(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Arm]]:
 
 def markdown(rows: list[dict[str, str]], note: str) -> str:
     """The table as Markdown, one block per budget."""
-    lines = [note, "", "| " + " | ".join(FIELDS) + " |", "|" + "---|" * len(FIELDS)]
-    lines += ["| " + " | ".join(row[field] for field in FIELDS) + " |" for row in rows]
+    return note + "\n\n" + markdown_table(FIELDS, rows)
+
+
+def markdown_table(fields: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a table."""
+    lines = ["| " + " | ".join(fields) + " |", "|" + "---|" * len(fields)]
+    lines += ["| " + " | ".join(row[field] for field in fields) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -66,6 +66,8 @@ class Run:
     held : float
         Tokens held per KV head, on average over the steps that a completion took, the completions,
         layers and heads.
+    mean_bytes : float
+        Bytes of all the cache's storages per sequence, on average over the same steps.
     """
 
     outcomes: list[Outcome]
@@ -73,6 +75,7 @@ class Run:
     seconds: float
     bytes_per_row: float
     held: float
+    mean_bytes: float
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Summary:
         KiB held per sequence when generation ended, the most over the tasks.
     held : float
         Tokens held per KV head on average over the steps of all tasks.
+    mean_kib : float
+        KiB held per sequence on average over the same steps.
     by_task : dict[str, Share]
         Exact answers of each task.
     followed : dict[str, Share]
@@ -105,6 +110,7 @@ class Summary:
     speed: float
     kib: float
     held: float
+    mean_kib: float
     by_task: dict[str, Share]
     followed: dict[str, Share]
 
@@ -120,6 +126,7 @@ def summarize(runs: Mapping[str, Run]) -> Summary:
         speed=sum(run.tokens for run in runs.values()) / sum(r.seconds for r in runs.values()),
         kib=max(run.bytes_per_row for run in runs.values()) / 1024,
         held=statistics.mean(run.held for run in runs.values()),
+        mean_kib=statistics.mean(run.mean_bytes for run in runs.values()) / 1024,
         by_task={task: share([o.correct for o in run.outcomes]) for task, run in runs.items()},
         followed={
             name: share([mark for o in outcomes for mark in o.followed.get(name, [])])
@@ -160,7 +167,7 @@ def run_arm(
     model.set_attn_implementation(arm.attention)
     outcomes: list[Outcome] = []
     seconds = bytes_per_row = 0.0
-    held: list[float] = []
+    held: list[tuple[float, float]] = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         inputs = encode(tokenizer, batch)
@@ -179,7 +186,7 @@ def run_arm(
         bytes_per_row = max(bytes_per_row, cache_bytes(cache) / len(batch))
         completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
         new = [check(*pair) for pair in zip(batch, completions, strict=True)]
-        held += sampler.held([outcome.length for outcome in new])
+        held += sampler.means([outcome.length for outcome in new])
         outcomes += new
         if progress is not None:
             progress.update(len(batch))
@@ -188,16 +195,17 @@ def run_arm(
         tokens=sum(outcome.length for outcome in outcomes),
         seconds=seconds,
         bytes_per_row=bytes_per_row,
-        held=statistics.mean(held),
+        held=statistics.mean(tokens for tokens, _ in held),
+        mean_bytes=statistics.mean(size for _, size in held),
     )
 
 
 class _Sampler:
-    """Notes, as a forward hook, how many tokens per KV head a cache holds for each sequence."""
+    """Notes, as a forward hook, what a cache holds for each sequence."""
 
     def __init__(self, cache: Cache, mask: torch.Tensor) -> None:
         self.cache, self.mask = cache, mask
-        self.samples: list[tuple[int, torch.Tensor]] = []
+        self.samples: list[tuple[int, torch.Tensor, float]] = []
 
     def __call__(self, *_: object) -> None:
         columns = self.cache.get_seq_length()
@@ -208,15 +216,23 @@ class _Sampler:
             held = torch.tensor([layer.held for layer in layers]).float().mean((0, 2))
         else:
             held = columns - (1 - self.mask).sum(-1).float()
-        self.samples.append((columns - self.mask.shape[1], held))
+        size = cache_bytes(self.cache) / len(self.mask)
+        self.samples.append((columns - self.mask.shape[1], held, size))
 
-    def held(self, lengths: Sequence[int]) -> list[float]:
-        """Mean over the steps of each completion; none for one that no sample met."""
-        found = [
-            [float(held[row]) for step, held in self.samples if step <= length]
+    def means(self, lengths: Sequence[int]) -> list[tuple[float, float]]:
+        """Mean tokens per KV head and mean bytes over the steps of each completion.
+
+        Of one that no sample met there is none. The bytes are those of a batch, shared equally.
+        """
+        found = (
+            [(float(held[row]), size) for step, held, size in self.samples if step <= length]
             for row, length in enumerate(lengths)
+        )
+        return [
+            (statistics.mean(x for x, _ in samples), statistics.mean(x for _, x in samples))
+            for samples in found
+            if samples
         ]
-        return [statistics.mean(samples) for samples in found if samples]
 
 
 def cache_bytes(cache: Cache) -> int:

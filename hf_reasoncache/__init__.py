@@ -5,8 +5,11 @@ Importing the package registers the attention implementations "reasoncache", "re
 """
 
 from hf_reasoncache.attention import register
+from hf_reasoncache.branching.calibrate import calibrate_exit
+from hf_reasoncache.branching.exit import ConfidentExit
 from hf_reasoncache.branching.generate import branch_generate
 from hf_reasoncache.branching.prefill_once import prefill_once
+from hf_reasoncache.branching.vote import VoteResult
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.graphs import decode_graphs
 from hf_reasoncache.reason_alloc import ReasonAllocCache
@@ -16,11 +19,14 @@ from hf_reasoncache.version import __version__
 
 __all__ = [
     "BudgetProfile",
+    "ConfidentExit",
     "ReasonAllocCache",
     "SharedBranchCache",
     "SlidingWindowCompressCache",
+    "VoteResult",
     "__version__",
     "branch_generate",
+    "calibrate_exit",
     "decode_graphs",
     "prefill_once",
 ]

@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.geometry import supported_layers
 from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
+from hf_reasoncache.protection import Spans
+from hf_reasoncache.report import CacheReport, LayerReport, keep_rates, storage_bytes
 
 
 class ReasonCache(Cache):
@@ -131,6 +132,29 @@ class ReasonCache(Cache):
                 storage_bytes(layer) for layer in self.layers if not isinstance(layer, PooledLayer)
             ),
         )
+
+    def keep_rates(self, spans: Any) -> torch.Tensor:
+        """Return how much of some spans of the prompt is still held.
+
+        Parameters
+        ----------
+        spans : Spans, or token ranges
+            See `hf_reasoncache.protection`; they need not be protected.
+
+        Returns
+        -------
+        Tensor[L, B, S]
+            For each full-attention layer, row and span, the share of its tokens that is held, on
+            average over the KV heads; NaN where a row has fewer spans.
+
+        Raises
+        ------
+        ValueError
+            If the spans are not valid or for another number of rows, or nothing is held yet.
+        """
+        chosen = Spans.of(spans)
+        ours = [layer for layer in self.layers if isinstance(layer, PooledLayer)]
+        return torch.stack([keep_rates(layer, chosen) for layer in ours])
 
     def held_positions(self, layer_idx: int) -> list[list[list[int]]]:
         """Return the tokens that the last forward attended to in one layer.

@@ -6,16 +6,21 @@ from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
     Profile,
+    Protected,
     demand_and_rule,
     require_bool,
     require_demand_of,
     require_int,
+    require_protection,
+    require_risk,
     require_scorer,
 )
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.protection import Fair
+from hf_reasoncache.risk import Guard
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -47,6 +52,19 @@ class ReasonAllocCache(ReasonCache):
         Newest tokens that are never evicted (the observation window); counted inside the budget.
     protect_prompt : bool
         Never evict the prompt, which is all that comes before the first single-token forward.
+    protect : Spans, or token ranges, optional
+        With `protect_prompt=False`: parts of the prompt that are never evicted, counted inside the
+        budget. `hf_reasoncache.protection.spans` finds them in texts and chats; bare ranges
+        `(start, stop)`, for all rows or a list for each, count from a row's first real token.
+    fair : float or Fair, optional
+        From 0 to 1: how far spans of the text keep tokens by their length instead of by score, so
+        that none is forgotten whole; a `protection.Fair` says which spans.
+    measure_risk : bool
+        Measure, before each eviction, how far it moves the output of each head for the newest 8
+        queries; in `report()`. It certifies these outputs, not the quality of the answer.
+    max_risk : float or Guard, optional
+        Largest relative error of a head's output, measured so, that an eviction may cause: beyond
+        it fewer tokens go, within `budget + buffer`. A `risk.Guard` says what else to do.
     prompt_length : int, optional
         Columns of the prompt, padding included. Needed only with assisted decoding, whose first
         forward brings the first draft together with the prompt: without it, the accepted part of
@@ -59,7 +77,8 @@ class ReasonAllocCache(ReasonCache):
     ValueError
         If an argument is out of range, the profile is not valid or of another geometry than the
         model, or the model is not supported; and in the first forward, before any token is
-        generated, if the budget cannot hold the protected prompt.
+        generated, if the budget cannot hold what is protected of the prompt; when the prompt is
+        complete, if `protect` was made for another one.
     OSError
         If a profile cannot be read or downloaded.
 
@@ -81,7 +100,8 @@ class ReasonAllocCache(ReasonCache):
     From the paper: the robustified layer budgets (exponent 0.5, bounds 0.25 and 2), head budgets
     from the pooled top scores every 128 steps. Ours: the layout of the heads in a ragged pool, the
     exact form of the bounds, the correction that makes scores comparable between heads of different
-    length, independence of batch rows.
+    length, independence of batch rows. The whitelist and fair eviction are those of "The Pitfalls
+    of KV Cache Compression" (arXiv 2510.00231), applied at every eviction.
     """
 
     def __init__(
@@ -95,6 +115,10 @@ class ReasonAllocCache(ReasonCache):
         buffer: int = 128,
         window: int = 8,
         protect_prompt: bool = True,
+        protect: Protected | None = None,
+        fair: float | Fair | None = None,
+        measure_risk: bool = False,
+        max_risk: float | Guard | None = None,
         prompt_length: int | None = None,
         offloading: bool = False,
     ) -> None:
@@ -107,6 +131,8 @@ class ReasonAllocCache(ReasonCache):
             require_int("prompt_length", prompt_length, low=1)
         require_bool("head_budgets", head_budgets)
         require_bool("protect_prompt", protect_prompt)
+        protection = require_protection(protect, fair, protect_prompt)
+        risk = require_risk(measure_risk, max_risk)
         demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
@@ -123,6 +149,8 @@ class ReasonAllocCache(ReasonCache):
                 prompt_length=prompt_length,
                 demand=demand,
                 rule=rule,
+                protection=protection,
+                risk=risk,
             )
             return BudgetedLayer(index, rank, policy)
 

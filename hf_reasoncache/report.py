@@ -9,6 +9,8 @@ import torch
 
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
+from hf_reasoncache.protection import Spans
+from hf_reasoncache.risk import RiskLog
 from triton_ops.backend import describe
 
 
@@ -34,6 +36,10 @@ class LayerReport:
         Tokens evicted, each row and head counted.
     backend : str or None
         What attends to the pool now, see `triton_ops.backend`; None without tokens.
+    may_evict : bool
+        Whether the layer evicts as soon as it holds more than it was told to.
+    risk : RiskLog or None
+        What each eviction did to the output of the heads, if that was measured.
     """
 
     index: int
@@ -44,20 +50,25 @@ class LayerReport:
     evictions: int
     evicted: int
     backend: str | None = None
+    may_evict: bool = False
+    risk: RiskLog | None = None
 
     @staticmethod
     def of(index: int, layer: PooledLayer) -> LayerReport:
         """Describe a layer as it is now."""
         pool, kv_bytes = layer.pool, distinct_bytes(layer.kv_tensors())
+        evicting = layer if isinstance(layer, EvictingLayer) else None
         return LayerReport(
             index=index,
             held=layer.held().tolist(),
             capacity=[] if pool is None else pool.capacity.tolist(),
             kv_bytes=kv_bytes,
             other_bytes=layer.nbytes - kv_bytes,
-            evictions=layer.evictions if isinstance(layer, EvictingLayer) else 0,
-            evicted=layer.evicted if isinstance(layer, EvictingLayer) else 0,
+            evictions=evicting.evictions if evicting else 0,
+            evicted=evicting.evicted if evicting else 0,
             backend=None if pool is None else describe(layer.device, layer.dtype),
+            may_evict=evicting is not None and evicting.policy.may_evict,
+            risk=evicting.risk if evicting and evicting.policy.risk else None,
         )
 
 
@@ -162,6 +173,41 @@ class CacheReport:
         counts = [count for layer in self.layers for row in layer.held for count in row]
         return sum(counts) / len(counts) if counts else 0.0
 
+    @property
+    def nothing_evicted(self) -> bool:
+        """Whether the cache may evict, has seen tokens, and still holds all of them.
+
+        Then whatever equals the full cache does so because the budget is too large, and says
+        nothing about the method.
+        """
+        may_evict = any(layer.may_evict for layer in self.layers)
+        return may_evict and self.seen > 0 and self.evicted == 0
+
+    @property
+    def errors(self) -> torch.Tensor | None:
+        """Relative output errors of all evictions, rows, heads and layers; None if not measured.
+
+        Each is about one head's output under the queries known then, not about the answer.
+        """
+        logs = [layer.risk for layer in self.layers if layer.risk is not None]
+        return RiskLog.join(logs) if logs else None
+
+    def _lines_of_risk(self) -> list[str]:
+        errors = self.errors
+        if errors is None:
+            return []
+        if not errors.numel():
+            return ["risk: no eviction was measured yet"]
+        layer = max((each for each in self.layers if each.risk), key=_worst)
+        head = int(layer.risk.error.amax(0).argmax()) if layer.risk else 0
+        middle, most = errors.quantile(torch.tensor([0.5, 0.9])).tolist()
+        return [
+            f"risk: an eviction moved a head's output by {middle:.1%} (median), {most:.1%} (90%),",
+            f"      {float(errors.max()):.1%} (worst: layer {layer.index}, head {head}) for the "
+            "newest queries then;",
+            "      this certifies single outputs of heads, not the quality of the answer",
+        ]
+
     def __str__(self) -> str:
         """Format for a terminal of 80 columns."""
         lines = [
@@ -170,8 +216,14 @@ class CacheReport:
             f"attention to the pools by {self.backend}",
             f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
             *(() if self.branches is None else self.branches.lines()),
-            "layer   held per head: min  mean   max     KV bytes",
         ]
+        if self.nothing_evicted:
+            lines += [
+                "WARNING: nothing was evicted, since the budget exceeds the text: an output like",
+                "         that of a full cache says nothing about this compression",
+            ]
+        lines += self._lines_of_risk()
+        lines.append("layer   held per head: min  mean   max     KV bytes")
         for layer in self.layers:
             counts = [count for row in layer.held for count in row] or [0]
             lines.append(
@@ -179,6 +231,35 @@ class CacheReport:
                 f"{max(counts):5d} {layer.kv_bytes:12,}"
             )
         return "\n".join(lines)
+
+
+def _worst(layer: LayerReport) -> float:
+    return float(layer.risk.error.max()) if layer.risk else 0.0
+
+
+def keep_rates(layer: PooledLayer, spans: Spans) -> torch.Tensor:
+    """Share of every span's tokens that a layer holds, on average over its heads.
+
+    Returns
+    -------
+    Tensor[B, S]
+        float64, on the CPU; NaN where a row has fewer than `S` spans.
+    """
+    pool = layer.pool
+    if pool is None:
+        raise ValueError("keep_rates: expected a cache that holds tokens, got an empty one.")
+    sources = spans.sources(pool.length.shape[0])
+    slots, offset = pool.slots(torch.arange(len(sources)))
+    columns = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1).cpu()
+    rates = torch.full(
+        (len(sources), max(map(len, spans.rows))), torch.nan, dtype=torch.float64, device="cpu"
+    )
+    for row, source in enumerate(sources):
+        first = int(layer.first[row])
+        for place, (start, stop) in enumerate(spans.rows[source]):
+            inside = (columns[row] >= first + start) & (columns[row] < first + stop)
+            rates[row, place] = inside.double().sum(-1).mean() / (stop - start)
+    return rates
 
 
 def storage_bytes(layer: Any) -> int:

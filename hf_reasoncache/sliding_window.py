@@ -8,10 +8,13 @@ from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
     Profile,
+    Protected,
     demand_and_rule,
     require_bool,
     require_demand_of,
     require_int,
+    require_protection,
+    require_risk,
     require_scorer,
     require_share,
 )
@@ -20,6 +23,8 @@ from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.windowed import WindowedLayer
 from hf_reasoncache.layers.windows import WindowPolicy
+from hf_reasoncache.protection import Fair
+from hf_reasoncache.risk import Guard
 from hf_reasoncache.scorers import Bidirectional
 from hf_reasoncache.scorers.base import Scorer
 
@@ -56,6 +61,14 @@ class SlidingWindowCompressCache(ReasonCache):
         False, it is compressed in windows like the rest, but none reaches across its end.
     prompt_ratio : float, optional
         `ratio` of the prompt, if it is not protected; `ratio` by default.
+    protect : Spans, or token ranges, optional
+        With `protect_prompt=False`: parts of the prompt that are never evicted, counted inside what
+        stays of it; see `ReasonAllocCache`.
+    fair : float or Fair, optional
+        See `ReasonAllocCache`. Windows of generated text have equal shares anyway; this is for the
+        spans of a prompt, as far as they lie in one window.
+    measure_risk, max_risk
+        See `ReasonAllocCache`; a guard keeps at most three quarters of what a window would lose.
     scorer : Scorer, optional
         Ranks the tokens of a window; `Bidirectional(queries=window)` by default. A scorer sees the
         window alone, as if the text ended there.
@@ -106,6 +119,10 @@ class SlidingWindowCompressCache(ReasonCache):
         max_budget: int | None = None,
         protect_prompt: bool = True,
         prompt_ratio: float | None = None,
+        protect: Protected | None = None,
+        fair: float | Fair | None = None,
+        measure_risk: bool = False,
+        max_risk: float | Guard | None = None,
         scorer: Scorer | None = None,
         profile: Profile | None = None,
         head_budgets: bool = False,
@@ -131,6 +148,8 @@ class SlidingWindowCompressCache(ReasonCache):
                     f"max_budget: expected a ratio below 1 to compress by, got ratio={ratio!r}; "
                     "use a smaller ratio, or ReasonAllocCache."
                 )
+        protection = require_protection(protect, fair, protect_prompt)
+        risk = require_risk(measure_risk, max_risk)
         demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
@@ -151,6 +170,8 @@ class SlidingWindowCompressCache(ReasonCache):
                 demand=demand,
                 rule=rule,
                 rank=rank,
+                protection=protection,
+                risk=risk,
             )
             return WindowedLayer(index, policy)
 
@@ -163,5 +184,6 @@ def _of_layer(
     """Tokens of a window that stay in one layer, `kept` on average over the layers."""
     if demand is None:
         return kept
-    # No layer can keep more than the window has.
-    return replace(rule, high=min(rule.high, window / kept)).layer_budgets(demand, kept)[rank]
+    # The rule bounds all that a layer holds. Of that, prompt and recent tokens are the same in all
+    # layers, so one that needs its whole text may have it.
+    return replace(rule, high=window / kept).layer_budgets(demand, kept)[rank]

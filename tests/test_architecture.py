@@ -26,17 +26,17 @@ CACHES = {"cache", "reason_alloc", "sliding_window", "shared_branch"}
 # "triton_ops" is the other package; "calibration.profile" is that one module, not its neighbours.
 PARTS: dict[str, set[str]] = {
     "budgets": set(),
-    "protection": set(),
+    "protection": {"budgets"},
     "risk": {"triton_ops"},
     "scorers": {"triton_ops"},
     "geometry": set(),
     "version": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
     "attention": {"layers", "triton_ops"},
-    "report": {"layers", "triton_ops"},
-    "arguments": {"scorers", "budgets", "calibration.profile"},
+    "report": {"layers", "protection", "risk", "triton_ops"},
+    "arguments": {"scorers", "budgets", "protection", "risk", "calibration.profile"},
     "graphs": CACHES | {"layers", "triton_ops"},
-    "branching": CACHES,
+    "branching": CACHES | {"arguments", "geometry"},
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
     "calibration": {"scorers", "budgets", "geometry", "layers", "triton_ops", "version"} | CACHES,
     "calibration.profile": {"budgets", "geometry"},

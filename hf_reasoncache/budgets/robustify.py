@@ -19,6 +19,8 @@ _LEAST = 1e-12
 # Products such as 0.07 * 100 miss an integer by a rounding error; bounds are cut to integers beyond
 # it.
 _SLACK = 1e-9
+# Fractions closer than this are equal.
+_GRID = float(1 << 24)
 
 Bound = float | torch.Tensor
 
@@ -154,8 +156,28 @@ def _fill(share: Array, budget: Array, lower: Array, upper: Array) -> Array:
     return (scale * share).clip(lower, upper)
 
 
+def largest_remainder(filled: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+    """Round down, then one more for the largest fractions until a row sums to `budget`.
+
+    Parameters
+    ----------
+    filled : Tensor[..., n]
+        float64, summing to `budget` up to rounding errors.
+    budget : Tensor[..., 1]
+        Whole numbers.
+
+    Returns
+    -------
+    LongTensor[..., n]
+        Of equal fractions the one with the lower index is rounded up.
+    """
+    return torch.from_numpy(_largest_remainder(_array(filled), _array(budget))).to(filled.device)
+
+
 def _largest_remainder(filled: Array, budget: Array) -> Integers:
-    """Round down, then one more for the largest fractions until a row sums to `budget`."""
+    # A sum's rounding error depends on how many entries there are; it must not decide a tie, or a
+    # row would depend on the padding of its batch.
+    filled = np.round(filled * _GRID) / _GRID
     down = np.floor(filled)
     missing = budget - down.sum(-1, keepdims=True)
     # An entry at its upper bound has no fraction, so it is never among the `missing` ones.

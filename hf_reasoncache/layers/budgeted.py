@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 
 from hf_reasoncache.layers.chunk import Chunk
@@ -10,7 +13,7 @@ from hf_reasoncache.layers.held_positions import AllPositions
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.row_budgets import RowBudgets
-from hf_reasoncache.layers.selection import Occasion, choose, gather_held, incoming_held
+from hf_reasoncache.layers.selection import Occasion, gather_held, incoming_held, rank
 from hf_reasoncache.scorers.base import HeldTokens
 
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
@@ -74,7 +77,11 @@ class BudgetedLayer(EvictingLayer):
         """Fix the budgets of every row, given how many tokens `[B, H_kv]` its prompt has."""
         self._prompt_columns = self._end_of_prompt()
         floor = prompt[:, 0] if self.policy.protect_prompt else torch.zeros_like(prompt[:, 0])
-        self.budgets = RowBudgets.equal(self.policy, self.rank, floor, prompt.shape[1])
+        protection = self._protect()
+        if protection is not None:
+            floor = torch.maximum(floor, protection.count)
+        budgets = RowBudgets.equal(self.policy, self.rank, floor, prompt.shape[1])
+        self.budgets = replace(budgets, protection=protection)
 
     def _require_budgets(self) -> RowBudgets:
         if self.budgets is None:
@@ -107,7 +114,9 @@ class BudgetedLayer(EvictingLayer):
         self._fit()
 
     def _occasion(self, rows: torch.Tensor, columns: int) -> Occasion:
-        queries = self._log.last()
+        queries, wanted = self._log.last(), self.policy.scorer.queries
+        if self._log_size > wanted and queries is not None:
+            queries = queries[:, :, -wanted:] if wanted else None
         return Occasion(rows, self.first[rows], columns, queries, self._scaling, self.index)
 
     def _choose(self, occasion: Occasion, held: HeldTokens, at: torch.Tensor) -> torch.Tensor:
@@ -116,7 +125,13 @@ class BudgetedLayer(EvictingLayer):
         if self.policy.protect_prompt:
             protected |= at < self._prompt_columns
         budgets = self._require_budgets()
-        keep, self.budgets = choose(self.policy, budgets, occasion, held, protected)
+        if budgets.protection is not None:
+            protected |= budgets.protection.covers(occasion.rows, held.positions)
+        select, budgets = rank(self.policy, budgets, occasion, held, protected)
+        self.budgets = budgets
+        where = (occasion.rows, occasion.columns)
+        scale = partial(self._scale, *where, held.positions, partial(getattr, held))
+        keep = self._decide(*where, select, budgets.bounds(occasion.rows), scale)
         self.evictions += occasion.rows.numel()
         self.evicted += int((held.valid & ~keep).sum())
         return keep

@@ -20,31 +20,27 @@ import torch
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.draft import Draft
 from hf_reasoncache.layers.held_positions import AllPositions, HeldPositions
-from hf_reasoncache.layers.policy import Budgets, Policy
+from hf_reasoncache.layers.policy import Policy
 from hf_reasoncache.layers.pool import RaggedPool
-from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.layers.query_log import QueryLog
+from hf_reasoncache.layers.watched import WatchedLayer
 from hf_reasoncache.scorers.base import HeldTokens
 
 _STATISTICS = {"mass": torch.float32, "notes": torch.int32}
 _MASS_BLOCK = 64  # prompt queries per pass while attention mass is accumulated
 
 
-class EvictingLayer(PooledLayer):
+class EvictingLayer(WatchedLayer):
     """One layer that holds some of the tokens it has seen.
 
     Attributes
     ----------
-    policy : Policy
-    budgets : Budgets or None
-        What every row may hold; None until the prompt is complete.
     evictions : int
         Compactions so far, each row counted.
     evicted : int
         Tokens evicted so far, each row and head counted.
     """
 
-    _STATE = ("budgets", "evictions", "evicted", "_tail")
+    _STATE = ("budgets", "evictions", "evicted", "risk", "_tail")
 
     def __init__(self, index: int, policy: Policy) -> None:
         scorer = policy.scorer
@@ -55,9 +51,7 @@ class EvictingLayer(PooledLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self.budgets: Budgets | None = None
         self.evictions = self.evicted = 0
-        self._log = QueryLog(self.policy.scorer.queries)
         self._prompt_columns = 0
         self._prompt_open = True
         self._attended: HeldPositions | AllPositions | None = None
@@ -87,9 +81,13 @@ class EvictingLayer(PooledLayer):
         self._attended = self._draft = None
         if self.pool is None:
             return
+        complete = self._prompt_open and not self._grows_prompt(steps)
         if self.budgets is None:
             self._allocate()
             self._fit()
+            complete = True
+        if complete:
+            self._check_prompt()
         if not (self._grows_prompt(steps) and self.policy.protect_prompt):
             self._evict(self._due(self.seen, 1 if self.recording else steps), self.seen)
 
@@ -157,7 +155,7 @@ class EvictingLayer(PooledLayer):
     def _remember(self, chunk: Chunk) -> None:
         """Take note of what scoring will need."""
         self._log.append(chunk.query, self.clock)
-        self._scaling = chunk.settings["scaling"]
+        self._settings = chunk.settings
 
     def _store_notes(self, held: HeldTokens, slots: torch.Tensor) -> None:
         """Keep what the scorer has noted about tokens that lie in `slots`."""
@@ -257,10 +255,7 @@ class EvictingLayer(PooledLayer):
     def select_rows(self, rows: torch.Tensor) -> None:
         """See `GuardedLayer.select_rows`."""
         super().select_rows(rows)
-        self._log.select_rows(rows)
         self._draft = self._attended = None
-        if self.budgets is not None:
-            self.budgets = self.budgets.select_rows(rows)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """See `PooledLayer.tensors`; queries kept for scoring and what could be undone too."""

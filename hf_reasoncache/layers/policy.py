@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.protection import Protection, RowProtection
+from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers.base import Scorer
 
 
@@ -30,11 +32,31 @@ class Policy(Protocol):
         """Columns of the prompt; None takes the forwards before the first single-token one."""
         ...
 
+    @property
+    def protection(self) -> Protection | None:
+        """Whitelist and fair eviction."""
+        ...
+
+    @property
+    def risk(self) -> Risk | None:
+        """What is measured of an eviction's cost; None measures nothing."""
+        ...
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether anything is evicted once the text is long enough."""
+        ...
+
 
 class Budgets(Protocol):
     """What the rows of a layer may hold; never written to, so a draft is undone by putting the old
     object back.
     """
+
+    @property
+    def protection(self) -> RowProtection | None:
+        """Whitelist and fair eviction."""
+        ...
 
     def select_rows(self, rows: torch.Tensor) -> Budgets:
         """Keep, repeat or reorder rows."""
@@ -61,6 +83,10 @@ class EvictionPolicy:
         How demand becomes the budgets of the layers.
     head_interval : int
         Columns between two re-allocations of the head budgets (Delta of the paper).
+    protection : Protection or None
+        Whitelist and fair eviction; None costs nothing.
+    risk : Risk or None
+        What is measured of an eviction's cost; None costs nothing.
     protect_prompt : bool
         Whether prompt tokens are never evicted.
     prompt_length : int or None
@@ -79,17 +105,29 @@ class EvictionPolicy:
     demand: tuple[float, ...] | None = None
     rule: BudgetRule = field(default_factory=BudgetRule)
     head_interval: int = 128
+    protection: Protection | None = None
+    risk: Risk | None = None
+
+    @property
+    def may_evict(self) -> bool:
+        """True: a budget is finite."""
+        return True
+
+    @property
+    def remedy(self) -> str:
+        """How to protect less."""
+        return "pass protect_prompt=False" if self.protect_prompt else "protect fewer of its tokens"
 
     def layer_budget(self, rank: int, prompt_tokens: int) -> int:
-        """Budget per head of one layer, for a row whose protected prompt has `prompt_tokens`
-        tokens.
+        """Budget per head of one layer, for a row with `prompt_tokens` protected tokens of its
+        prompt.
 
         Parameters
         ----------
         rank : int
             Index of the layer among the evicting layers.
         prompt_tokens : int
-            0 when the prompt is not protected.
+            All of them, those of the whitelist, or 0.
 
         Raises
         ------
@@ -101,7 +139,7 @@ class EvictionPolicy:
             raise ValueError(
                 f"budget too small: expected budget >= {floor} ({prompt_tokens} protected prompt "
                 f"tokens and a window of {self.window}), got budget={self.budget}. Raise the "
-                "budget, shorten the prompt, or pass protect_prompt=False."
+                f"budget, shorten the prompt, or {self.remedy}."
             )
         if self.demand is None:
             return self.budget

@@ -69,14 +69,25 @@ class QueryLog:
             self._chunks[0] = self._chunks[0][:, :, self._columns - self.size :].clone()
             self._columns = self.size
 
-    def last(self) -> torch.Tensor | None:
-        """Return the newest queries `[B, H_q, A <= size, D]`, oldest first, if there are any."""
+    def last(self, rows: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the newest queries `[R, H_q, A <= size, D]`, oldest first, if there are any.
+
+        Parameters
+        ----------
+        rows : LongTensor[R], optional
+            Batch rows to return, which saves copying the others; all by default.
+        """
         if self._ring is not None:
             columns = torch.arange(self._end - self._held, self._end, device=self._ring.device)
-            return self._ring.index_select(2, columns % self.size)
+            ring = self._ring if rows is None else self._ring[rows.to(self._ring.device)]
+            return ring.index_select(2, columns % self.size)
         if not self._chunks:
             return None
-        return torch.cat(list(self._chunks), dim=2)[:, :, -self.size :]
+        chunks = list(self._chunks)
+        if rows is not None:
+            rows = rows.to(chunks[0].device)
+            chunks = [chunk.index_select(0, rows) for chunk in chunks]
+        return torch.cat(chunks, dim=2)[:, :, -self.size :]
 
     def make_ring(self, end: int) -> None:
         """Go on as a ring, `end` columns having been seen."""

@@ -8,6 +8,7 @@ import torch
 
 from hf_reasoncache.budgets.heads import head_budgets
 from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.protection import RowProtection
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +26,14 @@ class RowBudgets:
         Protected prompt tokens and the window: what no head may go below.
     last_split : LongTensor[B]
         Columns stored when the row's heads were last re-allocated.
+    protection : RowProtection or None
     """
 
     policy: EvictionPolicy
     heads: torch.Tensor
     floor: torch.Tensor
     last_split: torch.Tensor
+    protection: RowProtection | None = None
 
     @staticmethod
     def equal(policy: EvictionPolicy, rank: int, prompt: torch.Tensor, heads: int) -> RowBudgets:
@@ -63,6 +66,15 @@ class RowBudgets:
     def capacity(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: what a head may hold between two compactions."""
         return self.heads + self.policy.buffer
+
+    def bounds(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens per head after a compaction, and the least and the most that a guard may give.
+
+        A quarter of the buffer stays free, or evictions would come at every step.
+        """
+        heads, buffer = self.heads[rows], self.policy.buffer
+        least = self.floor[rows, None].expand_as(heads)
+        return heads, least, heads + buffer - max(1, buffer // 4)
 
     def resplit(
         self, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor, columns: int
@@ -104,4 +116,5 @@ class RowBudgets:
             heads=self.heads[rows],
             floor=self.floor[rows],
             last_split=self.last_split[rows],
+            protection=None if self.protection is None else self.protection.select_rows(rows),
         )

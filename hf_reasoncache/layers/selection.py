@@ -12,6 +12,7 @@ from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.row_budgets import RowBudgets
+from hf_reasoncache.risk.guard import Select
 from hf_reasoncache.scorers.base import HeldTokens
 
 
@@ -155,14 +156,14 @@ def _held_tokens(
     )
 
 
-def choose(
+def rank(
     policy: EvictionPolicy,
     budgets: RowBudgets,
     occasion: Occasion,
     held: HeldTokens,
     protected: torch.Tensor,
-) -> tuple[torch.Tensor, RowBudgets]:
-    """Choose the tokens that stay.
+) -> tuple[Select, RowBudgets]:
+    """Score tokens, so that any number of them can be chosen to stay.
 
     Parameters
     ----------
@@ -176,14 +177,24 @@ def choose(
 
     Returns
     -------
-    keep : BoolTensor[R, H_kv, N]
+    select : Callable
+        From LongTensor[R, H_kv], tokens per head, to BoolTensor[R, H_kv, N], what stays.
     budgets : RowBudgets
         With the heads re-allocated where that was due.
     """
     scores = policy.scorer.score(held).masked_fill(protected, torch.inf)
     scores = scores.masked_fill(~held.valid, -torch.inf)
     budgets = budgets.resplit(occasion.rows, scores, held.valid, occasion.columns)
-    return keep_top(scores, budgets.heads[occasion.rows]) & held.valid, budgets
+
+    def select(per_head: torch.Tensor) -> torch.Tensor:
+        keep = keep_top(scores, per_head) & held.valid
+        if budgets.protection is None:
+            return keep
+        return budgets.protection.rebalance(
+            occasion.rows, held.positions, keep, scores, held.valid, protected & held.valid
+        )
+
+    return select, budgets
 
 
 def keep_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,11 @@ from hf_reasoncache.layers.selection import keep_top
 
 
 def token2chunk(
-    scores: torch.Tensor, valid: torch.Tensor, budgets: torch.Tensor, share: float
+    scores: torch.Tensor,
+    valid: torch.Tensor,
+    budgets: torch.Tensor,
+    share: float,
+    forced: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mark the best tokens of every head, and join them to chunks by filling gaps between them.
 
@@ -30,15 +34,21 @@ def token2chunk(
         Tokens to mark, on any device.
     share : float
         In [0, 1]; 0 marks the best tokens only.
+    forced : BoolTensor[R, H, N], optional
+        Tokens to mark whatever their score, inside the budget; gaps beside them are gaps too. They
+        may not be more than the budget.
 
     Returns
     -------
     BoolTensor[R, H, N]
         As many marks as the budget says, or all tokens of a head that has fewer.
     """
-    budgets = budgets.to(scores.device)
-    best = (budgets - (budgets * share).long()).clamp_min(budgets.clamp_max(1))
-    keep = keep_top(scores.masked_fill(~valid, -torch.inf), best) & valid
+    budgets, ranks = budgets.to(scores.device), scores.masked_fill(~valid, -torch.inf)
+    free = budgets
+    if forced is not None:
+        ranks, free = ranks.masked_fill(forced, torch.inf), budgets - forced.sum(-1)
+    best = budgets - free + (free - (free * share).long()).clamp_min(free.clamp_max(1))
+    keep = keep_top(ranks, best) & valid
     if share == 0:
         return keep
     rest = torch.minimum(budgets, valid.sum(-1)) - keep.sum(-1)

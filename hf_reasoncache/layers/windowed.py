@@ -13,12 +13,13 @@ from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.selection import Occasion, gather_held
 from hf_reasoncache.layers.token2chunk import token2chunk
 from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
+from hf_reasoncache.risk.guard import Weigh
 from hf_reasoncache.scorers.base import HeldTokens
 
 _NO_ROWS = torch.zeros(0, dtype=torch.long)
 _SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
 
-Allot = Callable[[HeldTokens, torch.Tensor], torch.Tensor]
+Allot = Callable[[HeldTokens, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class WindowedLayer(EvictingLayer):
@@ -40,7 +41,7 @@ class WindowedLayer(EvictingLayer):
     def _log_size(self) -> int:
         """Columns that lie between now and the oldest query that a complete window needs."""
         wanted = min(self.policy.scorer.queries, self.policy.window)
-        return wanted + self.policy.recent if wanted else 0
+        return max(wanted + self.policy.recent if wanted else 0, self._risk_queries)
 
     def _remember(self, chunk: Chunk) -> None:
         if chunk.steps > 1 and self._log_size:
@@ -63,8 +64,12 @@ class WindowedLayer(EvictingLayer):
     def _allocate(self) -> None:
         self._prompt_columns = self._end_of_prompt()
         self.budgets = RowWindows.after_prompt(
-            self.policy, self.first, self._prompt_columns, self.budgets
+            self.policy, self.first, self._prompt_columns, self.budgets, self._protect()
         )
+
+    def _check_prompt(self) -> None:
+        super()._check_prompt()
+        self._require_windows().check_whitelist()
 
     def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
         placed = self._placed
@@ -73,19 +78,30 @@ class WindowedLayer(EvictingLayer):
             self.budgets = replace(self.budgets, first=self.first)
 
     def _capacity(self, length: torch.Tensor) -> torch.Tensor:
-        """See `EvictingLayer._capacity`: room for a window, and some for what stays of the next.
+        """See `EvictingLayer._capacity`."""
+        return self._capacity_at(self.seen, length)
 
-        Few different capacities keep heads of similar length in one attention call.
+    def _capacity_at(self, columns: int, length: torch.Tensor) -> torch.Tensor:
+        """Room until a row's next window is complete, and some for what stays of later ones.
+
+        Rounded up: few different capacities keep heads of similar length in one attention call.
         """
-        need = length + self.policy.window
-        step = self.policy.window // 2
-        spare = max(step, int(length.max()) // _SPARE)
-        roomy = (need + spare + step - 1) // step * step
+        step = max(1, self.policy.window // 4)
+        spare = max(self.policy.kept, int(length.max()) // _SPARE)
+        need = self._until_compaction(columns, length) + spare
+        roomy = (need + step - 1) // step * step
         if self.budgets is not None and self.budgets.limit is not None:
             bound = (self.budgets.limit + self.policy.window)[:, None].expand_as(need)
             # What a bounded head will need in the end it gets at once, and never has to move.
             roomy = bound.where(need <= bound, roomy)
         return roomy
+
+    def _until_compaction(self, columns: int, length: torch.Tensor) -> torch.Tensor:
+        """Tokens that heads with `length` of `columns` columns hold when a window is complete."""
+        most = self.policy.window + self.policy.recent
+        if self.budgets is None:
+            return length + most
+        return length + (self.budgets.complete_at - columns).clamp(0, most)[:, None]
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()
@@ -93,10 +109,16 @@ class WindowedLayer(EvictingLayer):
             pool.relayout(torch.maximum(pool.capacity, self._capacity(pool.length + steps)))
 
     def _fit(self) -> None:
-        """Move the pool if a head lacks room for the next window, or much room is unused."""
+        self._fit_at(self.seen)
+
+    def _fit_at(self, columns: int) -> None:
+        """Move the pool if a head lacks room until its next window is complete, or much is unused.
+
+        All heads get their spare room then: the pool moves as seldom for many rows as for one.
+        """
         pool = self._require_pool()
-        target = self._capacity(pool.length)
-        if bool((pool.length + self.policy.window > pool.capacity).any()) or (
+        target = self._capacity_at(columns, pool.length)
+        if bool((self._until_compaction(columns, pool.length) > pool.capacity).any()) or (
             4 * pool.layout.slots > 5 * int(target.sum())
         ):
             pool.relayout(target)
@@ -121,7 +143,7 @@ class WindowedLayer(EvictingLayer):
         self._hold_bound(served, columns)
         self._log.resize(self._log_size)
         self._tail = 0
-        self._fit()
+        self._fit_at(columns)
 
     def _crop(self, columns: int) -> None:
         super()._crop(columns)
@@ -139,22 +161,25 @@ class WindowedLayer(EvictingLayer):
         low, high, kept = windows.start[rows], windows.end[rows], windows.kept(rows)
         self.budgets = windows.advance(rows)
         if bool((kept < high - low).any()):
-            self._shrink(rows, columns, low, high, high, self._allot(kept))
+            self._shrink(rows, columns, low, high, high, self._allot(kept), relent=True)
 
     def _allot(self, kept: torch.Tensor) -> Allot:
         """Give every head of a row the same, or heads by demand the same in total."""
 
-        def equal(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+        def equal(held: HeldTokens, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
             return kept[:, None].expand(-1, scores.shape[1])
 
-        def by_demand(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+        def by_demand(held: HeldTokens, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
             heads, count = scores.shape[1], held.count.amin(-1).tolist()
+            floor = forced.sum(-1).amax(-1).tolist()
+            scores = scores.masked_fill(forced, torch.inf).masked_fill(~held.valid, -torch.inf)
             split = [
                 # No head can keep more than it holds.
                 head_budgets(
-                    scores[row : row + 1].masked_fill(~held.valid[row : row + 1], -torch.inf),
+                    scores[row : row + 1],
                     held.valid[row : row + 1],
                     heads * each,
+                    floor=floor[row],
                     high=max(1.0, min(2.0, count[row] / max(each, 1))),
                     comparable=self.policy.scorer.comparable,
                 )
@@ -167,9 +192,10 @@ class WindowedLayer(EvictingLayer):
     def _hold_bound(self, rows: torch.Tensor, columns: int) -> None:
         """Compress the oldest windows of `rows` again, as the newest queries see them."""
 
-        def again(held: HeldTokens, scores: torch.Tensor) -> torch.Tensor:
+        def again(held: HeldTokens, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
             # At least one less than there are, so that the bound is reached.
-            return held.count * min(self.policy.kept, self.policy.window - 1) // self.policy.window
+            kept, listed = min(self.policy.kept, self.policy.window - 1), forced.sum(-1)
+            return listed + (held.count - listed) * kept // self.policy.window
 
         rows = self._over_bound(rows)
         while rows.numel():
@@ -177,7 +203,7 @@ class WindowedLayer(EvictingLayer):
             low, high = windows.stretch(rows)
             self.budgets = windows.sweep_to(rows, high)
             now = columns - self.first[rows]
-            self._shrink(rows, columns, low, high, now, again)
+            self._shrink(rows, columns, low, high, now, again, relent=False)
             rows = self._over_bound(rows)
 
     def _over_bound(self, rows: torch.Tensor) -> torch.Tensor:
@@ -199,8 +225,13 @@ class WindowedLayer(EvictingLayer):
         high: torch.Tensor,
         now: torch.Tensor,
         allot: Allot,
+        *,
+        relent: bool,
     ) -> None:
-        """Evict from the tokens at positions `low` to `high - 1`, scored as of position `now`."""
+        """Evict from the tokens at positions `low` to `high - 1`, scored as of position `now`.
+
+        With `relent`, a guard may keep more than `allot` says.
+        """
         pool, first = self._require_pool(), self.first[rows]
         occasion = Occasion(rows, first, columns, None, self._scaling, self.index)
         held, slots, offset, _ = gather_held(pool, occasion, (first + low, first + high))
@@ -209,15 +240,37 @@ class WindowedLayer(EvictingLayer):
         queries, asked = self._queries(rows, columns, low, now, pool.length.shape[1])
         held = replace(held, length=now.to(asked.device), queries=queries, query_positions=asked)
         scores = self.policy.scorer.score(held)
-        budgets = allot(held, scores)
-        keep = token2chunk(scores, held.valid, budgets, self.policy.chunk_share)
+        protection, forced = self._require_windows().protection, torch.zeros_like(held.valid)
+        if protection is not None:
+            forced = protection.covers(rows, held.positions) & held.valid
+        budgets = allot(held, scores, forced)
+        everything, place = pool.slots(rows)
+
+        def select(per_head: torch.Tensor) -> torch.Tensor:
+            share = self.policy.chunk_share
+            keep = token2chunk(scores, held.valid, per_head, share, forced)
+            if protection is None:
+                return keep
+            return protection.rebalance(rows, held.positions, keep, scores, held.valid, forced)
+
+        def staying(keep: torch.Tensor) -> torch.Tensor:
+            stays = place >= 0
+            row, head, index = (held.valid & ~keep).nonzero(as_tuple=True)
+            stays[row, head, offset[row, head, index]] = False
+            return stays
+
+        def scale() -> Weigh:
+            at = pool.fields["positions"][everything].long() - first.to(place.device)[:, None, None]
+            at = at.masked_fill(place < 0, -1)
+            weigh = self._scale(rows, columns, at, lambda name: pool.fields[name][everything])
+            return lambda keeps: weigh([staying(keep) for keep in keeps])
+
+        spare = (held.count.cpu() - budgets.cpu()).clamp_min(0) * 3 // 4 * relent
+        bounds = (budgets.cpu(), forced.sum(-1).cpu(), budgets.cpu() + spare)
+        keep = self._decide(rows, columns, select, bounds, scale)
         self._store_notes(held, slots)
         lost = held.valid & ~keep
-        everything, place = pool.slots(rows)
-        stays = place >= 0
-        row, head, index = lost.nonzero(as_tuple=True)
-        stays[row, head, offset[row, head, index]] = False
-        pool.compact(rows, everything, place, stays)
+        pool.compact(rows, everything, place, staying(keep))
         self.evictions += rows.numel()
         self.evicted += int(lost.sum())
 
@@ -232,14 +285,13 @@ class WindowedLayer(EvictingLayer):
         LongTensor[R, A]
             Positions; -1 for a query that there is not.
         """
-        log, device = self._log.last(), self._require_pool().fields["positions"].device
+        log, device = self._log.last(rows), self._require_pool().fields["positions"].device
         wanted = min(self.policy.scorer.queries, self.policy.window)
         asked = now[:, None] + torch.arange(-wanted, 0)
-        if log is None:
+        if log is None or not wanted:
             return None, torch.full_like(asked, -1).to(device)
         place = self.first[rows][:, None] + asked - (columns - log.shape[2])
         asked = asked.where((asked >= low[:, None]) & (place >= 0), -1).to(device)
         place = place.clamp_min(0).to(device)
         index = place[:, None, :, None].expand(-1, log.shape[1], -1, log.shape[3])
-        chosen = log[rows.to(device)].gather(2, index)
-        return chosen.unflatten(1, (heads, -1)), asked
+        return log.gather(2, index).unflatten(1, (heads, -1)), asked

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.protection import Protection, RowProtection
+from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers.base import Scorer
 
 
@@ -47,6 +49,10 @@ class WindowPolicy:
         How demand becomes the bounds of the layers.
     rank : int
         Index of this layer in `demand`.
+    protection : Protection or None
+        Whitelist and fair eviction; None costs nothing.
+    risk : Risk or None
+        What is measured of an eviction's cost; None costs nothing.
     """
 
     window: int
@@ -64,10 +70,22 @@ class WindowPolicy:
     demand: tuple[float, ...] | None = None
     rule: BudgetRule = field(default_factory=BudgetRule)
     rank: int = 0
+    protection: Protection | None = None
+    risk: Risk | None = None
+
+    @property
+    def may_evict(self) -> bool:
+        """False where all of a window stays: the cache is meant to be exact."""
+        return self.kept < self.window or self.prompt_kept < self.window
+
+    @property
+    def remedy(self) -> str:
+        """How to protect less."""
+        return "pass protect_prompt=False" if self.protect_prompt else "protect fewer of its tokens"
 
     def limit(self, prompt_tokens: int) -> int | None:
-        """Tokens per head that stay after a compaction of a row whose protected prompt has
-        `prompt_tokens` tokens; None without a bound.
+        """Tokens per head that stay after a compaction of a row with `prompt_tokens` protected
+        tokens of its prompt; None without a bound.
 
         Raises
         ------
@@ -81,8 +99,7 @@ class WindowPolicy:
             raise ValueError(
                 f"max_budget too small: expected max_budget >= {floor} ({prompt_tokens} protected "
                 f"prompt tokens, {self.recent} recent ones and {self.mean_kept} of a window), got "
-                f"max_budget={self.max_budget}. Raise it, shorten the prompt, or pass "
-                "protect_prompt=False."
+                f"max_budget={self.max_budget}. Raise it, shorten the prompt, or {self.remedy}."
             )
         if self.demand is None:
             return self.max_budget
@@ -109,6 +126,7 @@ class RowWindows:
         Position up to which the compressed past has been compressed again.
     limit : LongTensor[B] or None
         Tokens per head that stay after a compaction.
+    protection : RowProtection or None
     """
 
     policy: WindowPolicy
@@ -117,6 +135,7 @@ class RowWindows:
     start: torch.Tensor
     sweep: torch.Tensor
     limit: torch.Tensor | None
+    protection: RowProtection | None = None
 
     def __post_init__(self) -> None:
         # Now, because a captured step may ask for it but not compute it.
@@ -124,7 +143,11 @@ class RowWindows:
 
     @staticmethod
     def after_prompt(
-        policy: WindowPolicy, first: torch.Tensor, columns: int, before: RowWindows | None
+        policy: WindowPolicy,
+        first: torch.Tensor,
+        columns: int,
+        before: RowWindows | None,
+        protection: RowProtection | None,
     ) -> RowWindows:
         """Place the windows when the prompt has grown to `columns` columns.
 
@@ -135,10 +158,12 @@ class RowWindows:
         columns : int
         before : RowWindows or None
             The windows in the shorter prompt, if there was one.
+        protection : RowProtection or None
         """
         prompt = (columns - first).where(first >= 0, 0)
         protected = prompt if policy.protect_prompt else torch.zeros_like(prompt)
-        limits = [policy.limit(tokens) for tokens in protected.tolist()]
+        kept = protected if protection is None else torch.maximum(protected, protection.count)
+        limits = [policy.limit(tokens) for tokens in kept.tolist()]
         carried = not policy.protect_prompt and before is not None
         return RowWindows(
             policy=policy,
@@ -147,6 +172,7 @@ class RowWindows:
             start=before.start if carried and before is not None else protected,
             sweep=before.sweep if carried and before is not None else protected,
             limit=None if policy.max_budget is None else torch.tensor(limits),
+            protection=protection,
         )
 
     @cached_property
@@ -178,9 +204,42 @@ class RowWindows:
         total instead of each part makes the parts of a window add up to the whole.
         """
         start, end = self.start[rows], self.end[rows]
-        share = torch.full_like(start, self.policy.kept)
-        share = share.where(start >= self.prompt[rows], self.policy.prompt_kept)
-        return end * share // self.policy.window - start * share // self.policy.window
+        in_prompt = start < self.prompt[rows]
+        share = torch.full_like(start, self.policy.prompt_kept).where(in_prompt, self.policy.kept)
+        kept = end * share // self.policy.window - start * share // self.policy.window
+        if self.protection is None or self.protection.settings.keep is None:
+            return kept
+        return self._with_whitelist(self.protection)[rows].where(in_prompt, kept)
+
+    def _with_whitelist(self, protection: RowProtection) -> torch.Tensor:
+        """LongTensor[B]: tokens that stay of a next window that is in the prompt.
+
+        The whitelist comes first, wherever it lies; all other tokens of the prompt share what the
+        prompt may keep beyond it.
+        """
+        listed = [protection.count_below(at) for at in (self.start, self.end, self.prompt)]
+        start, end, free = self.start - listed[0], self.end - listed[1], self.prompt - listed[2]
+        rest, free = (self.prompt_kept - listed[2]).clamp_min(0), free.clamp_min(1)
+        return listed[1] - listed[0] + end * rest // free - start * rest // free
+
+    @property
+    def prompt_kept(self) -> torch.Tensor:
+        """LongTensor[B]: tokens per head that stay of a prompt that is not protected as a whole."""
+        return self.prompt * self.policy.prompt_kept // self.policy.window
+
+    def check_whitelist(self) -> None:
+        """Raise ValueError if the whitelist is more than may stay of a prompt."""
+        if self.protection is None or self.protection.settings.keep is None:
+            return
+        pairs = zip(self.protection.count.tolist(), self.prompt_kept.tolist(), strict=True)
+        for row, (listed, kept) in enumerate(pairs):
+            if listed > kept:
+                raise ValueError(
+                    f"protect: expected at most {kept} protected tokens in row {row}, what stays "
+                    f"of its prompt of {int(self.prompt[row])} in a layer that keeps "
+                    f"{self.policy.prompt_kept} of {self.policy.window}, got {listed}. Raise "
+                    "prompt_ratio, or protect fewer tokens."
+                )
 
     def advance(self, rows: torch.Tensor) -> RowWindows:
         """Go on to the next window in some rows."""
@@ -217,4 +276,5 @@ class RowWindows:
             start=self.start[rows],
             sweep=self.sweep[rows],
             limit=None if self.limit is None else self.limit[rows],
+            protection=None if self.protection is None else self.protection.select_rows(rows),
         )

@@ -70,11 +70,15 @@ def test_a_ring_answers_like_a_list(size, steps, ring_at):
         if index >= ring_at:
             ring.make_ring(seen)
         query = torch.arange(seen, seen + count).float().view(1, 1, count, 1).expand(2, 3, -1, 4)
+        query = query + torch.tensor([0.0, 0.5]).view(2, 1, 1, 1)
         plain.append(query)
         ring.append(query, clock.fill_(seen) if count == 1 else None)
         seen += count
         assert torch.equal(plain.last(), ring.last())
         assert torch.equal(ring.clone().last(), plain.last())
+        for rows in (torch.tensor([1]), torch.tensor([1, 0])):
+            assert torch.equal(plain.last(rows), plain.last()[rows])
+            assert torch.equal(ring.last(rows), plain.last()[rows])
     rows = torch.tensor([1, 0, 0])
     for log in (plain, ring):
         log.select_rows(rows)

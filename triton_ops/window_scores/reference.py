@@ -42,17 +42,22 @@ def _of_heads(
     dtype = torch.promote_types(keys.dtype, torch.float32)
     # An absent query may hold anything; zeroed, it can neither spread NaN nor win the maximum of
     # the group.
-    used = (queries.to(dtype) * scaling).where(present[:, None, None, :, None], 0.0)
-    logits = used.reshape(rows, heads, group_size * window, size) @ keys.to(dtype).mT
+    used = queries.to(dtype).where(present[:, None, None, :, None], 0.0)
+    # The group shares its keys, so there are fewer of them to scale than queries.
+    logits = used.reshape(rows, heads, group_size * window, size) @ (keys.to(dtype) * scaling).mT
     logits = logits.view(rows, heads, group_size, window, -1)
     if group == "max":
         logits = logits.amax(2, keepdim=True)
-    # The smallest finite number instead of -inf: a query that sees nothing yields numbers, not NaN,
-    # and the second fill turns them into the zeros they should be.
-    probabilities = logits.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
-    probabilities = probabilities.masked_fill(~seen, 0.0).mean(2)
-    weights = present.to(dtype) / present.sum(-1, keepdim=True).clamp(min=1)
-    return (weights[:, None, None, :] @ probabilities).squeeze(2)
+    if bool(seen.all()):
+        probabilities = logits.softmax(-1)
+    else:
+        # The smallest finite number instead of -inf: a query that sees nothing yields numbers, not
+        # NaN, and the second fill turns them into the zeros they should be.
+        probabilities = logits.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
+        probabilities = probabilities.masked_fill_(~seen, 0.0)
+    lines = probabilities.shape[2]
+    weights = present.to(dtype) / (lines * present.sum(-1, keepdim=True).clamp(min=1))
+    return (weights.repeat(1, lines)[:, None, None] @ probabilities.flatten(2, 3)).squeeze(2)
 
 
 def _seen(query_positions: torch.Tensor, key_positions: torch.Tensor, sees: str) -> torch.Tensor:

@@ -4,16 +4,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.scorers import H2O, RKV
 from tests.models import SHAPE, build, prompt
 from triton_ops.backend import interpreting, use_backend
 
 
 def generate(model, cache, inputs, **arguments):
-    return model.generate(
-        **inputs, **arguments, past_key_values=cache, max_new_tokens=9, do_sample=False
-    )
+    arguments = {"max_new_tokens": 9} | arguments
+    return model.generate(**inputs, **arguments, past_key_values=cache, do_sample=False)
 
 
 def small_llama(query_heads=4):
@@ -25,25 +24,27 @@ def small_llama(query_heads=4):
     return model
 
 
-def both(model, device, inputs, arguments, **settings):
-    """Tokens with the kernels and with PyTorch, and the reports of both caches."""
+def both(model, device, inputs, arguments, kind=ReasonAllocCache, **settings):
+    """Tokens and held positions with the kernels and with PyTorch, and the reports."""
     model = model.to(device)
     inputs = {key: value.to(device) for key, value in inputs.items()}
     results = []
     for backend in ("triton", "torch"):
         with use_backend(backend):
-            cache = ReasonAllocCache(model.config, **settings)
+            cache = kind(model.config, **settings)
             tokens = generate(model, cache, inputs, **arguments)
-            results.append((tokens, cache.report()))
+            report = cache.report()
+            held = [cache.held_positions(layer.index) for layer in report.layers]
+            results.append((tokens, report, held))
     return results
 
 
 def check(results):
-    (tokens, report), (expected, wanted) = results
+    (tokens, report, held), (expected, wanted, held_by_torch) = results
     assert report.backend == ("triton (interpreter)" if interpreting() else "triton")
     assert wanted.backend == "torch"
     assert torch.equal(tokens, expected)
-    assert [layer.held for layer in report.layers] == [layer.held for layer in wanted.layers]
+    assert held == held_by_torch
     assert report.evicted == wanted.evicted
 
 
@@ -60,6 +61,23 @@ def test_tokens_of_a_padded_batch_with_evictions(scorer, device):
         profile=[1.0, 3.0],
         scorer=scorer,
         protect_prompt=False,
+    )
+    check(results)
+    assert results[0][1].evictions >= 8
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_budget": 11, "head_budgets": True}], ids=str)
+def test_tokens_of_windows(changes, device):
+    results = both(
+        small_llama(query_heads=2),
+        device,
+        prompt(tokens=7, padding=(0, 3)),
+        {"max_new_tokens": 14},
+        SlidingWindowCompressCache,
+        window=4,
+        ratio=0.5,
+        recent=2,
+        **changes,
     )
     check(results)
     assert results[0][1].evictions >= 8

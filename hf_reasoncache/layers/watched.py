@@ -1,0 +1,142 @@
+"""A layer that knows what it must not lose, and what it costs to lose something."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from hf_reasoncache.layers.policy import Budgets, Policy
+from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.query_log import QueryLog
+from hf_reasoncache.protection import RowProtection
+from hf_reasoncache.risk import RiskLog, eviction_damage
+from hf_reasoncache.risk.guard import Select, Weigh
+
+
+class WatchedLayer(PooledLayer):
+    """The part of an evicting layer that protects tokens and measures evictions.
+
+    Attributes
+    ----------
+    policy : Policy
+    budgets : Budgets or None
+        What every row may hold; None until the prompt is complete.
+    risk : RiskLog
+        What the evictions cost, if the policy has it measured.
+    """
+
+    policy: Policy
+    _settings: dict[str, Any]
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.budgets: Budgets | None = None
+        self.risk = RiskLog()
+        self._log = QueryLog(self._log_size)
+
+    @property
+    def _log_size(self) -> int:
+        """Newest columns whose queries an eviction needs."""
+        return max(self.policy.scorer.queries, self._risk_queries)
+
+    @property
+    def _risk_queries(self) -> int:
+        return 0 if self.policy.risk is None else self.policy.risk.queries
+
+    @property
+    def _scaling(self) -> float:
+        scaling: float = self._settings["scaling"]
+        return scaling
+
+    @abstractmethod
+    def _end_of_prompt(self) -> int:
+        """Columns of the prompt so far."""
+
+    # ---------------------------------------------------------------------------------- protection
+
+    def _protect(self) -> RowProtection | None:
+        """What is protected in each row, now that the prompt has grown to its present end."""
+        if self.policy.protection is None:
+            return None
+        prompt = (self._end_of_prompt() - self.first).where(self.first >= 0, 0)
+        known = None if self.budgets is None else self.budgets.protection
+        return self.policy.protection.for_rows(prompt) if known is None else known.grown(prompt)
+
+    def _check_prompt(self) -> None:
+        """Raise ValueError unless what is to be protected fits the prompt, which is complete."""
+        if self.budgets is not None and self.budgets.protection is not None:
+            self.budgets.protection.check()
+
+    # ---------------------------------------------------------------------------------------- risk
+
+    def _scale(
+        self,
+        rows: torch.Tensor,
+        columns: int,
+        positions: torch.Tensor,
+        load: Callable[[str], torch.Tensor],
+    ) -> Weigh:
+        """Something to weigh evictions with, from all that `rows` hold.
+
+        Parameters
+        ----------
+        rows : LongTensor[R]
+        columns : int
+            Columns stored.
+        positions : LongTensor[R, H_kv, N]
+            Counted from the row's first real token, -1 for filler.
+        load : Callable
+            Gathers "keys" `[R, H_kv, N, D]` and "values" `[R, H_kv, N, D_v]`.
+        """
+        queries = self._log.last()
+        if queries is None:
+            raise ValueError(f"layer {self.index}: expected queries to measure with, got none.")
+        queries = queries[rows.to(queries.device), :, -self._risk_queries :]
+        first = self.first[rows].to(queries.device)[:, None]
+        asked = torch.arange(columns - queries.shape[2], columns, device=queries.device) - first
+        held = (load("keys"), load("values"), positions)
+        grouped = queries.unflatten(1, (positions.shape[1], -1))
+        return partial(eviction_damage, grouped, asked.clamp_min(-1), *held, **self._settings)
+
+    def _decide(
+        self,
+        rows: torch.Tensor,
+        columns: int,
+        select: Select,
+        bounds: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scale: Callable[[], Weigh],
+    ) -> torch.Tensor:
+        """Choose what stays, and take note of what that costs if the policy has it measured.
+
+        Parameters
+        ----------
+        rows : LongTensor[R]
+        columns : int
+        select : Callable
+            From tokens per head to what stays.
+        bounds : three of LongTensor[R, H_kv]
+            Tokens that a head is to keep, and the least and the most that a guard may give it.
+        scale : Callable
+            Makes what weighs choices.
+
+        Returns
+        -------
+        BoolTensor[R, H_kv, N]
+        """
+        if self.policy.risk is None:
+            return select(bounds[0])
+        keep, damage = self.policy.risk.choose(select, scale(), *bounds)
+        self.risk = self.risk.add(rows, columns, damage)
+        return keep
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """See `GuardedLayer.select_rows`."""
+        super().select_rows(rows)
+        self._log.select_rows(rows)
+        self.risk = self.risk.select_rows(rows)
+        if self.budgets is not None:
+            self.budgets = self.budgets.select_rows(rows)

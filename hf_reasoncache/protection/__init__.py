@@ -1,0 +1,12 @@
+"""Which tokens must not be lost, and how fairly the rest is treated: spans of the prompt.
+
+`spans` finds the tokens of substrings, character ranges or roles; `Spans` says them in numbers. The
+caches take either as `protect=`, and a `Fair` as `fair=`.
+"""
+
+from hf_reasoncache.protection.fair import Fair
+from hf_reasoncache.protection.ranges import Spans
+from hf_reasoncache.protection.resolve import spans
+from hf_reasoncache.protection.rows import Protection, RowProtection
+
+__all__ = ["Fair", "Protection", "RowProtection", "Spans", "spans"]

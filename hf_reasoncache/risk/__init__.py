@@ -1,0 +1,12 @@
+"""What an eviction costs, as numbers: measured before it, bounded while it happens, probed after.
+
+Every number here is about the output of one attention head under the queries that were seen. None
+of them is about the quality of an answer.
+"""
+
+from hf_reasoncache.risk.damage import Damage, eviction_damage
+from hf_reasoncache.risk.guard import Guard
+from hf_reasoncache.risk.log import RiskLog
+from hf_reasoncache.risk.settings import Risk
+
+__all__ = ["Damage", "Guard", "Risk", "RiskLog", "eviction_damage"]

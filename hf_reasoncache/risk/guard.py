@@ -1,0 +1,152 @@
+"""A guard: where an eviction would move a head's output too far, fewer of its tokens go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, get_args
+
+import torch
+
+from hf_reasoncache.risk.damage import Damage
+
+Action = Literal["shrink", "abstain", "move"]
+Select = Callable[[torch.Tensor], torch.Tensor]
+Weigh = Callable[[Sequence[torch.Tensor]], list[Damage]]
+
+STEPS = 4
+"""Steps between what a head is to keep and the most that it may."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What to do when an eviction's error is too large; ours.
+
+    The guard spends the room that would stay free until the next eviction, never more: a head of a
+    `ReasonAllocCache` holds `budget + buffer` tokens at most with or without it, and after an
+    eviction at least a quarter of `buffer` is free. So evictions come up to four times as often,
+    and after one a head may hold more than its budget. A head of a `SlidingWindowCompressCache`
+    keeps at most three quarters of what a window would lose, and `max_budget` holds as without.
+
+    Attributes
+    ----------
+    limit : float
+        Largest `Damage.error` of a head that is accepted.
+    action : {"shrink", "abstain", "move"}
+        "shrink" keeps as many more tokens of the head as bring its error to the limit, or the most
+        there is room for. "abstain" keeps the most at once. "move" lets heads of the same row and
+        layer pay for it, as long as their own error stays the smaller one: the row keeps as many
+        tokens as without a guard.
+
+    Raises
+    ------
+    ValueError
+        If the limit is not a finite number >= 0, or the action is unknown.
+    """
+
+    limit: float
+    action: Action = "shrink"
+
+    def __post_init__(self) -> None:
+        """Check."""
+        number = isinstance(self.limit, Real) and not isinstance(self.limit, bool)
+        if not number or not 0 <= self.limit < math.inf:
+            raise ValueError(f"max_risk: expected a finite number >= 0, got {self.limit!r}.")
+        if self.action not in get_args(Action):
+            raise ValueError(
+                f"max_risk: expected an action in {get_args(Action)}, got {self.action!r}."
+            )
+
+    def choose(
+        self,
+        select: Select,
+        weigh: Weigh,
+        budgets: torch.Tensor,
+        least: torch.Tensor,
+        most: torch.Tensor,
+    ) -> tuple[torch.Tensor, Damage]:
+        """Choose what stays.
+
+        Parameters
+        ----------
+        select : Callable
+            From LongTensor[R, H], tokens per head, to BoolTensor[R, H, N], what stays.
+        weigh : Callable
+            Measures the damage of several choices.
+        budgets, least, most : LongTensor[R, H]
+            Tokens that a head is to keep, and bounds that hold whatever happens; on the CPU.
+
+        Returns
+        -------
+        keep : BoolTensor[R, H, N]
+        damage : Damage
+            Of that choice.
+        """
+        keep = select(budgets)
+        damage = weigh([keep])[0]
+        over = (damage.error > self.limit).cpu()
+        if not bool(over.any()):
+            return keep, damage
+        budgets, most = torch.broadcast_tensors(budgets.cpu(), most.cpu())
+        unit = (most - budgets).clamp_min(0) // STEPS
+        down = 0
+        if self.action == "move":
+            # One step of one head is one step of another.
+            down, unit = STEPS - 1, unit.amin(-1, keepdim=True).expand_as(unit)
+        if self.action == "abstain":
+            chosen = most.where(over, budgets)
+        else:
+            least = torch.minimum(least.cpu(), budgets)
+            steps = range(-down, STEPS + 1)
+            ladder = [torch.maximum(budgets + step * unit, least) for step in steps]
+            errors = torch.stack([d.error for d in weigh([select(x) for x in ladder])], -1).cpu()
+            if self.action == "move":
+                lowest = -((budgets - least) // unit.clamp_min(1)).clamp_max(down)
+                level = self._moved(errors, lowest, down)
+                chosen = budgets + level * unit
+            else:
+                level = self._raised(errors)
+                # Where no step is enough: all the room there is, what no step divides too.
+                chosen = most.where(level == STEPS, budgets + level * unit)
+        keep = select(chosen)
+        return keep, weigh([keep])[0]
+
+    def _raised(self, errors: torch.Tensor) -> torch.Tensor:
+        """LongTensor[R, H]: fewest steps up that bring a head's error to the limit, or all."""
+        fine = errors <= self.limit
+        return fine.int().argmax(-1).where(fine.any(-1), STEPS)
+
+    def _moved(self, errors: torch.Tensor, lowest: torch.Tensor, down: int) -> torch.Tensor:
+        """Give steps to the head with the largest error, as long as another can pay.
+
+        Parameters
+        ----------
+        errors : Tensor[R, H, down + 1 + STEPS]
+            Error of each head by level.
+        lowest : LongTensor[R, H]
+            Steps that a head may go down, negative.
+        down : int
+
+        Returns
+        -------
+        LongTensor[R, H]
+            Steps up or down; a row's sum to zero.
+        """
+        level = torch.zeros_like(lowest)
+        for own, at, end in zip(level, errors, lowest, strict=True):
+            while True:
+                now = at.gather(-1, (own + down)[:, None])[:, 0]
+                lower = at.gather(-1, (own + down - 1).clamp_min(0)[:, None])[:, 0]
+                # A head that has paid is not given, nor the other way round: this ends.
+                needy = now.masked_fill((own < 0) | (own == STEPS), -torch.inf)
+                payer = lower.masked_fill((own > 0) | (own == end), torch.inf)
+                taker = int(needy.argmax())
+                payer[taker] = torch.inf
+                giver = int(payer.argmin())
+                if needy[taker] <= self.limit or payer[giver] >= needy[taker]:
+                    break
+                own[taker] += 1
+                own[giver] -= 1
+        return level
