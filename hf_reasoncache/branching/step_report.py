@@ -20,7 +20,7 @@ class StepShareReport:
     prompt_bytes : int
         Bytes that were freed, without any error, since branches have the same prompt.
     key_distance, value_distance : float
-        Mean relative distance of shared blocks from what they replaced; NaN where none is.
+        Mean relative distance of shared blocks from what they replaced; NaN where none is shared.
     """
 
     steps: int

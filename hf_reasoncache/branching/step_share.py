@@ -217,11 +217,14 @@ class StepShareCache(Cache):
         return max(apart) if self.share == "keys_values" else apart[1]
 
     def _apart(self, own: Entry, other: Entry) -> tuple[float, float]:
-        """Relative distances of keys and of values."""
+        """Relative distances of keys, NaN where they stay private, and of values."""
+        values = _relative(other.values.parts, own.values.parts)
+        if self.share == "values":
+            return float("nan"), values
         keys = list(other.keys.parts)
         if self._rotation is not None and other.offset:
             keys = [self._rotation(part[None], other.offset)[0] for part in keys]
-        return _relative(keys, own.keys.parts), _relative(other.values.parts, own.values.parts)
+        return _relative(keys, own.keys.parts), values
 
     def _unique(self) -> Iterator[Block]:
         blocks = {}
