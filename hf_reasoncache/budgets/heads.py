@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from hf_reasoncache.budgets.layers import expect_bounds
+from hf_reasoncache.budgets.ranking import kth_largest
 from hf_reasoncache.budgets.robustify import robustify
 
 Comparable = Literal["length", "raw"]
@@ -117,16 +118,9 @@ def _reaching(
         # Filler is masked below; until then its product may be anything.
         utility = scores * valid.sum(-1, keepdim=True)
     utility = utility.masked_fill(~valid, -torch.inf)
-    pooled = utility.flatten(1)
     # A row that holds less than its budget keeps everything; its bar is its smallest utility.
     rank = torch.minimum(budget, valid.flatten(1).sum(-1).cpu()).clamp(min=1)
-    bar = pooled.new_empty(len(pooled), 1, 1)
-    # Selection, 10 times cheaper than sorting, takes one rank per call; rows nearly always share
-    # it.
-    for shared in rank.unique().tolist():
-        chosen = (rank == shared).to(pooled.device)
-        best = pooled[chosen].kthvalue(pooled.shape[1] - shared + 1, dim=-1).values
-        bar[chosen] = best[:, None, None]
+    bar = kth_largest(utility.flatten(1), rank)[:, None, None]
     return ((utility >= bar) & valid).sum(-1)
 
 

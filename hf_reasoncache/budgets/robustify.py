@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import TypeAlias, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Integers: TypeAlias = npt.NDArray[np.int64]
 
 # No entry weighs less than this share of the largest: entries without demand then split evenly what
 # is left once all others are at their upper bound, and a row without any demand comes out uniform.
@@ -68,52 +73,53 @@ def robustify(
         If a demand is negative or not finite, there is none, the exponent is negative, the sizes do
         not fit, or the bounds leave no solution.
     """
-    tensor = torch.as_tensor(demand, dtype=torch.float64, device="cpu")
-    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+    array = _array(demand)
+    if array.ndim == 0 or array.shape[-1] == 0:
         raise ValueError(
             "robustify expects at least one demand, got none; pass one per layer or head."
         )
     if not (math.isfinite(exponent) and exponent >= 0.0):
         raise ValueError(f"robustify expects an exponent >= 0, got {exponent}; the paper uses 0.5.")
-    if not bool(((tensor >= 0.0) & tensor.isfinite()).all()):
+    if not ((array >= 0.0) & np.isfinite(array)).all():
         raise ValueError(
-            f"robustify expects finite demand >= 0, got {tensor.tolist()}; repair the measurement."
+            f"robustify expects finite demand >= 0, got {array.tolist()}; repair the measurement."
         )
-    budget, lower, upper = _broadcast(tensor, total, low, high)
-    largest = tensor.amax(-1, keepdim=True)
-    share = (tensor / largest.where(largest > 0.0, 1.0)).pow(exponent).clamp(min=_LEAST)
+    budget, lower, upper = _broadcast(array, _array(total), _array(low), _array(high))
+    largest = array.max(-1, keepdims=True)
+    share = np.maximum((array / np.where(largest > 0.0, largest, 1.0)) ** exponent, _LEAST)
     integers = _largest_remainder(_fill(share, budget, lower, upper), budget)
     if isinstance(demand, torch.Tensor):
-        return integers.to(demand.device)
+        return torch.from_numpy(integers).to(demand.device)
     return integers.tolist()
 
 
-def _broadcast(
-    demand: torch.Tensor, total: int | torch.Tensor, low: Bound, high: Bound
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _array(value: float | Sequence[float] | torch.Tensor) -> Array:
+    # NumPy takes a third of torch's time for operations on a handful of numbers, and there are a
+    # hundred of them, once per layer and eviction.
+    return np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value, dtype=np.float64)
+
+
+def _broadcast(demand: Array, total: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
     """Return total `[..., 1]`, low and high `[..., n]` in whole numbers that admit a solution."""
-    budget, lower, upper = (
-        torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (total, low, high)
-    )
     try:
-        budget = budget.expand(demand.shape[:-1]).unsqueeze(-1)
-        lower = ((lower - _SLACK).ceil() + 0.0).expand(demand.shape)
-        upper = (upper + _SLACK).floor().expand(demand.shape)
-    except RuntimeError as error:
+        budget = np.broadcast_to(total, demand.shape[:-1])[..., None]
+        lower = np.broadcast_to(np.ceil(low - _SLACK) + 0.0, demand.shape)
+        upper = np.broadcast_to(np.floor(high + _SLACK), demand.shape)
+    except ValueError as error:
         raise ValueError(
             f"robustify expects total [...] and bounds [..., n] for demand {list(demand.shape)}, "
-            f"got {list(budget.shape)}, {list(lower.shape)} and {list(upper.shape)}."
+            f"got {list(total.shape)}, {list(low.shape)} and {list(high.shape)}."
         ) from error
-    floor, ceiling = lower.sum(-1, keepdim=True), upper.sum(-1, keepdim=True)
+    floor, ceiling = lower.sum(-1, keepdims=True), upper.sum(-1, keepdims=True)
     feasible = (floor <= budget) & (budget <= ceiling) & (budget == budget.round())
-    feasible = feasible & ((lower >= 0.0) & (lower <= upper)).all(-1, keepdim=True)
-    if not bool(feasible.all()):
-        row = int((~feasible).flatten().nonzero()[0])
+    feasible = feasible & ((lower >= 0.0) & (lower <= upper)).all(-1, keepdims=True)
+    if not feasible.all():
+        row = int((~feasible).ravel().argmax())
         count = demand.shape[-1]
         lo, hi = (bound.reshape(-1, count)[row].tolist() for bound in (lower, upper))
         raise ValueError(
             "robustify expects an integer B with sum(lo) <= B <= sum(hi) and 0 <= lo <= hi, got "
-            f"B = {budget.flatten()[row].item():g}, count = {count}, lo = {_short(lo)}, "
+            f"B = {budget.ravel()[row]:g}, count = {count}, lo = {_short(lo)}, "
             f"hi = {_short(hi)}; raise the budget or loosen the bounds."
         )
     return budget, lower, upper
@@ -123,39 +129,36 @@ def _short(bound: list[float]) -> str:
     return f"{bound[0]:g}" if len(set(bound)) == 1 else str(bound)
 
 
-def _fill(
-    share: torch.Tensor, budget: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor
-) -> torch.Tensor:
+def _fill(share: Array, budget: Array, lower: Array, upper: Array) -> Array:
     """Water-filling: `clip(c * share, lower, upper)` with the `c` at which a row sums to `budget`.
 
     The sum is piecewise linear in `c` with a break wherever an entry reaches a bound. Evaluated at
     all `2 n` breaks it says between which two the solution lies, and there one division gives it.
     """
-    breaks = torch.cat([lower / share, upper / share], -1).sort(-1).values
-    filled = (breaks.unsqueeze(-1) * share.unsqueeze(-2)).clamp(
-        lower.unsqueeze(-2), upper.unsqueeze(-2)
+    breaks = np.sort(np.concatenate([lower / share, upper / share], -1), -1)
+    filled = np.minimum(
+        np.maximum(breaks[..., None] * share[..., None, :], lower[..., None, :]),
+        upper[..., None, :],
     )
-    reached = (filled.sum(-1) < budget).sum(-1, keepdim=True).clamp(max=breaks.shape[-1] - 1)
-    right = breaks.gather(-1, reached)
-    left = breaks.gather(-1, (reached - 1).clamp(min=0))
+    reached = (filled.sum(-1) < budget).sum(-1, keepdims=True).clip(max=breaks.shape[-1] - 1)
+    right = np.take_along_axis(breaks, reached, -1)
+    left = np.take_along_axis(breaks, (reached - 1).clip(min=0), -1)
     # Free between the two breaks: entries past their lower bound on the left of it and below their
     # upper bound on the right. The midpoint decides safely, rounding errors at the breaks do not.
     level = (left + right) / 2 * share
     free = (lower < level) & (level < upper)
-    fixed = level.clamp(lower, upper).where(~free, 0.0).sum(-1, keepdim=True)
-    slope = share.where(free, 0.0).sum(-1, keepdim=True)
+    fixed = np.where(free, 0.0, level.clip(lower, upper)).sum(-1, keepdims=True)
+    slope = np.where(free, share, 0.0).sum(-1, keepdims=True)
     # Without a free entry every c of the segment gives the same, and that sum is the budget.
-    level = ((budget - fixed) / slope).where(slope > 0.0, right) * share
-    return level.clamp(lower, upper)
+    scale = np.divide(budget - fixed, slope, out=right.copy(), where=slope > 0.0)
+    return (scale * share).clip(lower, upper)
 
 
-def _largest_remainder(filled: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+def _largest_remainder(filled: Array, budget: Array) -> Integers:
     """Round down, then one more for the largest fractions until a row sums to `budget`."""
-    down = filled.floor()
-    missing = budget - down.sum(-1, keepdim=True)
+    down = np.floor(filled)
+    missing = budget - down.sum(-1, keepdims=True)
     # An entry at its upper bound has no fraction, so it is never among the `missing` ones.
-    order = (filled - down).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1]).expand_as(order)
-    )
-    return (down + (rank < missing)).long()
+    order = np.argsort(down - filled, axis=-1, kind="stable")
+    rank = np.argsort(order, axis=-1, kind="stable")
+    return (down + (rank < missing)).astype(np.int64)

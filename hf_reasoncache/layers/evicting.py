@@ -162,7 +162,9 @@ class EvictingLayer(PooledLayer):
     def _store_notes(self, held: HeldTokens, slots: torch.Tensor) -> None:
         """Keep what the scorer has noted about tokens that lie in `slots`."""
         if held.notes is not None:
-            self._require_pool().fields["notes"][slots[held.valid]] = held.notes[held.valid]
+            known = held.valid.flatten().nonzero()[:, 0]
+            place, notes = (x.flatten().index_select(0, known) for x in (slots, held.notes))
+            self._require_pool().fields["notes"].index_copy_(0, place, notes)
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()

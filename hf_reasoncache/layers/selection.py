@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_reasoncache.budgets.ranking import kth_largest
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pool import RaggedPool
@@ -63,7 +64,7 @@ def gather_held(
         Column of each token, -1 for filler.
     """
     slots, offset = pool.slots(occasion.rows)
-    at = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1)
+    at = pool.take("positions", slots).long().masked_fill(offset < 0, -1)
     if span is None:
         order = at.masked_fill(offset < 0, occasion.columns + 1).argsort(dim=-1, stable=True)
     else:
@@ -74,7 +75,7 @@ def gather_held(
         far = at.masked_fill(~inside, occasion.columns + 1)
         order = far.topk(int(inside.sum(-1).max()), largest=False).indices
     slots, offset, at = (x.gather(-1, order) for x in (slots, offset, at))
-    held = _held_tokens(occasion, at, lambda name: pool.fields[name][slots], pool.fields)
+    held = _held_tokens(occasion, at, lambda name: pool.take(name, slots), pool.fields)
     return held, slots, offset, at
 
 
@@ -202,7 +203,13 @@ def keep_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
     -------
     BoolTensor[R, H_kv, N]
     """
-    order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    return (rank < budgets.to(scores.device)[..., None]).flip(-1)
+    tokens = scores.shape[-1]
+    if not tokens:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    budgets = budgets.cpu().clamp(max=tokens)
+    bar = kth_largest(scores, budgets.clamp(min=1))[..., None]
+    over, on_it = scores > bar, scores == bar
+    spare = budgets.to(scores.device)[..., None] - over.sum(-1, keepdim=True)
+    from_the_end = on_it.flip(-1).cumsum(-1).flip(-1)
+    # Without a budget even the best score is one too many.
+    return (over & (spare >= 0)) | (on_it & (from_the_end <= spare))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.triton_ops.redundancy_cases import by_definition, keys_with, prefix
-from triton_ops.redundancy import NONE, UNSEEN, redundancy, reference
+from triton_ops.redundancy import NONE, UNSEEN, redundancy, reference, search
 
 
 def mean_of(keys, valid, **settings):
@@ -116,6 +116,36 @@ def test_what_is_known_is_not_computed_again():
     assert sizes.cosines == 2 * 1024 * 128
 
 
+@pytest.mark.parametrize("common", [0.0, 0.6, 0.8, 1.5])
+@pytest.mark.parametrize("threshold", [0.05, 0.5, 0.97])
+def test_a_screen_in_bfloat16_changes_nothing(monkeypatch, common, threshold):
+    """The screen may only decide what the exact cosines would."""
+    keys = keys_with(common, (2, 2, 300, 16), torch.float32)
+    # Cosines as close to the threshold as can be: some over it, some not.
+    keys[0, 0, ::3] = keys[0, 0, :1]
+    keys[0, 0, 1::3] = nearly(keys[0, 0, 0], threshold, len(keys[0, 0, 1::3]))
+    valid = prefix([[300, 290], [130, 1]], 300)
+    monkeypatch.setattr(search, "_capabilities", dict)
+    exact = redundancy(keys, valid, threshold=threshold)
+    monkeypatch.setattr(search, "_capabilities", lambda: {"avx512_bf16": True})
+    with Sizes() as sizes:
+        screened = redundancy(keys, valid, threshold=threshold)
+    assert torch.bfloat16 in sizes.products
+    assert torch.equal(screened[1], exact[1])
+    torch.testing.assert_close(screened[0], exact[0], rtol=0, atol=1e-6)
+
+
+def nearly(key, cosine, count):
+    """Keys whose cosine with `key` is `cosine`, give or take up to 1%, but never by chance."""
+    generator = torch.Generator().manual_seed(0)
+    unit = key / key.norm()
+    other = torch.randn(count, len(key), generator=generator)
+    other -= (other @ unit)[:, None] * unit
+    wanted = cosine + torch.linspace(-0.01, 0.01, count)[:, None].clamp(max=1 - cosine)
+    rest = (1 - wanted**2).clamp(min=0).sqrt()
+    return wanted * unit + rest * other / other.norm(dim=-1, keepdim=True)
+
+
 def test_every_row_is_scored_by_its_own_keys():
     keys = keys_with(0.6, (3, 2, 140, 8))
     valid = prefix([[140, 20], [50, 60], [1, 139]], 140)
@@ -141,6 +171,7 @@ class Sizes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.largest = self.cosines = 0
+        self.products = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -148,6 +179,7 @@ class Sizes(TorchDispatchMode):
             self.largest = max(self.largest, result.numel())
             if func is torch.ops.aten.bmm.default and result.shape[-1] > 1:
                 self.cosines += result.numel()
+                self.products.add(result.dtype)
         return result
 
 
@@ -155,17 +187,17 @@ def test_no_buffer_grows_with_the_square_of_the_tokens():
     keys = keys_with(0.0, (1, 1, 1024, 16), torch.float32)
     with Sizes() as sizes:
         mean_of(keys, torch.ones(1, 1, 1024, dtype=torch.bool))
-    assert sizes.largest == 1024 * reference.BLOCK
+    assert sizes.largest == 1024 * search.BLOCK
 
 
 def test_many_heads_are_worked_off_in_groups(monkeypatch):
     keys = keys_with(0.6, (3, 3, 160, 8))
     valid = prefix([[160, 1, 30], [2, 160, 60], [159, 58, 57]], 160)
     at_once = mean_of(keys, valid)
-    monkeypatch.setattr(reference, "TILE", 160 * reference.BLOCK * 2)
+    monkeypatch.setattr(reference, "TILE", 160 * search.BLOCK * 2)
     with Sizes() as sizes:
         in_groups = mean_of(keys, valid)
-    assert sizes.largest <= 160 * reference.BLOCK * 2
+    assert sizes.largest <= 160 * search.BLOCK * 2
     torch.testing.assert_close(in_groups, at_once, rtol=0, atol=1e-14)
 
 
@@ -175,7 +207,7 @@ def test_a_sink_does_not_keep_every_row_searching():
     keys[:, :, 0] = -keys[:, :, 0]  # resembles nothing
     with Sizes() as sizes:
         mean_of(keys, valid)
-    assert sizes.cosines < 1.1 * 2 * 1024 * reference.BLOCK
+    assert sizes.cosines < 1.1 * 2 * 1024 * search.BLOCK
 
 
 @pytest.mark.parametrize(
