@@ -23,7 +23,7 @@ class LayerReport:
     held : list[list[int]]
         Tokens held, per row and KV head.
     capacity : list[list[int]]
-        Slots allocated, per row and KV head.
+        Slots allocated in the pool, per row and KV head; what branches share lies elsewhere.
     kv_bytes : int
         Bytes of the key and value storages.
     other_bytes : int

@@ -149,7 +149,7 @@ def measure(model: LlamaForCausalLM, plan: Plan, prompt: int, branches: int) -> 
         rows[kind.__name__] = row
         needed = plan.shape.layers * plan.shape.kv_bytes(work.context, branches, work.dtype)
         if kind in (Arm, Uncompressed) and needed > plan.memory * 1e9:
-            note = f"needs {needed / 1e9:.0f} GB, --memory is {plan.memory:g}"
+            note = f"needs {needed / 1e9:.1f} GB, --memory is {plan.memory:g}"
             rows[kind.__name__] = replace(row, note=note)
             continue
         arm = kind(model, work, plan.own) if kind is Shared else kind(model, work)

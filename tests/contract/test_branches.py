@@ -15,6 +15,7 @@ from hf_reasoncache import (
     branch_generate,
     prefill_once,
 )
+from hf_reasoncache.branching.prefill_once import _check
 from hf_reasoncache.scorers import H2O, RKV, SnapKV
 from tests.caches import make_policy
 from tests.models import VOCABULARY, build, prompt
@@ -413,3 +414,18 @@ def test_finished_rows_without_a_token_to_fill_them_with(llama):
             **prompt(), past_key_values=SharedBranchCache(llama.config), pad_token_id=None,
             custom_generate=prefill_once, stopping_criteria=[FirstRow()], max_new_tokens=4,
         )  # fmt: skip
+
+
+def test_inputs_that_are_no_prompts(llama):
+    with refused("inputs: expected input_ids", "inputs_embeds"):
+        branch_generate(llama, {"inputs_embeds": torch.zeros(1, 3, 48)}, num_branches=2)
+    for count in (0, -1, 2.0, None):
+        with refused("num_branches: expected an integer >= 1"):
+            branch_generate(llama, prompt(), num_branches=count)
+    with refused("prefill_once", "token_type_ids as well"):
+        _check(
+            llama.generation_config,
+            {"past_key_values": SharedBranchCache(llama.config), "token_type_ids": torch.zeros(1)},
+        )
+    with refused("assistant_model: expected None"):
+        branch_generate(llama, prompt(), num_branches=2, assistant_model=llama)
