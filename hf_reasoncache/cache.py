@@ -13,9 +13,10 @@ from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.geometry import supported_layers
+from hf_reasoncache.layers.keep_rates import keep_rates
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Spans
-from hf_reasoncache.report import CacheReport, LayerReport, keep_rates, storage_bytes
+from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
 
 
 class ReasonCache(Cache):

@@ -9,7 +9,6 @@ import torch
 
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
-from hf_reasoncache.protection import Spans
 from hf_reasoncache.risk import RiskLog
 from triton_ops.backend import describe
 
@@ -251,43 +250,20 @@ class CacheReport:
                 "         that of a full cache says nothing about this compression",
             ]
         lines += self._lines_of_risk() + self._lines_of_probes()
-        lines.append("layer   held per head: min  mean   max     KV bytes")
+        risk = self.errors is not None
+        lines.append("layer   held per head: min  mean   max     KV bytes" + "  risk 90%" * risk)
         for layer in self.layers:
             counts = [count for row in layer.held for count in row] or [0]
             lines.append(
                 f"{layer.index:5d} {min(counts):20d} {sum(counts) / len(counts):5.0f} "
                 f"{max(counts):5d} {layer.kv_bytes:12,}"
+                + (f"{float(layer.risk.error.quantile(0.9)):10.1%}" if layer.risk else "")
             )
         return "\n".join(lines)
 
 
 def _worst(layer: LayerReport) -> float:
     return float(layer.risk.error.max()) if layer.risk else 0.0
-
-
-def keep_rates(layer: PooledLayer, spans: Spans) -> torch.Tensor:
-    """Share of every span's tokens that a layer holds, on average over its heads.
-
-    Returns
-    -------
-    Tensor[B, S]
-        float64, on the CPU; NaN where a row has fewer than `S` spans.
-    """
-    pool = layer.pool
-    if pool is None:
-        raise ValueError("keep_rates: expected a cache that holds tokens, got an empty one.")
-    sources = spans.sources(pool.length.shape[0])
-    slots, offset = pool.slots(torch.arange(len(sources)))
-    columns = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1).cpu()
-    rates = torch.full(
-        (len(sources), max(map(len, spans.rows))), torch.nan, dtype=torch.float64, device="cpu"
-    )
-    for row, source in enumerate(sources):
-        first = int(layer.first[row])
-        for place, (start, stop) in enumerate(spans.rows[source]):
-            inside = (columns[row] >= first + start) & (columns[row] < first + stop)
-            rates[row, place] = inside.double().sum(-1).mean() / (stop - start)
-    return rates
 
 
 def storage_bytes(layer: Any) -> int:

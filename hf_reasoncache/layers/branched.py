@@ -144,9 +144,16 @@ class Branching(PooledLayer):
 
     def held_positions(self) -> list[list[list[int]]]:
         """See `PooledLayer.held_positions`."""
+        return self._with_trunk(super().held_positions())
+
+    def held_now(self) -> list[list[list[int]]]:
+        """See `PooledLayer.held_now`."""
+        return self._with_trunk(super().held_now())
+
+    def _with_trunk(self, own: list[list[list[int]]]) -> list[list[list[int]]]:
         return [
             [sorted({*shared, *head}) for head in heads]
-            for shared, heads in zip(self.trunk.columns(), super().held_positions(), strict=True)
+            for shared, heads in zip(self.trunk.columns(), own, strict=True)
         ]
 
     @property

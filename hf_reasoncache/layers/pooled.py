@@ -212,4 +212,8 @@ class PooledLayer(GuardedLayer):
         """Sorted columns that the last forward attended to, per row and KV head; padding is never
         listed.
         """
+        return self.held_now()
+
+    def held_now(self) -> list[list[list[int]]]:
+        """Sorted columns that are held after all that the last forward has evicted."""
         return [] if self.pool is None else self.pool.held().lists()

@@ -277,5 +277,6 @@ def test_branches_evict_fairly_and_keep_their_prompt():
     for head in held[Fair(1.0, window=8)]:
         counts = [sum(begin <= at < begin + 8 for at in head) for begin in range(21, 68, 8)]
         assert max(counts) - min(counts) <= 1
+    assert bool((cache.keep_rates([(0, 14)]) == 1).all()), "the shared prompt counts as held"
     with pytest.raises(ValueError, match="protect_prompt: expected False"):
         make_cache(BRANCHED, model, protect=[(0, 2)])

@@ -197,6 +197,8 @@ def test_report_shows_the_risk_and_says_what_it_is_not():
     assert "not the quality of the answer" in text
     assert f"{float(report.errors.max()):.1%} (worst" in text
     assert max(map(len, text.splitlines())) <= 80
+    for line, layer in zip(text.splitlines()[-LAYERS:], report.layers, strict=True):
+        assert line.endswith(f" {float(layer.risk.error.quantile(0.9)):.1%}")
     assert report.errors.numel() == sum(layer.risk.error.numel() for layer in report.layers)
     log = report.layers[0].risk
     assert torch.equal(log.quantile(1.0), log.error.amax(0))
