@@ -115,8 +115,8 @@ class BranchReport:
     def lines(self) -> list[str]:
         """Format for a terminal of 80 columns."""
         lines = [
-            f"{self.rows} branches would take {self.unshared_bytes:,} bytes unshared; "
-            f"{self.parked} parked"
+            f"branches: {self.rows} in the batch, {self.parked} parked; unshared "
+            f"{self.unshared_bytes:,} bytes"
         ]
         if self.max_bytes is not None:
             lines.append(

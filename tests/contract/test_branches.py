@@ -227,7 +227,10 @@ def test_report_says_what_is_shared(llama):
     assert cache.report().branches.rows == 0
     llama.generate(**repeated(prompt(batch=1), 4), past_key_values=cache, max_new_tokens=9)
     text = str(cache.report())
-    assert "4 branches would take" in text and max(map(len, text.splitlines())) <= 80
+    assert (
+        "branches: 4 in the batch, 0 parked; unshared" in text
+        and max(map(len, text.splitlines())) <= 80
+    )
     assert [layer.held for layer in cache.report().layers] == [[[29, 29]] * 4] * 3
     cache.reset()
     assert cache.report() == SharedBranchCache(llama.config).report()
