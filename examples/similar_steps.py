@@ -1,8 +1,9 @@
 """Accuracy against the distance up to which similar steps share blocks: a table of the docs.
 
     python -m examples.similar_steps --family llama
+    python -m examples.similar_steps --family llama --branches 8
 
-Greedy answers of fresh problems with `StepShareCache`, which shares values alone, or keys as well,
+Answers of fresh problems with `StepShareCache`, which shares values alone, or keys as well,
 moved to their new position or left where they were. Every finished line is written at once; a run
 that was stopped goes on where it was.
 """
@@ -59,16 +60,20 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     settings: dict[str, Any],
+    branches: int,
     tally: Tally,
 ) -> None:
-    """Answer some problems and add to the sums."""
+    """Answer some problems, greedily or by several sampled branches, and add to the sums."""
+    problems = [problem for problem in problems for _ in range(branches)]
     inputs = encode(tokenizer, problems)
-    cache = StepShareCache(model, tokenizer, boundaries=SENTENCES, **settings)
+    cache = StepShareCache(model, tokenizer, boundaries=SENTENCES, branches=branches, **settings)
+    torch.manual_seed(0)
+    sampling = {"do_sample": True, "top_k": 0} if branches > 1 else {"do_sample": False}
     out = model.generate(
         **inputs,
         past_key_values=cache,
         stopping_criteria=[cache.watcher],
-        do_sample=False,
+        **sampling,
         max_new_tokens=problems[0].max_new_tokens,
         output_logits=True,
         return_dict_in_generate=True,
@@ -105,6 +110,7 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(MODELS), default="llama")
     parser.add_argument("--problems", type=int, default=60, help="of all tasks together")
     parser.add_argument("--distances", type=float, nargs="+", default=[0.1, 0.3, 0.6, 1.0])
+    parser.add_argument("--branches", type=int, default=1, help="sampled ones of each problem")
     parser.add_argument("--development", action="store_true", help="other problems, no document")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--document", type=Path, default=Path("docs/self_consistency.md"))
@@ -114,6 +120,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     seed = DEVELOPMENT_SEEDS[800] if arguments.development else TEST_SEEDS[0]
     name = f"similar_steps-{arguments.family}"
+    if arguments.branches > 1:
+        name += f"-{arguments.branches}"
     path = arguments.output / f"{name}.csv"
     rows: list[dict[str, str]] = []
     if path.exists():
@@ -131,7 +139,7 @@ def main() -> None:
                 for start in range(0, len(some), arguments.batch):
                     batch = some[start : start + arguments.batch]
                     settings = MODES.get(mode, {}) | {"distance": distance}
-                    run(model, tokenizer, batch, settings, tally)
+                    run(model, tokenizer, batch, settings, arguments.branches, tally)
                     progress.update(len(batch))
             right = share(tally.right)
             rows.append(
@@ -145,10 +153,11 @@ def main() -> None:
                 }
             )
             write_csv(path, rows)
+    way = f"{arguments.branches} branches sampled" if arguments.branches > 1 else "greedy"
     note = (
         f"{arguments.family} model, {arguments.problems} "
         f"{'development' if arguments.development else 'fresh'} problems of all tasks (seed "
-        f"{seed}), greedy, float32, torch {torch.__version__}. Percent, Wilson 95% intervals; "
+        f"{seed}), {way}, float32, torch {torch.__version__}. Percent, Wilson 95% intervals; "
         "nats: divergence of the next-token distribution from the full cache's on the same text."
     )
     if arguments.development:

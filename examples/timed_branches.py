@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -95,7 +95,9 @@ def _run(
     arguments = generate_arguments(sampling, problem)
 
     def run(_: list[int], count: int) -> list[list[Branch]]:
-        exit = ConfidentExit(read_answer, branches=count, tokenizer=tokenizer, rules=arm.rules)
+        # A wave knows its own votes only: between waves the vote decides, inside them nobody.
+        rules = arm.rules if arm.wave is None else replace(arm.rules, consensus=None)
+        exit = ConfidentExit(read_answer, branches=count, tokenizer=tokenizer, rules=rules)
         criteria = {"stopping_criteria": [exit], "logits_processor": [exit.recorder]}
         if arm.shared:
             branch_generate(model, inputs, num_branches=count, **arguments, **criteria)

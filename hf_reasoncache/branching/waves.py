@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hf_reasoncache.arguments import require_int
 from hf_reasoncache.branching.consensus import probability_kept, voters
 from hf_reasoncache.branching.rules import ConsensusExit
-from hf_reasoncache.branching.vote import Branch, VoteResult, Weight, majority, vote
+from hf_reasoncache.branching.vote import Branch, Reason, VoteResult, Weight, majority, vote
 
 CERTAIN = ConsensusExit()
 
@@ -44,12 +44,14 @@ def vote_in_waves(
     Raises
     ------
     ValueError
-        If an argument is out of range, or `run` returns other numbers of branches.
+        If an argument is out of range, `run` returns other numbers of branches, or consensus
+        stopped a branch inside a wave: it saw that wave's votes only.
 
     Examples
     --------
     >>> def run(problems, count):
-    ...     exit = ConfidentExit(read_answer, branches=count, tokenizer=tokenizer)
+    ...     exit = ConfidentExit(read_answer, branches=count, tokenizer=tokenizer,
+    ...                          rules=ExitRules(consensus=None))
     ...     inputs = encode([prompts[i] for i in problems])
     ...     model.generate(**inputs, do_sample=True, num_return_sequences=count,
     ...                    stopping_criteria=[exit], logits_processor=[exit.recorder])
@@ -69,6 +71,11 @@ def vote_in_waves(
             raise ValueError(
                 f"run: expected {count} branches of each of {len(still_open)} problems, got "
                 f"{[len(each) for each in new]}."
+            )
+        if count < branches and any(b.reason is Reason.CONSENSUS for each in new for b in each):
+            raise ValueError(
+                "run: expected branches that no consensus stopped, since a wave knows its own "
+                "votes only, got one; pass rules=ExitRules(consensus=None) to ConfidentExit."
             )
         started += count
         for problem, each in zip(still_open, new, strict=True):

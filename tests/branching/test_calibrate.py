@@ -131,6 +131,15 @@ def test_waves_ask_only_for_open_problems():
         vote_in_waves(lambda *_: [[Branch("a", Reason.END, 1)]], 1, branches=5, wave=2)
 
 
+def test_consensus_inside_a_wave_is_refused():
+    """Three of the first four agree, which settles that wave and not the vote of sixteen."""
+    stopped = [Branch("a", Reason.END, 1)] * 3 + [Branch(None, Reason.CONSENSUS, 1)]
+    with pytest.raises(ValueError, match=r"rules=ExitRules\(consensus=None\)"):
+        vote_in_waves(lambda *_: [stopped], 1, branches=16, wave=4)
+    (all_at_once,) = vote_in_waves(lambda *_: [stopped], 1, branches=4, wave=4)
+    assert all_at_once.answer == "a"
+
+
 def test_a_file_holds_all_of_it(tmp_path):
     recordings = simulated(100, seed=4)
     rules = weak_candidates(recordings, ExitRules(group=4), shares=(0.0, 0.05))
