@@ -121,8 +121,8 @@ def _search(
     row = asking.to(torch.uint8).topk(most, dim=-1).indices
     open_, found = asking.gather(1, row), repeat.gather(1, row)
     searching = unit.gather(1, row.unsqueeze(-1).expand(-1, -1, unit.shape[2]))
-    # Few rows by many columns: as many cosines at once as in the scan.
-    block = BLOCK * unit.shape[1] // most
+    # Few rows by many columns: in float32, the bytes of a scan in bfloat16.
+    block = max(1, BLOCK * unit.shape[1] // (2 * most))
     for last in range(end, 0, -block):
         first = max(0, last - block)
         seen = searching @ unit[:, first:last].mT
