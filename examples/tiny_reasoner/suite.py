@@ -2,8 +2,8 @@
 
     python -m examples.tiny_reasoner.suite --family llama > examples/tiny_reasoner/llama/audit.jsonl
 
-The orders turn the five instructions through their five places in the prompt, so that each of them
-stands everywhere once.
+Each prompt is asked in two orders, one the reverse of the other; over five problems, each
+instruction stands twice at each place.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PLACES = {
 def make_case(number: int, problem: Problem) -> dict[str, Any]:
     """Turn a problem into a line of a suite."""
     texts = {name: f"DO {name} {word} ." for name, word in problem.instructions.items()}
-    # In the order in which the prompt has them, so that the first order is the problem itself.
-    names = sorted(texts, key=lambda name: problem.prompt.index(texts[name]))
+    names = list(texts)
     prompt = problem.prompt
     for text in texts.values():
         prompt = prompt.replace(text, SLOT)
     count = len(names)
+    order = [(place + number) % count for place in range(count)]
     return {
         "id": f"{problem.family}-{number}",
         "prompt": prompt,
@@ -53,7 +53,7 @@ def make_case(number: int, problem: Problem) -> dict[str, Any]:
             }
             for name in names
         ],
-        "orders": [[(place + turn) % count for place in range(count)] for turn in range(count)],
+        "orders": [order, order[::-1]],
         "check": {"name": "matches", "pattern": rf"^(?:(?!ANS ).)*ANS {problem.answer}\b"},
         "max_new_tokens": problem.max_new_tokens,
     }

@@ -98,7 +98,7 @@ def audit_command(
     path = new_directory(out) / "answers.jsonl"
     found = audit(*loaded, read, arms, parse_budgets(budgets), path, settings)
     violations = limits.violations(found)
-    about = {"suite": f"{suite.name}, {len(read.cases)} cases", **facts(loaded[0], settings)}
+    about = {"cases": len(read.cases), **facts(loaded[0], settings)}
     write_report(found, violations, about, out)
     typer.echo(
         text_table(

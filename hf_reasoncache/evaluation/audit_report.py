@@ -76,7 +76,7 @@ def verdict_table(audit: Audit) -> tuple[list[str], list[dict[str, str]]]:
 
 def markdown(audit: Audit, violations: Sequence[str], facts: Mapping[str, Any]) -> str:
     """Return the whole report."""
-    parts = [f"# Audit of {audit.suite}"]
+    parts = [f"# Audit: {audit.suite}"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     warnings = [cell.label for cell in audit.cells if cell.nothing_evicted]
     if warnings:
@@ -88,7 +88,8 @@ def markdown(audit: Audit, violations: Sequence[str], facts: Mapping[str, Any]) 
         parts.append("**Limits exceeded:**\n\n" + "\n".join(f"- {each}" for each in violations))
     parts.append(
         "An instruction counts as followed where an answer follows it everywhere. Percent, Wilson "
-        "95% intervals; losses against the full cache with McNemar's exact p, not corrected for "
+        "95% intervals, which take answers for independent: several orders of a prompt are less "
+        "than that. Losses against the full cache with McNemar's exact p, not corrected for "
         "the number of comparisons. `leakage` is the largest ROUGE-L recall of a protected text by "
         "one answer; `rank` is Spearman's correlation of the instructions' rates with the full "
         "cache; `order` is the rate of the last place minus that of the first."

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -102,14 +103,14 @@ def answer_batch(
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
     ids, mask = ids.to(model.device), mask.to(model.device)
     sampler = _Sampler(cache, mask, spans, sampling)
-    how = {"do_sample": True, "temperature": temperature}
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     if temperature == 0:
         how = dict.fromkeys(("temperature", "top_p", "top_k")) | {"do_sample": False}
     watch = model.register_forward_hook(sampler)
     torch.manual_seed(seed)
     begin = time.perf_counter()
     try:
-        output = model.generate(
+        output: Any = model.generate(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,

@@ -249,7 +249,7 @@ class _Runner:
             questions, prompts, limits, batch.answers, strict=True
         ):
             tokens = answer.tokens[:limit]
-            text = self.tokenizer.decode(tokens)
+            text = str(self.tokenizer.decode(list(tokens)))
             judgement = task.check(question, text)
             records.append(
                 Record(

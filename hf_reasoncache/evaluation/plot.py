@@ -76,7 +76,7 @@ def panels_png(panels: Sequence[Panel], x_label: str, y_label: str) -> bytes:
     figure = _new_figure()
     columns = min(len(panels), _COLUMNS)
     rows = -(-len(panels) // columns)
-    figure.set_size_inches(1.2 + 3.2 * columns, 0.6 + 2.6 * rows)
+    figure.set_size_inches(1.2 + 3.2 * columns, 0.8 + 2.6 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
@@ -110,7 +110,13 @@ def panels_png(panels: Sequence[Panel], x_label: str, y_label: str) -> bytes:
     figure.supylabel(y_label, fontsize="medium")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False
+        handles,
+        labels,
+        loc="outside upper center",
+        # A name takes about an inch.
+        ncols=min(2 * columns, len(labels)),
+        frameon=False,
+        fontsize="small",
     )
     picture = io.BytesIO()
     # The same results give the same bytes: no version of matplotlib in the file.

@@ -65,6 +65,8 @@ class Case:
     correct : Check or None
         Of the answer itself.
     max_new_tokens : int or None
+    alone : bool
+        Whether each instruction is also asked without the others.
     """
 
     id: str
@@ -74,6 +76,7 @@ class Case:
     protected: str | None = None
     correct: Check | None = None
     max_new_tokens: int | None = None
+    alone: bool = True
 
     def __post_init__(self) -> None:
         """Check that everything fits together; raises ValueError."""
@@ -99,7 +102,7 @@ class Case:
     def questions(self) -> list[Question]:
         """All instructions in each order, then each alone, where it stands in the first order."""
         count = len(self.instructions)
-        alone = [(place,) for place in range(count)] if count > 1 else []
+        alone = [(place,) for place in range(count)] if self.alone and count > 1 else []
         return [
             *(self._question(order, order) for order in self.orders),
             *(self._question(self.orders[0], places) for places in alone),
@@ -171,7 +174,8 @@ def load_suite(path: Path, limit: int | None = None) -> Suite:
     path : Path
         Each line is an object with `prompt` (or `messages`) and `instructions`, a list of objects
         with `name`, `text` and `check`; and if wanted `id`, `orders` (by default as written and
-        reversed), `protected`, `check` (of the answer itself) and `max_new_tokens`. See `Case`.
+        reversed), `alone` (true by default), `protected`, `check` (of the answer itself) and
+        `max_new_tokens`. See `Case`.
     limit : int, optional
         Take the first cases.
 
@@ -212,10 +216,17 @@ def _case(row: dict[str, Any], place: str) -> Case:
             else None,
             correct=Check.of(row["check"]) if "check" in row else None,
             max_new_tokens=count_of(row, "max_new_tokens", place),
+            alone=_flag(row.get("alone", True)),
         )
     except (ValueError, TypeError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(place) else f"{place}: {text}") from error
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"alone: expected true or false, got {value!r}.")
+    return value
 
 
 def _instruction(value: object) -> Instruction:
