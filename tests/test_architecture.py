@@ -40,7 +40,10 @@ PARTS: dict[str, set[str]] = {
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
     "calibration": {"scorers", "budgets", "geometry", "layers", "triton_ops", "version"} | CACHES,
     "calibration.profile": {"budgets", "geometry"},
-    "evaluation": CACHES | {"branching"},
+    "evaluation": CACHES
+    | {"branching", "protection", "report", "scorers"}
+    # Prompts, weights and releases are named as in a calibration.
+    | {"calibration.prompts", "calibration.fingerprint", "calibration.settings"},
 }
 for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
@@ -74,8 +77,10 @@ LIBRARIES: dict[str, set[str]] = {
         "datasets",
         "lm_eval",
         "math_verify",
+        "scipy",
         "tqdm",
     },
+    "hf_reasoncache.evaluation.plot": {"matplotlib"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }

@@ -107,17 +107,18 @@ def answer_batch(
     if temperature == 0:
         how = dict.fromkeys(("temperature", "top_p", "top_k")) | {"do_sample": False}
     watch = model.register_forward_hook(sampler)
-    torch.manual_seed(seed)
     begin = time.perf_counter()
     try:
-        output: Any = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            **how,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            output = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                **how,
+            )
     finally:
         watch.remove()
     seconds = time.perf_counter() - begin
