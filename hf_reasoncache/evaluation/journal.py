@@ -130,7 +130,8 @@ class Journal:
                 file.truncate(len(whole))
         if not whole:
             return {}
-        first, *rest = whole.decode().splitlines()
+        # Not `splitlines`, which also parts at characters that answers may have.
+        first, *rest = whole.decode().removesuffix("\n").split("\n")
         settings = self._parse(first, 1).get("settings")
         if not isinstance(settings, dict):
             raise ValueError(f"{self.path}: expected the answers of a run, got another file.")

@@ -167,7 +167,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         If a line is not a JSON object, or there is none; names the line.
     """
     count = 0
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
