@@ -118,7 +118,9 @@ def load_task(source: str) -> Task:
     if source.endswith(".jsonl"):
         return _read(Path(source))
     found = plugin(source, "--task: expected FILE.jsonl or module:name of a task")
-    found = found if isinstance(found, Task) or not callable(found) else found()
+    # A class has all that its objects have.
+    if isinstance(found, type) or (callable(found) and not isinstance(found, Task)):
+        found = found()
     if not isinstance(found, Task):
         raise ValueError(f"{source}: expected an evaluation.Task, got {type(found).__name__}.")
     return found
