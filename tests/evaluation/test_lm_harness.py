@@ -73,7 +73,6 @@ def test_an_exact_cache_gives_what_the_full_cache_gives() -> None:
     with pytest.warns(UserWarning, match="nothing was evicted"):
         full, wanted, _, _ = evaluate(lambda config: DynamicCache(config=config), "sdpa")
     assert answers == wanted
-    assert all(answers[each.prompt].split() == each.solution.split()[:-1] for each in PROBLEMS[:1])
     assert ours["exact_match,answer"] == full["exact_match,answer"] == 1.0
     assert len(caches) == 2, "a new cache for each batch"
 
