@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.protection import Fair, Protection, Spans
-from hf_reasoncache.risk import Guard, Risk
+from hf_reasoncache.risk import Guard, Probes, Risk
 from hf_reasoncache.scorers.base import Scorer
 
 Profile = BudgetProfile | str | os.PathLike[str] | Sequence[float]
@@ -93,6 +93,13 @@ def require_risk(measure_risk: bool, max_risk: float | Guard | None) -> Risk | N
     if max_risk is None:
         return Risk() if measure_risk else None
     return Risk(guard=max_risk if isinstance(max_risk, Guard) else Guard(max_risk))
+
+
+def require_probes(probes: object) -> Probes | None:
+    """Return probes; raise ValueError for anything else but None."""
+    if probes is None or isinstance(probes, Probes):
+        return probes
+    raise ValueError(f"probes: expected a risk.Probes, got {probes!r}; pass Probes().")
 
 
 def demand_and_rule(

@@ -11,6 +11,7 @@ from hf_reasoncache.arguments import (
     require_bool,
     require_demand_of,
     require_int,
+    require_probes,
     require_protection,
     require_risk,
     require_scorer,
@@ -20,7 +21,7 @@ from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Fair
-from hf_reasoncache.risk import Guard
+from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -65,6 +66,8 @@ class ReasonAllocCache(ReasonCache):
     max_risk : float or Guard, optional
         Largest relative error of a head's output, measured so, that an eviction may cause: beyond
         it fewer tokens go, within `budget + buffer`. A `risk.Guard` says what else to do.
+    probes : Probes, optional
+        Keep all tokens of some heads in CPU memory, and now and then measure the true error.
     prompt_length : int, optional
         Columns of the prompt, padding included. Needed only with assisted decoding, whose first
         forward brings the first draft together with the prompt: without it, the accepted part of
@@ -119,6 +122,7 @@ class ReasonAllocCache(ReasonCache):
         fair: float | Fair | None = None,
         measure_risk: bool = False,
         max_risk: float | Guard | None = None,
+        probes: Probes | None = None,
         prompt_length: int | None = None,
         offloading: bool = False,
     ) -> None:
@@ -151,6 +155,7 @@ class ReasonAllocCache(ReasonCache):
                 rule=rule,
                 protection=protection,
                 risk=risk,
+                probes=require_probes(probes),
             )
             return BudgetedLayer(index, rank, policy)
 

@@ -25,7 +25,7 @@ class LayerReport:
     held : list[list[int]]
         Tokens held, per row and KV head.
     capacity : list[list[int]]
-        Slots allocated, per row and KV head.
+        Slots allocated in the pool, per row and KV head; what branches share lies elsewhere.
     kv_bytes : int
         Bytes of the key and value storages.
     other_bytes : int
@@ -40,6 +40,10 @@ class LayerReport:
         Whether the layer evicts as soon as it holds more than it was told to.
     risk : RiskLog or None
         What each eviction did to the output of the heads, if that was measured.
+    probes : RiskLog or None
+        How far heads with a shadow were from attention to all tokens, if there are any.
+    shadow_bytes : int
+        CPU memory of the shadow, in no other number.
     """
 
     index: int
@@ -52,6 +56,8 @@ class LayerReport:
     backend: str | None = None
     may_evict: bool = False
     risk: RiskLog | None = None
+    probes: RiskLog | None = None
+    shadow_bytes: int = 0
 
     @staticmethod
     def of(index: int, layer: PooledLayer) -> LayerReport:
@@ -69,6 +75,8 @@ class LayerReport:
             backend=None if pool is None else describe(layer.device, layer.dtype),
             may_evict=evicting is not None and evicting.policy.may_evict,
             risk=evicting.risk if evicting and evicting.policy.risk else None,
+            probes=evicting.shadow.log if evicting and evicting.shadow else None,
+            shadow_bytes=evicting.shadow.nbytes if evicting and evicting.shadow else 0,
         )
 
 
@@ -192,6 +200,26 @@ class CacheReport:
         logs = [layer.risk for layer in self.layers if layer.risk is not None]
         return RiskLog.join(logs) if logs else None
 
+    @property
+    def probe_errors(self) -> torch.Tensor | None:
+        """Relative output errors at all probes, rows and layers; None without a shadow.
+
+        Each is about one head's output at one step, against attention to all tokens so far.
+        """
+        logs = [layer.probes for layer in self.layers if layer.probes is not None]
+        return RiskLog.join(logs) if logs else None
+
+    def _lines_of_probes(self) -> list[str]:
+        errors = self.probe_errors
+        if errors is None or not errors.numel():
+            return []
+        middle, most = errors.quantile(torch.tensor([0.5, 0.9])).tolist()
+        kept = sum(layer.shadow_bytes for layer in self.layers)
+        return [
+            f"probes: outputs of heads differed from those of all tokens by {middle:.1%} (median),",
+            f"      {most:.1%} (90%), at {errors.numel()} probes; shadows hold {kept:,} bytes",
+        ]
+
     def _lines_of_risk(self) -> list[str]:
         errors = self.errors
         if errors is None:
@@ -222,7 +250,7 @@ class CacheReport:
                 "WARNING: nothing was evicted, since the budget exceeds the text: an output like",
                 "         that of a full cache says nothing about this compression",
             ]
-        lines += self._lines_of_risk()
+        lines += self._lines_of_risk() + self._lines_of_probes()
         lines.append("layer   held per head: min  mean   max     KV bytes")
         for layer in self.layers:
             counts = [count for row in layer.held for count in row] or [0]

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -136,15 +136,14 @@ class SharedBranchCache(ReasonCache):
         rows = self._rows()
         self._require_row(row)
         source = torch.cat([torch.arange(rows), torch.full((copies,), row)])
+        rigid = {type(x).__name__ for x in self.layers if not hasattr(x, "batch_select_indices")}
+        if rigid:
+            raise ValueError(f"fork: expected layers whose rows can be repeated, got {rigid}.")
         for layer in self.layers:
             if isinstance(layer, Branching):
                 layer.fork(source)
-            elif hasattr(layer, "batch_select_indices"):
-                layer.batch_select_indices(source)
             else:
-                raise ValueError(
-                    f"fork: expected layers whose rows can be repeated, got {type(layer).__name__}."
-                )
+                cast(Any, layer).batch_select_indices(source)
         return list(range(rows, rows + copies))
 
     def park(self, row: int, score: float) -> Parked:

@@ -13,6 +13,7 @@ from hf_reasoncache.arguments import (
     require_bool,
     require_demand_of,
     require_int,
+    require_probes,
     require_protection,
     require_risk,
     require_scorer,
@@ -24,7 +25,7 @@ from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.windowed import WindowedLayer
 from hf_reasoncache.layers.windows import WindowPolicy
 from hf_reasoncache.protection import Fair
-from hf_reasoncache.risk import Guard
+from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import Bidirectional
 from hf_reasoncache.scorers.base import Scorer
 
@@ -67,14 +68,15 @@ class SlidingWindowCompressCache(ReasonCache):
     fair : float or Fair, optional
         See `ReasonAllocCache`. Windows of generated text have equal shares anyway; this is for the
         spans of a prompt, as far as they lie in one window.
-    measure_risk, max_risk
+    measure_risk, max_risk, probes
         See `ReasonAllocCache`; a guard keeps at most three quarters of what a window would lose.
     scorer : Scorer, optional
         Ranks the tokens of a window; `Bidirectional(queries=window)` by default. A scorer sees the
         window alone, as if the text ended there.
     profile : BudgetProfile, str, path or sequence of float, optional
         Demand of each full-attention layer, as for `ReasonAllocCache`: layers that need more keep
-        more of a window (and of `max_budget`), `ratio` on average.
+        more of a window (and of `max_budget`), `ratio` on average. A layer may keep all of it: the
+        profile's upper bound holds for `max_budget` only.
     head_budgets : bool
         Whether the heads of a layer share what stays of a window by demand instead of equally.
     prompt_length : int, optional
@@ -123,6 +125,7 @@ class SlidingWindowCompressCache(ReasonCache):
         fair: float | Fair | None = None,
         measure_risk: bool = False,
         max_risk: float | Guard | None = None,
+        probes: Probes | None = None,
         scorer: Scorer | None = None,
         profile: Profile | None = None,
         head_budgets: bool = False,
@@ -172,6 +175,7 @@ class SlidingWindowCompressCache(ReasonCache):
                 rank=rank,
                 protection=protection,
                 risk=risk,
+                probes=require_probes(probes),
             )
             return WindowedLayer(index, policy)
 

@@ -38,7 +38,8 @@ PARTS: dict[str, set[str]] = {
     "graphs": CACHES | {"layers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry"},
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
-    "calibration": {"scorers", "budgets", "geometry", "layers", "triton_ops", "version"} | CACHES,
+    "calibration": {"scorers", "budgets", "geometry", "layers", "risk", "triton_ops", "version"}
+    | CACHES,
     "calibration.profile": {"budgets", "geometry"},
     "evaluation": CACHES
     | {"branching", "protection", "report", "scorers"}

@@ -1,10 +1,11 @@
 """The benchmarks run and write what they say; no time is ever judged here."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 
-from examples.benchmarks import cpu_decode, step_latency
+from examples.benchmarks import branches, cpu_decode, step_latency
 
 ARMS = (
     "DynamicCache + sdpa",
@@ -79,3 +80,34 @@ def test_step_latency_draws_every_cache(tmp_path, capsys):
     assert all(any(line.startswith(name) for line in lines) for name in caches)
     assert all(float(row["ms"]) > 0 and row["commit"] for row in rows)
     assert (tmp_path / "step_latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_branches_are_measured_with_their_memory(tmp_path):
+    lines = []
+    plan, folder, _ = branches.parse(
+        ["--quick", "--branches", "3", "--rounds", "1", "--output", str(tmp_path)]
+    )
+    branches.run(plan, lines.append, folder)
+    text = "\n".join(lines)
+    assert "keys and values 0.00% above prefix and suffixes" in text
+    assert max(len(line) for line in text.splitlines() if "wrote" not in line) <= 80
+    with (tmp_path / "branches.csv").open(newline="") as file:
+        rows = {row["kind"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["Arm", "Uncompressed", "Continuous", "Shared", "NoCache"]
+    # A difference of two short runs may be anything; that there is one means that it ran.
+    assert all(row["ms"] for row in rows.values())
+    held = {kind: int(row["held_bytes"]) for kind, row in rows.items()}
+    assert held["Shared"] < held["Continuous"] < held["Arm"]
+    assert (tmp_path / "branches.png").stat().st_size > 10_000
+
+
+def test_branches_leave_out_what_does_not_fit():
+    lines = []
+    plan, _, _ = branches.parse(
+        ["--quick", "--branches", "2", "--rounds", "1", "--memory", "0.0001"]
+    )
+    plan = replace(plan, continuous_limit=10)
+    branches.run(plan, lines.append, None)
+    text = "\n".join(lines)
+    assert text.count("needs 0.0 GB, --memory is 0.0001") == 2
+    assert "left out above 10 tokens in all rows" in text

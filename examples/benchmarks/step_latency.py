@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from transformers import Cache
 
 from examples.benchmarks.machine import Machine
@@ -28,9 +30,10 @@ from hf_reasoncache.scorers import SnapKV
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def caches(
-    budget: int, period: int, ratio: float
-) -> dict[str, Callable[[object], ReasonAllocCache | SlidingWindowCompressCache]]:
+Maker = Callable[[Any], ReasonAllocCache | SlidingWindowCompressCache]
+
+
+def caches(budget: int, period: int, ratio: float) -> dict[str, Maker]:
     """Makers of the caches that are compared, by name."""
     threshold = {"budget": budget, "buffer": period, "protect_prompt": False}
     windows = {"window": period, "ratio": ratio, "recent": period // 4, "protect_prompt": False}
@@ -54,28 +57,33 @@ def paddings(batch: int, period: int, seed: int) -> torch.Tensor:
 
 @torch.no_grad()
 def measure(
-    arguments: argparse.Namespace, work: Work, clock: Callable[[], float]
+    makers: Mapping[str, Maker],
+    work: Work,
+    clock: Callable[[], float],
+    *,
+    period: int,
+    periods: int,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Milliseconds of every step, and tokens held per KV head at the end, by cache."""
     model = work.shape.build(work.seed)
     model.set_attn_implementation("reasoncache")
     made: dict[str, Cache] = {}
-    valid = torch.arange(work.context) >= paddings(work.batch, arguments.period, work.seed)[:, None]
-    for name, make in caches(work.budget, arguments.period, arguments.ratio).items():
+    valid = torch.arange(work.context) >= paddings(work.batch, period, work.seed)[:, None]
+    for name, make in makers.items():
         made[name] = make(model.config)
         work.fill(made[name], work.context, valid)
     generator = torch.Generator().manual_seed(work.seed)
     steps: dict[str, list[float]] = {name: [] for name in made}
     # The caches take turns, so that whatever else the machine does falls on all of them. The first
     # period is not counted: it begins with what the prompt has left to do.
-    for period in range(arguments.periods + 1):
-        size = (arguments.period, work.batch, 1)
+    for turn in range(periods + 1):
+        size = (period, work.batch, 1)
         tokens = torch.randint(work.shape.vocabulary, size, generator=generator)
         for name, cache in made.items():
             for token in tokens:
                 begin = clock()
                 model(input_ids=token, past_key_values=cache, use_cache=True)
-                if period:
+                if turn:
                     steps[name].append(1e3 * (clock() - begin))
     held = {name: cache.report().mean_held for name, cache in made.items()}
     return steps, held
@@ -116,6 +124,8 @@ def draw(path: Path, steps: dict[str, list[float]], title: str) -> None:
         panel.set_title(name, fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=8, loc="upper right")
+    panels[-1].xaxis.set_major_formatter(ScalarFormatter())
+    panels[-1].xaxis.set_minor_formatter(ScalarFormatter())
     panels[-1].set_xlabel("ms per step")
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
@@ -161,7 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=chosen.seed,
         shape=Shape(layers=chosen.layers),
     )
-    steps, held = measure(chosen, work, CLOCKS[chosen.clock])
+    steps, held = measure(
+        caches(work.budget, chosen.period, chosen.ratio),
+        work,
+        CLOCKS[chosen.clock],
+        period=chosen.period,
+        periods=chosen.periods,
+    )
     title = (
         f"batch {work.batch}, {chosen.layers} layers, {work.context} tokens read, "
         f"{chosen.periods} x {chosen.period} steps, {chosen.clock} time"

@@ -121,9 +121,8 @@ class ConfidentExit(StoppingCriteria):
         confidence = self.recorder.take(input_ids.shape[1] - 1, len(input_ids))
         if confidence is not None:
             self._confidences.append(confidence)
-        if len(self._confidences) != (referee.steps + 1 if confidence is not None else 0) or (
-            confidence is None and self.rules.needs_confidence
-        ):
+        complete = len(self._confidences) == referee.steps + 1
+        if not complete and (self._confidences or self.rules.needs_confidence):
             raise ValueError(
                 "expected the confidence of every step, got a step without; pass "
                 "logits_processor=[exit.recorder] together with stopping_criteria=[exit]."
@@ -205,14 +204,12 @@ class ConfidentExit(StoppingCriteria):
         confidence = torch.stack(self._confidences, 1)
         recordings = []
         for problem, result in enumerate(found):
-            rows = [
-                (problem * self.branches + index, branch.tokens, branch)
-                for index, branch in enumerate(result.branches)
-            ]
+            first = problem * self.branches
+            rows = [(first + i, branch.tokens) for i, branch in enumerate(result.branches)]
             recordings.append(
                 Recording(
-                    ids=tuple(ids[row, :tokens] for row, tokens, _ in rows),
-                    confidence=tuple(confidence[row, :tokens] for row, tokens, _ in rows),
+                    ids=tuple(ids[row, :tokens] for row, tokens in rows),
+                    confidence=tuple(confidence[row, :tokens] for row, tokens in rows),
                     answers=tuple(branch.answer for branch in result.branches),
                     ended=tuple(branch.reason is Reason.END for branch in result.branches),
                 )

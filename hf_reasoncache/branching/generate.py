@@ -74,6 +74,12 @@ def branch_generate(
         )
     if not isinstance(inputs, Mapping):
         inputs = {"input_ids": inputs}
+    if "input_ids" not in inputs:
+        raise ValueError(
+            f"inputs: expected input_ids, got {sorted(inputs)}; branches need prompts of tokens."
+        )
+    if not isinstance(num_branches, int) or num_branches < 1:
+        raise ValueError(f"num_branches: expected an integer >= 1, got {num_branches!r}.")
     arguments = dict(
         **inputs,
         **generate_kwargs,

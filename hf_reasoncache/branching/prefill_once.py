@@ -157,8 +157,7 @@ class _Branches:
         """Run the model on the newest token of each live row."""
         mask = None if self.mask is None else self.mask[self.live]
         logits = self._forward(self.ids[self.live, -1:], mask, self.positions[self.live])
-        # A copy: processors and criteria may have kept the last one.
-        self.logits = self.logits.index_copy(0, self.live, logits)
+        self.logits[self.live] = logits
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,48 +12,12 @@ from transformers.cache_utils import DynamicLayer
 from hf_reasoncache.arguments import require_bool, require_int, require_share
 from hf_reasoncache.branching.blocks import Block, BlockLayer, Entry, refusal
 from hf_reasoncache.branching.rotation import Rotation
+from hf_reasoncache.branching.step_report import StepShareReport
 from hf_reasoncache.branching.step_watcher import StepWatcher
 from hf_reasoncache.branching.steps import Boundaries, Step, lexical_similarity
 from hf_reasoncache.geometry import supported_layers
 
 Share = Literal["values", "keys_values"]
-
-
-@dataclass(frozen=True)
-class StepShareReport:
-    """What is shared now.
-
-    Attributes
-    ----------
-    steps, candidates, matched : int
-        Steps that ended; those with a lexically similar earlier one; those that share a block.
-    blocks, shared_blocks : int
-        Blocks of generated steps, and those that point at an earlier one.
-    held_bytes, saved_bytes : int
-        Bytes of keys and values that are held in blocks and tails, and that sharing freed.
-    key_distance, value_distance : float
-        Mean relative distance of shared blocks from what they replaced; NaN where none is.
-    """
-
-    steps: int
-    candidates: int
-    matched: int
-    blocks: int
-    shared_blocks: int
-    held_bytes: int
-    saved_bytes: int
-    key_distance: float
-    value_distance: float
-
-    def __str__(self) -> str:
-        whole = self.held_bytes + self.saved_bytes
-        share = self.saved_bytes / whole if whole else 0.0
-        return (
-            f"{self.steps} steps, {self.candidates} with a similar one, {self.matched} share; "
-            f"{self.shared_blocks} of {self.blocks} blocks shared; {self.held_bytes:,} bytes held, "
-            f"{self.saved_bytes:,} ({share:.1%}) saved; mean relative distance of keys "
-            f"{self.key_distance:.3f}, of values {self.value_distance:.3f}"
-        )
 
 
 class StepShareCache(Cache):
@@ -86,7 +49,8 @@ class StepShareCache(Cache):
     candidates : int
         Lexically most similar steps that are compared block by block.
     branches : int
-        Rows of a problem (`num_return_sequences`); steps are shared among them.
+        Rows of a problem (`num_return_sequences`); steps are shared among them, and their prompt
+        is held once.
 
     Attributes
     ----------
@@ -155,7 +119,7 @@ class StepShareCache(Cache):
         self._known: list[tuple[int, Step, list[Entry]]] = []
         self._steps = self._candidates = self._matched = self._blocks = 0
         self._distances: list[tuple[float, float]] = []
-        self._freed = 0
+        self._freed = self._twins = 0
 
     def reset(self) -> None:
         """Make the cache new."""
@@ -183,34 +147,41 @@ class StepShareCache(Cache):
         self.table += [[] for _ in range(rows)]
 
     @torch.no_grad()
-    def seal(self, row: int, tokens: int, step: Step | None) -> None:
-        """Turn the oldest tokens of a row's tail into blocks, shared where they may be.
+    def seal_prompt(self, row: int, tokens: int, twin: int) -> None:
+        """Turn a prompt into a block, or point at that of a row with the same prompt.
 
         Parameters
         ----------
         row, tokens : int
-        step : Step or None
-            None for the prompt, which shares nothing.
+        twin : int
+            An earlier row with the same tokens, or the row itself.
         """
-        start = (
-            self.table[row][-1].start + self.table[row][-1].keys.tokens if self.table[row] else 0
-        )
         parts = [layer.cut(row, tokens) for layer in self._ours]
-        similar = [] if step is None else self._similar(row, step)
-        entries, size, shared = [], tokens if step is None else self.block, len(self._distances)
-        for first in range(0, tokens, size):
-            here = slice(first, first + size)
-            keys = Block(start + first, tuple(k[:, here].clone() for k, _ in parts))
-            values = Block(start + first, tuple(v[:, here].clone() for _, v in parts))
-            own = Entry(start + first, keys, values)
-            entries.append(self._share(own, [each[first // size :][:1] for each in similar]))
+        if twin != row:
+            self.table[row] += self.table[twin]
+            self._twins += sum(keys.nbytes + values.nbytes for keys, values in parts)
+            return
+        keys, values = (Block(0, tuple(part[side] for part in parts)) for side in (0, 1))
+        self.table[row].append(Entry(0, keys, values))
+
+    @torch.no_grad()
+    def seal(self, row: int, step: Step) -> None:
+        """Turn a step, the oldest tokens of a row's tail, into blocks, shared where they may be."""
+        parts = [layer.cut(row, len(step.ids)) for layer in self._ours]
+        similar, shared = self._similar(row, step), len(self._distances)
+        entries = []
+        for place, first in enumerate(range(0, len(step.ids), self.block)):
+            here, start = slice(first, first + self.block), step.start + first
+            keys = Block(start, tuple(k[:, here].clone() for k, _ in parts))
+            values = Block(start, tuple(v[:, here].clone() for _, v in parts))
+            there = [each[place] for each in similar if place < len(each)]
+            entries.append(self._share(Entry(start, keys, values), there))
         self.table[row] += entries
-        if step is not None:
-            self._steps += 1
-            self._blocks += len(entries)
-            self._candidates += bool(similar)
-            self._matched += len(self._distances) > shared
-            self._known.append((row, step, entries))
+        self._steps += 1
+        self._blocks += len(entries)
+        self._candidates += bool(similar)
+        self._matched += len(self._distances) > shared
+        self._known.append((row, step, entries))
 
     def _similar(self, row: int, step: Step) -> list[list[Entry]]:
         """Entries of the lexically most similar steps, best first, of equals the latest."""
@@ -224,10 +195,10 @@ class StepShareCache(Cache):
         best = sorted(found, reverse=True)[: self.candidates]
         return [self._known[index][2] for _, index in best]
 
-    def _share(self, own: Entry, candidates: list[list[Entry]]) -> Entry:
+    def _share(self, own: Entry, candidates: list[Entry]) -> Entry:
         """Return the nearest candidate's blocks in place of a block's own, if near enough."""
         best, nearest = own, (float("inf"), float("inf"))
-        for entry in (entry for entries in candidates for entry in entries):
+        for entry in candidates:
             if entry.values.tokens == own.values.tokens:
                 other = Entry(own.start, entry.keys, entry.values)
                 apart = self._apart(own, other)
@@ -246,11 +217,14 @@ class StepShareCache(Cache):
         return max(apart) if self.share == "keys_values" else apart[1]
 
     def _apart(self, own: Entry, other: Entry) -> tuple[float, float]:
-        """Relative distances of keys and of values."""
+        """Relative distances of keys, NaN where they stay private, and of values."""
+        values = _relative(other.values.parts, own.values.parts)
+        if self.share == "values":
+            return float("nan"), values
         keys = list(other.keys.parts)
         if self._rotation is not None and other.offset:
             keys = [self._rotation(part[None], other.offset)[0] for part in keys]
-        return _relative(keys, own.keys.parts), _relative(other.values.parts, own.values.parts)
+        return _relative(keys, own.keys.parts), values
 
     def _unique(self) -> Iterator[Block]:
         blocks = {}
@@ -275,6 +249,7 @@ class StepShareCache(Cache):
             held_bytes=sum(block.nbytes for block in self._unique())
             + sum(layer.tail_bytes for layer in self._ours),
             saved_bytes=self._freed,
+            prompt_bytes=self._twins,
             key_distance=keys,
             value_distance=values,
         )

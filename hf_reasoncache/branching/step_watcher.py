@@ -20,8 +20,11 @@ class Shared(Protocol):
     def begin(self, rows: int) -> None:
         """Prepare for that many rows."""
 
-    def seal(self, row: int, tokens: int, step: Step | None) -> None:
-        """Turn the oldest tokens that are in no block into blocks."""
+    def seal_prompt(self, row: int, tokens: int, twin: int) -> None:
+        """Turn a prompt into a block, or point at that of an earlier row with the same prompt."""
+
+    def seal(self, row: int, step: Step) -> None:
+        """Turn a step, the oldest tokens that are in no block, into blocks."""
 
 
 class StepWatcher(StoppingCriteria):
@@ -73,10 +76,12 @@ class StepWatcher(StoppingCriteria):
             self._segmenters = [
                 StepSegmenter(cache.tokenizer, cache.boundaries, length - 1) for _ in range(rows)
             ]
-            for row in range(rows):
-                cache.seal(row, length - 1, None)
+            first: dict[tuple[int, ...], int] = {}
+            for row, ids in enumerate(input_ids[:, :-1].tolist()):
+                twin = first.setdefault((row // cache.branches, *ids), row)
+                cache.seal_prompt(row, length - 1, twin)
         for row, step in self._ended.items():
-            cache.seal(row, len(step.ids), step)
+            cache.seal(row, step)
         self._length = length
         newest = [
             s.push(token)

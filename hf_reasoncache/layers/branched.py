@@ -195,7 +195,10 @@ class BranchedLayer(Branching):
         self.select_rows(rows)
 
     def freeze(self, rows: torch.Tensor) -> None:
-        """Move the own tokens of some rows (LongTensor, CPU) into segments, one for each row."""
+        """Move the own tokens of some rows (LongTensor, CPU) into segments, one for each row.
+
+        They are in order of position: nothing is ever evicted here.
+        """
         pool = self._require_pool()
         counts = pool.length[:, 0]
         rows = rows[counts[rows] > 0]
@@ -205,9 +208,6 @@ class BranchedLayer(Branching):
         slots, _ = pool.slots(rows)
         for row, places in zip(rows.tolist(), slots, strict=True):
             places = places[:, : int(counts[row])]
-            order = pool.fields["positions"][places[0]].argsort()
-            # A crop may have moved tokens.
-            places = places.gather(1, order.expand_as(places))
             parts[row] = Segment(
                 pool.fields["keys"][places],
                 pool.fields["values"][places],

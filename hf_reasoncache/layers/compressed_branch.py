@@ -87,6 +87,12 @@ def branching_form(layer: object, twins: Twins) -> Branching:
                 f"suffix: expected a scorer that needs no attention mass, got {policy.scorer!r}: "
                 "attention to a shared prompt keeps no account per branch. Use RKV or SnapKV."
             )
+        if policy.risk is not None or policy.probes is not None:
+            raise ValueError(
+                "suffix: expected measure_risk=False, max_risk=None and probes=None, got one of "
+                "them set: the error of an output is measured over what one layer's pool holds, "
+                "and the prompt of a branch is not in it."
+            )
         if isinstance(layer, BudgetedLayer):
             return BudgetedBranch(twins, layer.index, layer.rank, policy)
         if isinstance(layer, WindowedLayer):

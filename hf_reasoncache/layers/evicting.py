@@ -152,11 +152,6 @@ class EvictingLayer(WatchedLayer):
         self._append(chunk, end)
         self._remember(chunk)
 
-    def _remember(self, chunk: Chunk) -> None:
-        """Take note of what scoring will need."""
-        self._log.append(chunk.query, self.clock)
-        self._settings = chunk.settings
-
     def _store_notes(self, held: HeldTokens, slots: torch.Tensor) -> None:
         """Keep what the scorer has noted about tokens that lie in `slots`."""
         if held.notes is not None:
@@ -214,6 +209,7 @@ class EvictingLayer(WatchedLayer):
         """Remember the state that the next forward may have to be undone to."""
         # Tensors of the state are replaced, never written to, except the pool's.
         state = {name: getattr(self, name) for name in self._STATE}
+        state["shadow"] = None if self.shadow is None else self.shadow.clone()
         return state | {"pool": self._require_pool().snapshot(deep=deep), "_log": self._log.clone()}
 
     def _attend_draft(self, chunk: Chunk) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.protection import Protection, RowProtection
-from hf_reasoncache.risk import Risk
+from hf_reasoncache.risk import Probes, Risk
 from hf_reasoncache.scorers.base import Scorer
 
 
@@ -40,6 +40,11 @@ class Policy(Protocol):
     @property
     def risk(self) -> Risk | None:
         """What is measured of an eviction's cost; None measures nothing."""
+        ...
+
+    @property
+    def probes(self) -> Probes | None:
+        """Which heads have a shadow; None has none."""
         ...
 
     @property
@@ -87,6 +92,8 @@ class EvictionPolicy:
         Whitelist and fair eviction; None costs nothing.
     risk : Risk or None
         What is measured of an eviction's cost; None costs nothing.
+    probes : Probes or None
+        Which heads have a shadow; None costs nothing.
     protect_prompt : bool
         Whether prompt tokens are never evicted.
     prompt_length : int or None
@@ -107,6 +114,7 @@ class EvictionPolicy:
     head_interval: int = 128
     protection: Protection | None = None
     risk: Risk | None = None
+    probes: Probes | None = None
 
     @property
     def may_evict(self) -> bool:

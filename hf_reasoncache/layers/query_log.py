@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
+# Columns too many that may wait until they are forgotten together.
+_SPARE = 8
+
 
 class QueryLog:
     """Post-RoPE queries of the newest columns.
@@ -48,10 +51,12 @@ class QueryLog:
             self._ring.index_copy_(2, column % self.size, query)
             self.count_appended()
             return
-        self._end_ring()
+        if self._ring is not None:
+            self._end_ring()
         self._chunks.append(query)
         self._columns += steps
-        self._forget()
+        if self._columns >= self.size + _SPARE:
+            self._forget()
 
     def resize(self, size: int) -> None:
         """Answer for another number of columns from now on."""

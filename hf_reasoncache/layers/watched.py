@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.policy import Budgets, Policy
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.layers.query_log import QueryLog
 from hf_reasoncache.protection import RowProtection
-from hf_reasoncache.risk import RiskLog, eviction_damage
+from hf_reasoncache.risk import Probes, RiskLog, Shadow, eviction_damage
 from hf_reasoncache.risk.guard import Select, Weigh
 
 
@@ -27,6 +28,8 @@ class WatchedLayer(PooledLayer):
         What every row may hold; None until the prompt is complete.
     risk : RiskLog
         What the evictions cost, if the policy has it measured.
+    shadow : Shadow or None
+        All tokens of the heads that are probed.
     """
 
     policy: Policy
@@ -36,6 +39,8 @@ class WatchedLayer(PooledLayer):
         super()._clear()
         self.budgets: Budgets | None = None
         self.risk = RiskLog()
+        self.shadow: Shadow | None = None
+        self._shadowed = False
         self._log = QueryLog(self._log_size)
 
     @property
@@ -133,9 +138,45 @@ class WatchedLayer(PooledLayer):
         self.risk = self.risk.add(rows, columns, damage)
         return keep
 
+    def _remember(self, chunk: Chunk) -> None:
+        """Take note of what later evictions and probes will need."""
+        self._log.append(chunk.query, self.clock)
+        self._settings = chunk.settings
+        if self.policy.probes is not None:
+            self._follow(chunk, self.policy.probes)
+
+    def _follow(self, chunk: Chunk, probes: Probes) -> None:
+        if not self._shadowed:
+            self._shadowed = True
+            self.shadow = probes.shadow(self.index, chunk.keys.shape[1])
+        if self.shadow is None:
+            return
+        self.shadow.append(chunk.keys, chunk.values, chunk.valid)
+        if chunk.steps == 1 and self.shadow.is_due():
+            pool = self._require_pool()
+            slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
+            columns = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1)
+            self.shadow.probe(chunk.query, columns, chunk.settings)
+
+    def prepare(self) -> None:
+        """See `PooledLayer.prepare`."""
+        if self.policy.probes is not None:
+            raise ValueError(
+                "probes: expected plain decoding, got captured steps, which a shadow cannot "
+                "follow; leave out decode_graphs, or the probes."
+            )
+        super().prepare()
+
+    def _crop(self, columns: int) -> None:
+        super()._crop(columns)
+        if self.shadow is not None:
+            self.shadow.crop(self.seen)
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """See `GuardedLayer.select_rows`."""
         super().select_rows(rows)
+        if self.shadow is not None:
+            self.shadow.select_rows(rows)
         self._log.select_rows(rows)
         self.risk = self.risk.select_rows(rows)
         if self.budgets is not None:

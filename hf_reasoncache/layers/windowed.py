@@ -213,7 +213,7 @@ class WindowedLayer(EvictingLayer):
             return _NO_ROWS
         slots, offset = pool.slots(rows)
         begin = (self.first[rows] + windows.start[rows]).to(slots.device)
-        past = (pool.fields["positions"][slots] < begin[:, None, None]) & (offset >= 0)
+        past = (pool.take("positions", slots) < begin[:, None, None]) & (offset >= 0)
         allowed = (windows.limit[rows] - self.policy.recent) * past.shape[1]
         return rows[past.flatten(1).sum(-1).cpu() > allowed]
 

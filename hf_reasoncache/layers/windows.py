@@ -9,7 +9,7 @@ import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.protection import Protection, RowProtection
-from hf_reasoncache.risk import Risk
+from hf_reasoncache.risk import Probes, Risk
 from hf_reasoncache.scorers.base import Scorer
 
 
@@ -53,6 +53,8 @@ class WindowPolicy:
         Whitelist and fair eviction; None costs nothing.
     risk : Risk or None
         What is measured of an eviction's cost; None costs nothing.
+    probes : Probes or None
+        Which heads have a shadow; None costs nothing.
     """
 
     window: int
@@ -72,6 +74,7 @@ class WindowPolicy:
     rank: int = 0
     protection: Protection | None = None
     risk: Risk | None = None
+    probes: Probes | None = None
 
     @property
     def may_evict(self) -> bool:

@@ -4,9 +4,21 @@ Every number here is about the output of one attention head under the queries th
 of them is about the quality of an answer.
 """
 
+from hf_reasoncache.risk.conformal import conformal_bound, coverage
 from hf_reasoncache.risk.damage import Damage, eviction_damage
 from hf_reasoncache.risk.guard import Guard
 from hf_reasoncache.risk.log import RiskLog
+from hf_reasoncache.risk.probes import Probes, Shadow
 from hf_reasoncache.risk.settings import Risk
 
-__all__ = ["Damage", "Guard", "Risk", "RiskLog", "eviction_damage"]
+__all__ = [
+    "Damage",
+    "Guard",
+    "Probes",
+    "Risk",
+    "RiskLog",
+    "Shadow",
+    "conformal_bound",
+    "coverage",
+    "eviction_damage",
+]

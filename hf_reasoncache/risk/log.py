@@ -61,7 +61,13 @@ class RiskLog:
 
     def of_row(self, row: int) -> RiskLog:
         """The evictions of one row of the batch."""
-        chosen = self.rows == row
+        return self._only(self.rows == row)
+
+    def until(self, columns: int) -> RiskLog:
+        """The entries made when no more than `columns` columns had been seen."""
+        return self._only(self.columns <= columns)
+
+    def _only(self, chosen: torch.Tensor) -> RiskLog:
         entries = (self.rows, self.columns, self.mass, self.error, self.worst)
         return RiskLog(*(x[chosen] for x in entries))
 

@@ -32,7 +32,7 @@ def test_without_sharing_it_is_dynamic_cache(name, sampled):
     arguments |= dict(max_new_tokens=30, prefill_chunk_size=4)
     torch.manual_seed(0)
     expected = model.generate(**arguments)
-    cache = make(model, distance=0.0)
+    cache = make(model, distance=0.0, branches=3 if sampled else 1)
     for _ in range(2):
         torch.manual_seed(0)
         out = model.generate(**arguments, past_key_values=cache, stopping_criteria=[cache.watcher])
@@ -123,6 +123,8 @@ def test_branches_share_with_each_other_and_problems_do_not():
         cache = make(model, branches=branches)
         for _ in feed(model, cache, rows):
             pass
+        assert cache.report().prompt_bytes == shared * dynamic_bytes(model, 4, 1)
+        assert (cache.table[0][0] is cache.table[1][0]) == bool(shared)
         # Blocks of 4 and 2 tokens of STEP; the short steps differ in half of their tokens.
         assert cache.report().shared_blocks == 2 * shared
 

@@ -224,6 +224,41 @@ def test_fork_of_compressed_branches_equals_oracle(kind):
     assert cache.report().evictions > 60
 
 
+@pytest.mark.parametrize("bound", [None, 1])
+def test_parked_branch_comes_back_as_if_it_had_waited_alone(bound):
+    """Its gap is padding. With a bound, what it wrote is gone, and is fed again."""
+    model, inputs = build("llama"), {k: v.repeat(2, 1) for k, v in prompt(batch=1).items()}
+    draw = torch.randint(3, 97, (2, 60), generator=torch.Generator().manual_seed(0))
+    cache = SharedBranchCache(model.config, max_bytes=bound)
+    driver = Driver(model, cache, inputs["attention_mask"])
+    driver(inputs["input_ids"])
+    for step in range(10):
+        driver(draw[:, step, None])
+    parked = cache.park(1, 1.0)
+    assert parked.end == (31 if bound is None else 21)
+    driver.mask = driver.mask[:1]
+    for step in range(10, 20):
+        driver(draw[:1, step, None])
+    assert cache.resume(parked) == 1
+    gap = torch.ones(1, 41, dtype=torch.long)
+    gap[:, parked.end :] = 0
+    driver.mask = torch.cat([driver.mask[:, :41], gap])
+    again = 31 - parked.end
+    if again:
+        # To the other row these columns are padding.
+        new = torch.tensor([[0] * again, [1] * again])
+        driver.mask = torch.cat([driver.mask, new], dim=1)
+        driver(draw[:, :again])
+    found = [driver(draw[:, [20 + step]]) for step in range(5)]
+    for row, written in enumerate((20, 10)):
+        ids = torch.cat(
+            [inputs["input_ids"][:1], draw[row : row + 1, [*range(written), *range(20, 25)]]], 1
+        )
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits[0, -5:]
+        torch.testing.assert_close(torch.cat(found, 1)[row], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_lowest_score_goes_first_prompt_last():
     """RKSC's order: score over depth + 1, and never what a row in the batch reads."""
     machine = Tree()
@@ -256,6 +291,21 @@ def test_lowest_score_goes_first_prompt_last():
     assert cache.report().branches.parked_bytes == 0
     machine.rows = machine.rows[:2]
     machine.write(2)
+
+
+def test_prompts_go_after_all_else():
+    """A prompt that nobody reads is kept before what was written behind another one."""
+    machine = Tree()
+    machine.begin(rows=3, copies=1, bound=None)
+    cache = machine.cache
+    poor = cache.park(1, 0.1)
+    machine.rows.pop(1)
+    machine.write(3)
+    rich = cache.park(1, 9.0)
+    order = []
+    while cache._parking.evict_one(cache.layers[0].trunk.paths):
+        order.append([poor.tokens, rich.tokens])
+    assert order == [[4, 4], [0, 4], [0, 0]]
 
 
 def test_bound_is_reported_and_not_fatal():

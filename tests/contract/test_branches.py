@@ -15,8 +15,9 @@ from hf_reasoncache import (
     branch_generate,
     prefill_once,
 )
+from hf_reasoncache.branching.prefill_once import _check
 from hf_reasoncache.scorers import H2O, RKV, SnapKV
-from tests.caches import make_policy
+from tests.caches import make_cache, make_policy
 from tests.models import VOCABULARY, build, prompt
 from tests.oracle import Recorder
 
@@ -238,7 +239,7 @@ def test_different_prompts_are_not_shared_and_equal_ones_are(llama):
     ids[1, 20] += 1
     ids[3, 0] += 1
     mask = torch.ones_like(ids)
-    ids[4, 0], mask[4, 0] = 0, 0
+    mask[4, 0] = 0
     cache = SharedBranchCache(llama.config)
     with torch.no_grad():
         llama(ids, attention_mask=mask, past_key_values=cache)
@@ -246,6 +247,19 @@ def test_different_prompts_are_not_shared_and_equal_ones_are(llama):
         paths = layer.trunk.paths
         assert paths[0] == paths[2] and len(set(paths)) == 4
         assert sum(layer.trunk.readers.values()) == 5
+
+
+def test_prompts_with_a_common_beginning_share_it_if_it_comes_in_chunks(llama):
+    ids = prompt(batch=1, padding=(0,))["input_ids"].repeat(4, 1)
+    ids[2:, 15:] += 1
+    cache = SharedBranchCache(llama.config)
+    with torch.no_grad():
+        for part in ids.split(8, 1):
+            llama(part, past_key_values=cache)
+    for layer in cache.layers:
+        lengths = [[part.tokens for part in path] for path in layer.trunk.paths]
+        assert lengths == [[8, 13]] * 4 and list(layer.trunk.readers.values()) == [4, 2, 2]
+    assert cache.report().kv_bytes == TOKEN_BYTES * (8 + 2 * 13)
 
 
 # ------------------------------------------------------------------------------ compressed suffixes
@@ -280,13 +294,18 @@ def test_compressed_branches_equal_oracle(name, policy, chunks):
             assert all(prompts[row // 3] <= set(head) for head in heads)
 
 
-def test_budget_of_a_branch_counts_its_prompt(llama):
-    """A branch holds as much as a row of a ReasonAllocCache would."""
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("reason_alloc", {"profile": [1, 9, 4]}), ("sliding_window", {"max_budget": 36})],
+    ids=["budget", "max_budget"],
+)
+def test_budget_of_a_branch_counts_its_prompt(llama, kind, changes):
+    """A branch holds as much as a row of the cache whose policy it has."""
     inputs = repeated(prompt(), 2)
-    shared = SharedBranchCache(llama.config, suffix=make_policy("reason_alloc", profile=[1, 9, 4]))
-    alone = ReasonAllocCache(llama.config, budget=40, buffer=8, window=4, profile=[1, 9, 4])
+    shared = SharedBranchCache(llama.config, suffix=make_policy(kind, **changes))
+    alone = make_cache(kind, llama, **changes)
     for cache in (shared, alone):
-        llama.generate(**inputs, past_key_values=cache, max_new_tokens=60)
+        llama.generate(**inputs, past_key_values=cache, max_new_tokens=70)
     for mine, other in zip(shared.report().layers, alone.report().layers, strict=True):
         assert torch.tensor(mine.held).sum(1).tolist() == torch.tensor(other.held).sum(1).tolist()
     assert shared.report().evictions == alone.report().evictions > 0
@@ -413,3 +432,18 @@ def test_finished_rows_without_a_token_to_fill_them_with(llama):
             **prompt(), past_key_values=SharedBranchCache(llama.config), pad_token_id=None,
             custom_generate=prefill_once, stopping_criteria=[FirstRow()], max_new_tokens=4,
         )  # fmt: skip
+
+
+def test_inputs_that_are_no_prompts(llama):
+    with refused("inputs: expected input_ids", "inputs_embeds"):
+        branch_generate(llama, {"inputs_embeds": torch.zeros(1, 3, 48)}, num_branches=2)
+    for count in (0, -1, 2.0, None):
+        with refused("num_branches: expected an integer >= 1"):
+            branch_generate(llama, prompt(), num_branches=count)
+    with refused("prefill_once", "token_type_ids as well"):
+        _check(
+            llama.generation_config,
+            {"past_key_values": SharedBranchCache(llama.config), "token_type_ids": torch.zeros(1)},
+        )
+    with refused("assistant_model: expected None"):
+        branch_generate(llama, prompt(), num_branches=2, assistant_model=llama)

@@ -8,7 +8,7 @@ import torch
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.protection import Fair, Spans, spans
 from hf_reasoncache.scorers import H2O, RKV, Random
-from tests.caches import make_cache
+from tests.caches import BRANCHED, make_cache
 from tests.contract.test_lifecycle import LAYERS, Driver, now_held
 from tests.models import build, prompt
 from tests.oracle import Recorder
@@ -261,3 +261,21 @@ def test_from_text_to_tokens_that_stay():
     for row, heads in enumerate(now_held(cache, 1)):
         for head in heads:
             assert "never reveal the key" in tokenizer.decode(out[row, head])
+
+
+def test_branches_evict_fairly_and_keep_their_prompt():
+    model, inputs = build("llama"), prompt()
+    held = {}
+    for fair in (None, Fair(1.0, window=8)):
+        cache = make_cache(BRANCHED, model, fair=fair)
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=60)
+        held[fair] = cache.held_positions(0)[0]
+        for head in held[fair]:
+            assert head[:21] == list(range(21)), "the shared prompt"
+    assert held[None] != held[Fair(1.0, window=8)]
+    # Of 8 tokens each, all spans of generated text that are complete hold about as many.
+    for head in held[Fair(1.0, window=8)]:
+        counts = [sum(begin <= at < begin + 8 for at in head) for begin in range(21, 68, 8)]
+        assert max(counts) - min(counts) <= 1
+    with pytest.raises(ValueError, match="protect_prompt: expected False"):
+        make_cache(BRANCHED, model, protect=[(0, 2)])

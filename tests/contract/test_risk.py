@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.risk import Guard
+from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import RKV, Random
-from tests.caches import KINDS, exact_cache, make_cache
+from tests.caches import BRANCHED, CLASSES, exact_cache, make_cache
 from tests.contract.test_lifecycle import LAYERS, Driver, now_held
 from tests.models import build, prompt
 from tests.risk.reference import outputs
@@ -27,7 +27,7 @@ def snapshot(layer):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_risk_is_the_difference_that_the_eviction_makes(name, kind):
     model, inputs = build(name), prompt()
     # Phases of their own keep windows of a row apart: one eviction per layer and step.
@@ -70,7 +70,7 @@ def test_risk_is_the_difference_that_the_eviction_makes(name, kind):
     assert checked >= 12
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_measuring_changes_nothing_and_rows_are_independent(kind):
     model, inputs = build("llama"), prompt(batch=3, padding=(0, 7, 16))
 
@@ -90,7 +90,7 @@ def test_measuring_changes_nothing_and_rows_are_independent(kind):
             assert torch.equal(log.of_row(row).columns - pad, own.columns)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_the_past_of_a_row_goes_with_it(kind):
     model, inputs = build("llama"), prompt()
     cache = make_cache(kind, model, measure_risk=True)
@@ -204,7 +204,7 @@ def test_report_shows_the_risk_and_says_what_it_is_not():
     assert make_cache("reason_alloc", model).report().errors is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_report_warns_when_a_budget_never_evicted(kind):
     model = build("llama")
     large = {"reason_alloc": {"budget": 400}, "sliding_window": {"window": 128}}
@@ -221,8 +221,16 @@ def test_report_warns_when_a_budget_never_evicted(kind):
 
 def test_arguments():
     model = build("llama")
-    for kind in KINDS:
+    for kind in CLASSES:
         with pytest.raises(ValueError, match="measure_risk: expected True or False, got 1"):
             make_cache(kind, model, measure_risk=1)
         with pytest.raises(ValueError, match="max_risk: expected a finite number >= 0, got -1"):
             make_cache(kind, model, max_risk=-1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"measure_risk": True}, {"max_risk": 0.1}, {"probes": Probes()}], ids=str
+)
+def test_branches_refuse_what_they_cannot_measure(changes):
+    with pytest.raises(ValueError, match="the prompt of a branch is not in it"):
+        make_cache(BRANCHED, build("llama"), **changes)

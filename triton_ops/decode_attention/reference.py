@@ -74,7 +74,8 @@ def decode_attention_reference(
 
     def in_order(parts: list[torch.Tensor]) -> torch.Tensor:
         result = parts[0] if layout.is_uniform else torch.cat(parts)[layout.rank]
-        return result.view(batch, kv_heads * group, steps, -1).transpose(1, 2)
+        # Fused attention answers in the strides of the query.
+        return result.reshape(batch, kv_heads * group, steps, -1).transpose(1, 2)
 
     if logsumexp is not None:
         logsumexp.copy_(in_order(sums)[..., 0])

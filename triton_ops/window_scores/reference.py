@@ -43,8 +43,13 @@ def _of_heads(
     # An absent query may hold anything; zeroed, it can neither spread NaN nor win the maximum of
     # the group.
     used = queries.to(dtype).where(present[:, None, None, :, None], 0.0)
-    # The group shares its keys, so there are fewer of them to scale than queries.
-    logits = used.reshape(rows, heads, group_size * window, size) @ (keys.to(dtype) * scaling).mT
+    used, held = used.reshape(rows, heads, group_size * window, size), keys.to(dtype)
+    # Whichever is less to scale.
+    if used.shape[2] < held.shape[2]:
+        used = used * scaling
+    else:
+        held = held * scaling
+    logits = used @ held.mT
     logits = logits.view(rows, heads, group_size, window, -1)
     if group == "max":
         logits = logits.amax(2, keepdim=True)

@@ -1,0 +1,95 @@
+"""What protecting and measuring cost: decode steps with and without.
+
+python -m examples.benchmarks.risk_cost
+
+A random Llama decodes; the caches take turns in one run and differ in one argument only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from examples.benchmarks.machine import Machine
+from examples.benchmarks.step_latency import CLOCKS, Maker, measure
+from examples.benchmarks.workload import DTYPES, Shape, Work
+from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.risk import Probes
+
+
+def caches(budget: int, buffer: int) -> dict[str, Maker]:
+    """Makers of the caches that are compared, by name."""
+    settings: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "protect": {"protect": [(0, budget // 8)]},
+        "fair=0.5": {"fair": 0.5},
+        "measure_risk": {"measure_risk": True},
+        # Every eviction is above this limit: what a guard costs at worst.
+        "max_risk=0": {"max_risk": 0.0},
+        "probes": {"probes": Probes()},
+    }
+    common = {"budget": budget, "buffer": buffer, "protect_prompt": False}
+    return {
+        name: partial(ReasonAllocCache, **common, **changes) for name, changes in settings.items()
+    }
+
+
+def table(steps: dict[str, list[float]]) -> str:
+    """Mean time and what is added, in 80 columns."""
+    means = {name: statistics.mean(times) for name, times in steps.items()}
+    plain = means["nothing"]
+    lines = [f"{'':16}{'ms per step':>14}{'added':>10}"]
+    for name, mean in means.items():
+        lines.append(f"{name:16}{mean:14.2f}{100 * (mean / plain - 1):+9.1f}%")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description="What protecting and measuring cost.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of the prompt")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--buffer", type=int, default=128)
+    parser.add_argument("--periods", type=int, default=4, help="buffers of steps that are timed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args(arguments)
+    if chosen.quick:
+        parser.set_defaults(context=64, budget=32, buffer=16, layers=2, periods=1)
+        chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    work = Work(
+        context=chosen.context,
+        batch=chosen.batch,
+        dtype=DTYPES["float32"],
+        budget=chosen.budget,
+        buffer=chosen.buffer,
+        steps=chosen.buffer,
+        seed=chosen.seed,
+        shape=Shape(layers=chosen.layers),
+    )
+    steps, _ = measure(
+        caches(chosen.budget, chosen.buffer),
+        work,
+        CLOCKS[chosen.clock],
+        period=chosen.buffer,
+        periods=chosen.periods,
+    )
+    print(Machine.here(chosen.seed))
+    print(table(steps))
+
+
+if __name__ == "__main__":
+    main()

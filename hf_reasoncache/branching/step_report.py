@@ -1,0 +1,45 @@
+"""What a `StepShareCache` shares, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepShareReport:
+    """What is shared now.
+
+    Attributes
+    ----------
+    steps, candidates, matched : int
+        Steps that ended; those with a lexically similar earlier one; those that share a block.
+    blocks, shared_blocks : int
+        Blocks of generated steps, and those that point at an earlier one.
+    held_bytes, saved_bytes : int
+        Bytes of keys and values that are held in blocks and tails, and that sharing steps freed.
+    prompt_bytes : int
+        Bytes that were freed, without any error, since branches have the same prompt.
+    key_distance, value_distance : float
+        Mean relative distance of shared blocks from what they replaced; NaN where none is shared.
+    """
+
+    steps: int
+    candidates: int
+    matched: int
+    blocks: int
+    shared_blocks: int
+    held_bytes: int
+    saved_bytes: int
+    prompt_bytes: int
+    key_distance: float
+    value_distance: float
+
+    def __str__(self) -> str:
+        whole = self.held_bytes + self.saved_bytes
+        share = self.saved_bytes / whole if whole else 0.0
+        return (
+            f"{self.steps} steps, {self.candidates} with a similar one, {self.matched} share; "
+            f"{self.shared_blocks} of {self.blocks} blocks shared; {self.held_bytes:,} bytes held, "
+            f"{self.saved_bytes:,} ({share:.1%}) saved; mean relative distance of keys "
+            f"{self.key_distance:.3f}, of values {self.value_distance:.3f}"
+        )

@@ -1,0 +1,165 @@
+"""Shadow probes: at some heads and steps, how far the output is from that of all tokens ever seen.
+
+What an eviction does to the queries known before it is `Damage`; what it does to later ones shows
+only there. A shadow keeps every key and value of a few heads in CPU memory, and now and then
+attends to them as well.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+from hf_reasoncache.risk.damage import eviction_damage
+from hf_reasoncache.risk.log import RiskLog
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Which heads and steps are probed; ours.
+
+    Attributes
+    ----------
+    heads : float
+        Share of the KV heads of the model that have a shadow, in (0, 1]; each is drawn by itself.
+    interval : int
+        One step in so many is probed, another one in every layer.
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    heads: float = 0.1
+    interval: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check."""
+        number = isinstance(self.heads, Real) and not isinstance(self.heads, bool)
+        if not number or not 0 < self.heads <= 1:
+            raise ValueError(f"probes: expected heads as a number in (0, 1], got {self.heads!r}.")
+        for name, low in (("interval", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"probes: expected {name} as an integer >= {low}, got {value!r}.")
+
+    def shadow(self, layer: int, heads: int) -> Shadow | None:
+        """Begin the shadow of a layer with `heads` KV heads; None where none of them was drawn."""
+        drawn = random.Random(f"{self.seed}/{layer}")
+        chosen = [head for head in range(heads) if drawn.random() < self.heads]
+        phase = drawn.randrange(self.interval)
+        return Shadow(self.interval, phase, torch.tensor(chosen)) if chosen else None
+
+
+class Shadow:
+    """All keys and values of some heads of one layer, on the CPU, and what probes have found.
+
+    Attributes
+    ----------
+    heads : LongTensor[H']
+    log : RiskLog
+        One entry per probe and row; heads in the order of `heads`.
+    """
+
+    def __init__(self, interval: int, phase: int, heads: torch.Tensor) -> None:
+        self.interval, self.phase, self.heads = interval, phase, heads
+        self.log = RiskLog()
+        self._chunks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def columns(self) -> int:
+        """Columns stored."""
+        return sum(valid.shape[1] for *_, valid in self._chunks)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Store new tokens.
+
+        Parameters
+        ----------
+        keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
+        valid : BoolTensor[B, T] or None
+            False for padding.
+        """
+        if valid is None:
+            valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
+        own = self.heads.to(keys.device)
+        keys, values = (x.index_select(1, own).cpu() for x in (keys, values))
+        self._chunks.append((keys, values, valid.cpu()))
+
+    def is_due(self) -> bool:
+        """Whether the newest column is one to probe."""
+        return self.columns % self.interval == self.phase
+
+    def probe(self, query: torch.Tensor, columns: torch.Tensor, settings: dict[str, Any]) -> None:
+        """Compare the newest token's attention to what is held with that to everything.
+
+        Parameters
+        ----------
+        query : Tensor[B, H_q, 1, D]
+        columns : LongTensor[B, H_kv, N]
+            Columns that each head holds, -1 for filler.
+        settings : dict
+            `scaling`, `softcap`, `s_aux` of the attention.
+        """
+        if len(self._chunks) > 1:
+            parts = zip(*self._chunks, strict=True)
+            keys, values, valid = (
+                torch.cat(part, dim=-1 if part[0].dim() == 2 else 2) for part in parts
+            )
+            self._chunks = [(keys, values, valid)]
+        keys, values, valid = self._chunks[0]
+        rows, total = valid.shape
+        own = columns.cpu()[:, self.heads]
+        held = torch.zeros(rows, len(self.heads), total + 1, dtype=torch.bool)
+        held.scatter_(-1, own.where(own >= 0, total), True)
+        at = torch.arange(total).where(valid, -1)[:, None].expand(-1, len(self.heads), -1)
+        grouped = query.cpu().unflatten(1, (columns.shape[1], -1))
+        sinks = settings.get("s_aux")
+        if sinks is not None:
+            sinks = sinks.detach().cpu().view(columns.shape[1], -1)[self.heads].flatten()
+        [damage] = eviction_damage(
+            grouped[:, self.heads],
+            torch.full((rows, 1), total - 1),
+            keys,
+            values,
+            at,
+            [held[..., :total]],
+            **(settings | {"s_aux": sinks}),
+        )
+        self.log = self.log.add(torch.arange(rows), total, damage)
+
+    def crop(self, columns: int) -> None:
+        """Forget all after the first `columns` columns, their probes too."""
+        kept, begin = [], 0
+        for keys, values, valid in self._chunks:
+            left = max(0, min(valid.shape[1], columns - begin))
+            if left:
+                kept.append((keys[:, :, :left], values[:, :, :left], valid[:, :left]))
+            begin += valid.shape[1]
+        self._chunks = kept
+        self.log = self.log.until(columns)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep, repeat or reorder rows."""
+        self._chunks = [
+            (keys[rows], values[rows], valid[rows]) for keys, values, valid in self._chunks
+        ]
+        self.log = self.log.select_rows(rows)
+
+    def clone(self) -> Shadow:
+        """Return a shadow that changes independently; stored tensors are never written to."""
+        twin = Shadow(self.interval, self.phase, self.heads)
+        twin.log, twin._chunks = self.log, list(self._chunks)
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of CPU memory."""
+        return sum(x.untyped_storage().nbytes() for chunk in self._chunks for x in chunk)

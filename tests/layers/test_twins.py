@@ -1,0 +1,61 @@
+"""Rows with the same prompt are found, and no others."""
+
+import pytest
+import torch
+
+from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.layers.twins import Twins
+
+SIZE = (6, 2, 5, 8)
+
+
+def chunk_of(change, dtype=torch.float32):
+    """Rows 0 to 2 equal, rows 3 to 5 equal; then `change(keys, values, valid)`."""
+    draw = torch.Generator().manual_seed(0)
+    like = [0, 0, 0, 1, 1, 1]
+    keys, values = (torch.randn(2, *SIZE[1:], generator=draw).to(dtype)[like] for _ in range(2))
+    valid = torch.ones(6, 5, dtype=torch.bool)
+    change(keys, values, valid)
+    return Chunk(keys, keys, values, valid, {})
+
+
+def first_like(change, groups=(0,) * 6, dtype=torch.float32):
+    return Twins().of(chunk_of(change, dtype), 0, torch.tensor(groups)).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_equal_up_to_rounding(dtype):
+    def round_otherwise(keys, values, valid):
+        for x in (keys, values):
+            x *= 1 + torch.finfo(dtype).eps * torch.randn(SIZE).clamp(-2, 2)
+
+    assert first_like(round_otherwise, dtype=dtype) == [0, 0, 0, 3, 3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [0, 1], ids=["keys", "values"])
+def test_one_head_of_one_token_makes_a_difference(which, dtype):
+    def change(*tensors):
+        tensors[which][1, 1, 4] = torch.randn(8).to(dtype)
+
+    assert first_like(change, dtype=dtype) == [0, 1, 0, 3, 3, 3]
+
+
+def test_padding_counts_and_what_lies_there_does_not():
+    def pad(keys, values, valid):
+        valid[1:3, 0] = False
+        keys[2, :, 0] = 7.0
+
+    assert first_like(pad) == [0, 1, 1, 3, 3, 3]
+
+
+def test_rows_that_differ_already_stay_apart_and_need_not_be_neighbours():
+    assert first_like(lambda *_: None, groups=(0, 1, 0, 3, 1, 3)) == [0, 1, 0, 3, 4, 3]
+
+
+def test_the_lowest_layer_decides_for_all():
+    twins, groups = Twins(), torch.zeros(6, dtype=torch.long)
+    equal, other = chunk_of(lambda *_: None), chunk_of(lambda keys, *_: keys[1].neg_())
+    assert twins.of(equal, 1, groups).tolist() == [0, 0, 0, 3, 3, 3]
+    assert twins.of(other, 2, groups).tolist() == [0, 0, 0, 3, 3, 3]
+    assert twins.of(other, 1, groups).tolist() == [0, 1, 0, 3, 3, 3]
