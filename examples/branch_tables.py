@@ -12,9 +12,9 @@ import torch
 from matplotlib.figure import Figure
 
 from examples.timed_branches import Timing
-from examples.tiny_reasoner.evaluate import Share, share
 from hf_reasoncache.branching import VoteResult
 from hf_reasoncache.branching.recording import Recording
+from hf_reasoncache.evaluation import Share
 
 
 def saved_interval(
@@ -46,7 +46,7 @@ def line(
     target: float | None,
 ) -> dict[str, str]:
     """One row of the table."""
-    right = share([each.answer == answer for each, answer in zip(votes, truth, strict=True)])
+    right = Share.of([each.answer == answer for each, answer in zip(votes, truth, strict=True)])
     changed = Share(sum(a.answer != b.answer for a, b in zip(votes, full, strict=True)), len(votes))
     branches = sum(len(each.branches) for each in votes) / len(votes)
     return {

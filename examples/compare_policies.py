@@ -26,7 +26,7 @@ from examples.tiny_reasoner import (
     TEST_SEEDS,
     make_problems,
 )
-from examples.tiny_reasoner.evaluate import Share
+from hf_reasoncache.evaluation import Share
 
 FIELDS = ("budget", "prompt", "policy", *TASKS, "all", "finished", "length", "FINAL", "KiB/row")
 

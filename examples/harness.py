@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from examples.tiny_reasoner.evaluate import Share, encode, share
 from examples.tiny_reasoner.tasks import Outcome, Problem, check
-from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.report import storage_bytes
+from hf_reasoncache.evaluation import Share
+from hf_reasoncache.evaluation.generation import Answer, answer_batch
 
 SAMPLING = 4
 """Steps between two looks at how many tokens a cache holds."""
@@ -120,16 +119,16 @@ def summarize(runs: Mapping[str, Run]) -> Summary:
     outcomes = [outcome for run in runs.values() for outcome in run.outcomes]
     directives = dict.fromkeys(name for outcome in outcomes for name in outcome.followed)
     return Summary(
-        correct=share([outcome.correct for outcome in outcomes]),
+        correct=Share.of([outcome.correct for outcome in outcomes]),
         finished=sum(outcome.finished for outcome in outcomes) / len(outcomes),
         length=sum(outcome.length for outcome in outcomes) / len(outcomes),
         speed=sum(run.tokens for run in runs.values()) / sum(r.seconds for r in runs.values()),
         kib=max(run.bytes_per_row for run in runs.values()) / 1024,
         held=statistics.mean(run.held for run in runs.values()),
         mean_kib=statistics.mean(run.mean_bytes for run in runs.values()) / 1024,
-        by_task={task: share([o.correct for o in run.outcomes]) for task, run in runs.items()},
+        by_task={task: Share.of([o.correct for o in run.outcomes]) for task, run in runs.items()},
         followed={
-            name: share([mark for o in outcomes for mark in o.followed.get(name, [])])
+            name: Share.of([mark for o in outcomes for mark in o.followed.get(name, [])])
             for name in directives
         },
     )
@@ -141,7 +140,6 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
-@torch.inference_mode()
 def run_arm(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -166,77 +164,31 @@ def run_arm(
     """
     model.set_attn_implementation(arm.attention)
     outcomes: list[Outcome] = []
+    answers: list[Answer] = []
     seconds = bytes_per_row = 0.0
-    held: list[tuple[float, float]] = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
-        inputs = encode(tokenizer, batch)
-        cache = arm.make_cache(model.config)
-        sampler = _Sampler(cache, inputs["attention_mask"])
-        watch = model.register_forward_hook(sampler)
-        begin = time.perf_counter()
-        output = model.generate(
-            **inputs,
-            past_key_values=cache,
-            do_sample=False,
+        found = answer_batch(
+            model,
+            [tokenizer(problem.prompt)["input_ids"] for problem in batch],
+            arm.make_cache(model.config),
             max_new_tokens=max(problem.max_new_tokens for problem in batch),
+            sampling=SAMPLING,
         )
-        seconds += time.perf_counter() - begin
-        watch.remove()
-        bytes_per_row = max(bytes_per_row, cache_bytes(cache) / len(batch))
-        completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
-        new = [check(*pair) for pair in zip(batch, completions, strict=True)]
-        held += sampler.means([outcome.length for outcome in new])
-        outcomes += new
+        seconds += found.seconds
+        bytes_per_row = max(bytes_per_row, found.final_bytes / len(batch))
+        texts = tokenizer.batch_decode([list(answer.tokens) for answer in found.answers])
+        outcomes += [check(*pair) for pair in zip(batch, texts, strict=True)]
+        answers += found.answers
         if progress is not None:
             progress.update(len(batch))
+    # Of an answer that no look met there is none.
+    seen = [answer for answer in answers if not math.isnan(answer.held)]
     return Run(
         outcomes=outcomes,
         tokens=sum(outcome.length for outcome in outcomes),
         seconds=seconds,
         bytes_per_row=bytes_per_row,
-        held=statistics.mean(tokens for tokens, _ in held),
-        mean_bytes=statistics.mean(size for _, size in held),
+        held=statistics.mean(answer.held for answer in seen),
+        mean_bytes=statistics.mean(answer.mean_bytes for answer in seen),
     )
-
-
-class _Sampler:
-    """Notes, as a forward hook, what a cache holds for each sequence."""
-
-    def __init__(self, cache: Cache, mask: torch.Tensor) -> None:
-        self.cache, self.mask = cache, mask
-        self.samples: list[tuple[int, torch.Tensor, float]] = []
-
-    def __call__(self, *_: object) -> None:
-        columns = self.cache.get_seq_length()
-        if columns % SAMPLING:
-            return
-        if isinstance(self.cache, ReasonCache):
-            layers = self.cache.report().layers
-            held = torch.tensor([layer.held for layer in layers]).float().mean((0, 2))
-        else:
-            held = columns - (1 - self.mask).sum(-1).float()
-        size = cache_bytes(self.cache) / len(self.mask)
-        self.samples.append((columns - self.mask.shape[1], held, size))
-
-    def means(self, lengths: Sequence[int]) -> list[tuple[float, float]]:
-        """Mean tokens per KV head and mean bytes over the steps of each completion.
-
-        Of one that no sample met there is none. The bytes are those of a batch, shared equally.
-        """
-        found = (
-            [(float(held[row]), size) for step, held, size in self.samples if step <= length]
-            for row, length in enumerate(lengths)
-        )
-        return [
-            (statistics.mean(x for x, _ in samples), statistics.mean(x for _, x in samples))
-            for samples in found
-            if samples
-        ]
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of all storages that a cache holds."""
-    if isinstance(cache, ReasonCache):
-        return cache.report().total_bytes
-    return sum(storage_bytes(layer) for layer in cache.layers)

@@ -24,10 +24,11 @@ from examples.branch_tables import markdown, percent, write_csv
 from examples.compare_policies import insert
 from examples.harness import load
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, check, make_problems
-from examples.tiny_reasoner.evaluate import Share, encode, share
+from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Problem
 from hf_reasoncache.branching.lens import LensExit, LogitLens
 from hf_reasoncache.branching.semantic import semantic_prefill
+from hf_reasoncache.evaluation import Share
 
 TAU = 0.82
 POOL = 60
@@ -102,10 +103,10 @@ def semantic(
                 "prompt beside the root": kind,
                 "pairs": str(len(pairs)),
                 "similarity, least to most": f"{low:.3f} to {high:.3f}",
-                f"share at {TAU:g}": _cell(share(list(shares))),
-                "next token changed": _cell(share(list(changed))),
+                f"share at {TAU:g}": _cell(Share.of(list(shares))),
+                "next token changed": _cell(Share.of(list(changed))),
                 "nats": f"{sum(nats) / len(nats):.3f}",
-                "right answers when shared": _cell(share(list(right))),
+                "right answers when shared": _cell(Share.of(list(right))),
             }
         )
     return rows
@@ -141,8 +142,8 @@ def lenses(
                 "decided early": f"{100 * report.exited / report.tokens:.1f}",
                 "of these otherwise": f"{100 * report.error:.2f}",
                 "layers": f"{report.depth:.2f} of {report.layers}",
-                "right without": _cell(share(right[False])),
-                "right with exits": _cell(share(right[True])),
+                "right without": _cell(Share.of(right[False])),
+                "right with exits": _cell(Share.of(right[True])),
             }
         )
     return rows

@@ -36,7 +36,6 @@ from examples.compare_policies import insert
 from examples.harness import load
 from examples.timed_branches import live_arms, time_arms
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, read_answer
-from examples.tiny_reasoner.evaluate import share
 from hf_reasoncache.branching import (
     ConsensusExit,
     DecodeExit,
@@ -48,6 +47,7 @@ from hf_reasoncache.branching import (
 from hf_reasoncache.branching.calibrate import decode_candidates, weak_candidates
 from hf_reasoncache.branching.recording import Recording, replay
 from hf_reasoncache.branching.vote import group_confidence, sqrt_confidence
+from hf_reasoncache.evaluation import Share
 
 WAVE = 4
 CALIBRATION_SEED = DEVELOPMENT_SEEDS[600]
@@ -160,7 +160,7 @@ def curves(recordings: Sequence[Recording], truth: Sequence[str]) -> dict[str, l
             right = [each.answer == answer for each, answer in zip(votes, truth, strict=True)]
             changed = [a.answer != b.answer for a, b in zip(votes, full, strict=True)]
             saved = saved_interval(votes, full)[0]
-            found[name].append(Point(level, saved, share(right), share(changed)))
+            found[name].append(Point(level, saved, Share.of(right), Share.of(changed)))
     return found
 
 
@@ -222,7 +222,7 @@ def main() -> None:
     ]
     name = f"self_consistency-{family}"
     write_csv(arguments.output / f"{name}.csv", rows)
-    right = share([each.answer == answer for each, answer in zip(full, truth, strict=True)])
+    right = Share.of([each.answer == answer for each, answer in zip(full, truth, strict=True)])
     draw(arguments.output / f"{name}.png", curves(fresh, truth), right, target)
     notes = [
         f"{family} model, {len(fresh)} fresh problems of all tasks (seed {TEST_SEEDS[0]}), "

@@ -26,10 +26,11 @@ from examples.branch_tables import markdown, percent, write_csv
 from examples.compare_policies import insert
 from examples.harness import load
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, check
-from examples.tiny_reasoner.evaluate import encode, share
+from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Problem
 from hf_reasoncache.branching.step_share import StepShareCache
 from hf_reasoncache.branching.steps import Boundaries
+from hf_reasoncache.evaluation import Share
 
 SENTENCES = Boundaries((r"\.",), look_back=1)
 """A step of the tiny reasoners ends with a full stop, which is a word of its own."""
@@ -141,7 +142,7 @@ def main() -> None:
                     settings = MODES.get(mode, {}) | {"distance": distance}
                     run(model, tokenizer, batch, settings, arguments.branches, tally)
                     progress.update(len(batch))
-            right = share(tally.right)
+            right = Share.of(tally.right)
             rows.append(
                 {
                     "share": mode,

@@ -24,8 +24,8 @@ from examples.compare_policies import cell
 from examples.compare_windows import RECENT, WINDOW
 from examples.harness import Arm, load, run_arm
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, Problem, make_problems
-from examples.tiny_reasoner.evaluate import share
 from hf_reasoncache import SlidingWindowCompressCache
+from hf_reasoncache.evaluation import Share
 from hf_reasoncache.layers.token2chunk import token2chunk
 from hf_reasoncache.scorers import Bidirectional, Random, Scorer, SnapKV
 from hf_reasoncache.scorers.base import HeldTokens
@@ -153,7 +153,7 @@ class Tally:
 
     def whole_percent(self, name: str, column: str) -> float:
         """Share of the texts of which no needed token was lost."""
-        return 100 * share(self.whole[name, column]).value
+        return 100 * Share.of(self.whole[name, column]).value
 
 
 def count(reading: Reading, prompt: int, ratio: float, tally: Tally) -> None:
@@ -255,7 +255,7 @@ def main() -> None:
     print("\nTexts of which every needed token is kept by at least one head, in each layer:")
     print(table(list(CHOICES), layers, tally.whole_percent))
     for name, outcomes in correct.items():
-        print(f"{name:22} {cell(share(outcomes))}% of the answers right")
+        print(f"{name:22} {cell(Share.of(outcomes))}% of the answers right")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ PARTS: dict[str, set[str]] = {
     "calibration": {"scorers", "budgets", "geometry", "layers", "risk", "triton_ops", "version"}
     | CACHES,
     "calibration.profile": {"budgets", "geometry"},
-    "evaluation": CACHES | {"branching"},
+    "evaluation": CACHES
+    | {"branching", "protection", "report", "scorers"}
+    # Prompts, weights and releases are named as in a calibration.
+    | {"calibration.prompts", "calibration.fingerprint", "calibration.settings"},
 }
 for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
@@ -75,8 +78,10 @@ LIBRARIES: dict[str, set[str]] = {
         "datasets",
         "lm_eval",
         "math_verify",
+        "scipy",
         "tqdm",
     },
+    "hf_reasoncache.evaluation.plot": {"matplotlib"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }

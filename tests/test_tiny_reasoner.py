@@ -21,7 +21,7 @@ from examples.tiny_reasoner import (
     read_answer,
 )
 from examples.tiny_reasoner.curriculum import IGNORED, Curriculum
-from examples.tiny_reasoner.evaluate import majority, share
+from examples.tiny_reasoner.evaluate import majority
 from examples.tiny_reasoner.initialization import ARCHITECTURES, OFFSETS, build_model
 from examples.tiny_reasoner.tokenizer import build_tokenizer
 
@@ -150,12 +150,6 @@ def test_majority_counts_answers_only() -> None:
     assert majority(["3", None, "4", "4", None, None]) == "4"
     assert majority(["3", "4"]) == "3"
     assert majority([None]) is None
-
-
-def test_share_has_wilson_bounds() -> None:
-    low, high = share([True] * 190 + [False] * 10).interval
-    assert low == pytest.approx(0.9104, abs=1e-4)
-    assert high == pytest.approx(0.9726, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -13,11 +13,9 @@ import argparse
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy.stats import binomtest
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -27,40 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_reasoncache.evaluation.statistics import Share
+
 from . import DEFAULT_FAMILY, MODELS
 from .families import FAMILIES, TASKS
 from .tasks import TEST_SEEDS, Outcome, Problem, check, make_problems, read_answer
-
-
-@dataclass(frozen=True)
-class Share:
-    """How often something was so, with its uncertainty."""
-
-    count: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """The share; NaN of nothing."""
-        return self.count / self.total if self.total else float("nan")
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval."""
-        if not self.total:
-            return float("nan"), float("nan")
-        interval = binomtest(self.count, self.total).proportion_ci(method="wilson")
-        return float(interval.low), float(interval.high)
-
-    def __str__(self) -> str:
-        """Render as ``0.975 [0.943, 0.989]``."""
-        low, high = self.interval
-        return f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def share(marks: Sequence[bool]) -> Share:
-    """Return the share of what is true."""
-    return Share(sum(marks), len(marks))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> BatchEncoding:
@@ -122,18 +91,18 @@ def majority(answers: Sequence[str | None]) -> str | None:
 def describe(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     """Return what to report of one completion per problem, as pairs of a name and a value."""
     lines = [
-        ("exact answers", str(share([outcome.correct for outcome in outcomes]))),
-        ("finished", str(share([outcome.finished for outcome in outcomes]))),
+        ("exact answers", str(Share.of([outcome.correct for outcome in outcomes]))),
+        ("finished", str(Share.of([outcome.finished for outcome in outcomes]))),
         ("mean length", f"{statistics.mean(outcome.length for outcome in outcomes):.0f} words"),
     ]
     directives = dict.fromkeys(name for outcome in outcomes for name in outcome.followed)
     lines += [
-        (f"follows {name}", str(share([mark for o in outcomes for mark in o.followed[name]])))
+        (f"follows {name}", str(Share.of([mark for o in outcomes for mark in o.followed[name]])))
         for name in directives
     ]
     if directives:
         whole = [all(all(marks) for marks in outcome.followed.values()) for outcome in outcomes]
-        lines.append(("follows all of them", str(share(whole))))
+        lines.append(("follows all of them", str(Share.of(whole))))
     return lines
 
 
@@ -152,7 +121,7 @@ def describe_votes(
     return [
         # The samples of a problem are alike, so an interval over all of them would be too narrow.
         ("single answer", f"{statistics.mean(single):.3f}"),
-        (f"majority of {len(completions[0])}", str(share(voted))),
+        (f"majority of {len(completions[0])}", str(Share.of(voted))),
         ("distinct answers per problem", f"{distinct:.2f}"),
         ("distinct chains per problem", f"{chains:.2f}"),
     ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from hf_reasoncache.cli.audit import audit_command
 from hf_reasoncache.cli.calibrate import calibrate
+from hf_reasoncache.cli.evaluate import evaluate_command
 from hf_reasoncache.cli.profiles import compare, pull, push, show
 
 app = typer.Typer(
     name="hf-reasoncache",
-    help="Budget profiles for KV-cache compression: measure, look at, compare and share them.",
+    help="KV-cache compression: budget profiles, and what compression costs on your tasks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -18,6 +20,8 @@ app = typer.Typer(
 )
 for _command in (calibrate, show, compare, push, pull):
     app.command()(_command)
+app.command("evaluate")(evaluate_command)
+app.command("audit")(audit_command)
 
 
 def main() -> None:

@@ -1,0 +1,119 @@
+"""`audit`: what compression does to each of several instructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_reasoncache.cli.calibrate import Dtype
+from hf_reasoncache.cli.evaluate import (
+    BatchSize,
+    Budgets,
+    Buffer,
+    Caches,
+    Chat,
+    Device,
+    Dtypes,
+    MaxNewTokens,
+    Model,
+    Out,
+    Revision,
+    Threads,
+    Window,
+)
+from hf_reasoncache.cli.loading import budgets as parse_budgets
+from hf_reasoncache.cli.loading import load_model, new_directory
+from hf_reasoncache.evaluation import Limits, Settings, audit, load_suite, parse_arm
+from hf_reasoncache.evaluation.audit_report import verdict_table, write_report
+from hf_reasoncache.evaluation.harness import facts
+from hf_reasoncache.evaluation.table import text_table
+
+EXCEEDED = 2
+"""Exit status where a limit is exceeded; 1 is an error."""
+
+
+def audit_command(
+    model: Model,
+    suite: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="JSON lines of prompts with several instructions."),
+    ],
+    cache: Caches,
+    budgets: Budgets,
+    out: Out,
+    min_following: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Least share of answers that may follow any instruction.",
+            show_default=False,
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Most that any instruction may lose against the full cache.",
+            show_default=False,
+        ),
+    ] = None,
+    max_leakage: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Most of a protected text that any answer may give away.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take the first cases.", show_default=False)
+    ] = None,
+    max_new_tokens: MaxNewTokens = 4096,
+    batch_size: BatchSize = 8,
+    chat: Chat = False,
+    window: Window = 8,
+    buffer: Buffer = 128,
+    revision: Revision = None,
+    dtype: Dtypes = Dtype.auto,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Measure what caches do to each of several instructions.
+
+    Each instruction is asked beside the others, in several orders, and alone, greedily. Writes
+    answers.jsonl (one line for every answer, as it comes), audit.json, audit.md and audit.png. The
+    verdict is on the worst instruction and the largest leakage; the exit status is 2 where a limit
+    is exceeded.
+    """
+    limits = Limits(min_following, max_drop, max_leakage)
+    read = load_suite(suite, limit)
+    arms = [parse_arm(each, window, buffer) for each in cache]
+    settings = Settings(max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat)
+    loaded = load_model(model, revision, dtype, device, threads)
+    path = new_directory(out) / "answers.jsonl"
+    found = audit(*loaded, read, arms, parse_budgets(budgets), path, settings)
+    violations = limits.violations(found)
+    about = {"cases": len(read.cases), **facts(loaded[0], settings)}
+    write_report(found, violations, about, out)
+    typer.echo(
+        text_table(
+            ["cache", "budget", "worst instruction", "largest loss"], verdict_table(found)[1]
+        )
+    )
+    for cell in found.cells:
+        if cell.nothing_evicted:
+            typer.echo(
+                f"WARNING: {cell.label} evicted nothing: the budget exceeds the text, and the line "
+                "says nothing about the method.",
+                err=True,
+            )
+    typer.echo(out)
+    if violations:
+        for violation in violations:
+            typer.echo(f"LIMIT: {violation}", err=True)
+        raise typer.Exit(EXCEEDED)

@@ -1,0 +1,140 @@
+"""`evaluate`: tasks x caches x budgets x seeds in one command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_reasoncache.cli.calibrate import Dtype
+from hf_reasoncache.cli.loading import budgets as parse_budgets
+from hf_reasoncache.cli.loading import load_model, new_directory
+from hf_reasoncache.cli.loading import seeds as parse_seeds
+from hf_reasoncache.evaluation import Plan, Settings, evaluate, load_task, parse_arm, tabulate
+from hf_reasoncache.evaluation import baseline as make_baseline
+from hf_reasoncache.evaluation.plot import results_png
+from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or ORG/NAME.")]
+Caches = Annotated[
+    list[str],
+    typer.Option(
+        "--cache",
+        metavar="NAME[:SETTING,...]",
+        help="What is tried, beside the full cache; give it several times. NAME: reason-alloc, "
+        "sliding-window, or a scorer: random, streaming-llm, key-norm, value-norm, key-diff, "
+        "lag-kv, tova, snapkv, h2o, rkv. SETTING: scorer=NAME, profile=DIR, heads=on|off, "
+        "prompt=keep|evict, protect (the spans of a question), fair=0.5, fair_window=128, "
+        "window=8, buffer=128; of sliding-window also ratio=0.3, recent=32.",
+    ),
+]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        metavar="N,N,...",
+        help="Tokens per KV head; for sliding-window its bound, or a ratio below 1.",
+    ),
+]
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="Every answer, and the results; a second run goes on.")
+]
+Window = Annotated[int, typer.Option(min=1, help="Newest tokens, never evicted.")]
+Buffer = Annotated[int, typer.Option(min=1, help="Tokens between two compactions.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts answered together.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap plain prompts in the chat template.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Commit, tag or branch of MODEL.", show_default=False)
+]
+Dtypes = Annotated[Dtype, typer.Option(help="Of the weights.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda:0, ...", show_default="a GPU if there is one")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of a CPU.", show_default=False)]
+
+
+def evaluate_command(
+    model: Model,
+    task: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE|MODULE:NAME",
+            help="JSON lines with prompt (or messages) and answer or check; or a task in Python. "
+            "Give it several times.",
+        ),
+    ],
+    cache: Caches,
+    budgets: Budgets,
+    out: Out,
+    seeds: Annotated[
+        str,
+        typer.Option(metavar="N,N,...", help="Of drawn questions, sampling and random eviction."),
+    ] = "0",
+    baseline: Annotated[
+        bool, typer.Option(help="Also try random eviction beside a protected prompt.")
+    ] = True,
+    max_new_tokens: MaxNewTokens = 4096,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    batch_size: BatchSize = 8,
+    chat: Chat = False,
+    window: Window = 8,
+    buffer: Buffer = 128,
+    revision: Revision = None,
+    dtype: Dtypes = Dtype.auto,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Compare caches with the full one on your tasks.
+
+    Writes answers.jsonl (one line for every answer, as it comes), results.json, results.md and
+    results.png. Differences carry the p of McNemar's exact test on the same questions.
+    """
+    # `--task module:name` finds modules where the command runs, as `python -m` does.
+    sys.path.insert(0, "")
+    control = make_baseline(window, buffer) if baseline else None
+    plan = Plan(
+        tasks=[load_task(each) for each in task],
+        arms=[parse_arm(each, window, buffer) for each in cache],
+        budgets=parse_budgets(budgets),
+        seeds=parse_seeds(seeds),
+        baseline=control,
+    )
+    settings = Settings(max_new_tokens, temperature, batch_size, chat)
+    loaded = load_model(model, revision, dtype, device, threads)
+    records = evaluate(
+        *loaded,
+        plan,
+        new_directory(out) / "answers.jsonl",
+        settings,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    rows = tabulate(records, control.name if control else None)
+    columns, lines = cells(rows)
+    content = [
+        asdict(row)
+        | {
+            "interval": row.correct.interval,
+            "p_full": row.against_full and row.against_full.p_value,
+            "p_baseline": row.against_baseline and row.against_baseline.p_value,
+        }
+        for row in rows
+    ]
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    (out / "results.md").write_text(markdown_table(columns, lines), "utf-8")
+    (out / "results.png").write_bytes(results_png(rows))
+    for name in dict.fromkeys(row.task for row in rows):
+        typer.echo(f"{name}, {next(r.correct.total for r in rows if r.task == name)} answers each")
+        mine = [line for line in lines if line["task"] == name]
+        typer.echo(text_table(["cache", "budget", "correct", "vs full", "vs random"], mine))
+    for row in rows:
+        if row.nothing_evicted:
+            typer.echo(
+                f"WARNING: {row.arm} at {row.budget} evicted nothing on {row.task}: the budget "
+                "exceeds the text, and the line says nothing about the method.",
+                err=True,
+            )
+    typer.echo(out)

@@ -1,0 +1,48 @@
+"""What `evaluate` and `audit` have in common: the model, and options that are lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from hf_reasoncache.cli.calibrate import Dtype
+from hf_reasoncache.evaluation.arms import Budget, parse_budget
+
+
+def load_model(
+    name: str, revision: str | None, dtype: Dtype, device: str | None, threads: int | None
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """Load model and tokenizer, on a GPU if there is one and no device is given."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=dtype.value,
+        device_map=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def budgets(text: str) -> list[Budget]:
+    """Numbers with commas between them."""
+    return [parse_budget(part) for part in text.split(",") if part.strip()]
+
+
+def seeds(text: str) -> list[int]:
+    """Whole numbers with commas between them; ValueError for anything else."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"--seeds: expected whole numbers with commas, got {text!r}.") from error
+
+
+def new_directory(path: Path) -> Path:
+    """Make a directory for results, with those above it."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path

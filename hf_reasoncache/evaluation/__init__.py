@@ -1,0 +1,45 @@
+"""Evaluation: tasks x caches x budgets x seeds, and audits of several instructions.
+
+`evaluate` answers the questions of a `Plan` and keeps every answer on disk; `tabulate` compares the
+caches. `audit` does so for a `Suite` of instructions. Needs the extra `hf-reasoncache[eval]`.
+"""
+
+from hf_reasoncache.evaluation.arms import FULL_ARM, Arm, baseline, parse_arm
+from hf_reasoncache.evaluation.audit import Audit, Limits, analyse, audit
+from hf_reasoncache.evaluation.checks import CHECKS, Check
+from hf_reasoncache.evaluation.harness import evaluate
+from hf_reasoncache.evaluation.journal import Record
+from hf_reasoncache.evaluation.plan import Plan, Settings
+from hf_reasoncache.evaluation.rouge import rouge_l_recall
+from hf_reasoncache.evaluation.statistics import Paired, Share
+from hf_reasoncache.evaluation.suite import Suite, load_suite
+from hf_reasoncache.evaluation.table import tabulate
+from hf_reasoncache.evaluation.tasks import FileTask, Judgement, Question, Task, load_task
+
+__all__ = [
+    "CHECKS",
+    "FULL_ARM",
+    "Arm",
+    "Audit",
+    "Check",
+    "FileTask",
+    "Judgement",
+    "Limits",
+    "Paired",
+    "Plan",
+    "Question",
+    "Record",
+    "Settings",
+    "Share",
+    "Suite",
+    "Task",
+    "analyse",
+    "audit",
+    "baseline",
+    "evaluate",
+    "load_suite",
+    "load_task",
+    "parse_arm",
+    "rouge_l_recall",
+    "tabulate",
+]

@@ -1,0 +1,216 @@
+"""Checks of an answer by name, as a suite or a file of questions writes them: data, no code.
+
+Those of the IFEval benchmark are there under `ifeval:` and their names, by the package lm-eval.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from functools import cache
+from typing import Any
+
+IFEVAL = "ifeval:"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One named check and its arguments.
+
+    Attributes
+    ----------
+    name : str
+        One of `CHECKS`, or `ifeval:` and the name of an instruction of IFEval, such as
+        `ifeval:change_case:english_lowercase`.
+    arguments : Mapping
+        What the check takes besides the answer.
+
+    Raises
+    ------
+    ValueError
+        If there is no such check, or it takes other arguments.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check name and arguments, so that a suite fails before the model runs."""
+        if self.name.startswith(IFEVAL):
+            return
+        if self.name not in CHECKS:
+            raise ValueError(
+                f"check: expected one of {sorted(CHECKS)} or '{IFEVAL}...', got {self.name!r}."
+            )
+        try:
+            inspect.signature(CHECKS[self.name]).bind("", **self.arguments)
+            for each in ("pattern", "places"):
+                re.compile(self.arguments.get(each, ""))
+        except (TypeError, re.error) as error:
+            raise ValueError(
+                f"check {self.name!r}: {error}; got {dict(self.arguments)}."
+            ) from error
+
+    @staticmethod
+    def of(value: object) -> Check:
+        """Make a check of JSON: a name, or an object of `name` and arguments.
+
+        Raises
+        ------
+        ValueError
+            If it is neither, or not a check.
+        """
+        if isinstance(value, str):
+            return Check(value)
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ValueError(f"check: expected a name or an object with a name, got {value!r}.")
+        return Check(value["name"], {key: v for key, v in value.items() if key != "name"})
+
+    def __call__(self, answer: str) -> bool:
+        """Whether an answer passes.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            If the check needs a package that is not installed.
+        """
+        if self.name.startswith(IFEVAL):
+            return _ifeval(self.name.removeprefix(IFEVAL), answer, self.arguments)
+        return CHECKS[self.name](answer, **self.arguments)
+
+
+def contains(answer: str, text: str, at_least: int = 1) -> bool:
+    """Whether a text occurs, so many times, upper or lower case."""
+    return answer.casefold().count(text.casefold()) >= at_least
+
+
+def excludes(answer: str, text: str) -> bool:
+    """Whether a text does not occur, upper or lower case."""
+    return not contains(answer, text)
+
+
+def matches(answer: str, pattern: str) -> bool:
+    """Whether a regular expression is found; a dot matches line breaks too."""
+    return re.search(pattern, answer, re.DOTALL) is not None
+
+
+def wherever(answer: str, places: str, pattern: str, at_least: int = 1) -> bool:
+    """Whether a pattern is found in every place that another one finds, and there are so many."""
+    found = [place.group() for place in re.finditer(places, answer, re.DOTALL)]
+    return len(found) >= at_least and all(matches(place, pattern) for place in found)
+
+
+def starts_with(answer: str, text: str) -> bool:
+    """Whether the answer begins so, blanks aside."""
+    return answer.strip().startswith(text)
+
+
+def ends_with(answer: str, text: str) -> bool:
+    """Whether the answer ends so, blanks aside."""
+    return answer.strip().endswith(text)
+
+
+def words(answer: str, at_least: int = 0, at_most: int | None = None) -> bool:
+    """Whether there are so many words, which blanks separate."""
+    count = len(answer.split())
+    return count >= at_least and (at_most is None or count <= at_most)
+
+
+def bullets(answer: str, count: int) -> bool:
+    """Whether exactly so many lines begin with `*` or `-`."""
+    return len(re.findall(r"^\s*[*-]\s", answer, re.MULTILINE)) == count
+
+
+def lowercase(answer: str) -> bool:
+    """Whether there are letters, and no capital ones."""
+    return answer.islower()
+
+
+def uppercase(answer: str) -> bool:
+    """Whether there are letters, and only capital ones."""
+    return answer.isupper()
+
+
+def is_json(answer: str) -> bool:
+    """Whether the answer is JSON, a Markdown fence around it aside."""
+    text = re.sub(r"^```(?:json)?\s*|\s*```$", "", answer.strip())
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def final_answer(answer: str, expected: str) -> bool:
+    r"""Whether the last `\boxed{}`, or without one the last number, is the expected answer.
+
+    Numbers are compared by value, anything else as text without blanks.
+    """
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", answer)
+    found = boxed or re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)
+    return bool(found) and _value(found[-1]) == _value(expected)
+
+
+def math(answer: str, expected: str) -> bool:
+    """Whether the answer is the expected one by the package math-verify, as an expression."""
+    try:
+        import math_verify
+    except ModuleNotFoundError as error:
+        raise _missing("math", "math-verify") from error
+    return bool(math_verify.verify(math_verify.parse(expected), math_verify.parse(answer)))
+
+
+CHECKS: dict[str, Callable[..., bool]] = {
+    "contains": contains,
+    "excludes": excludes,
+    "matches": matches,
+    "wherever": wherever,
+    "starts_with": starts_with,
+    "ends_with": ends_with,
+    "words": words,
+    "bullets": bullets,
+    "lowercase": lowercase,
+    "uppercase": uppercase,
+    "json": is_json,
+    "final_answer": final_answer,
+    "math": math,
+}
+
+
+def _value(text: str) -> Decimal | str:
+    plain = re.sub(r"[\s,$]", "", text)
+    try:
+        return Decimal(plain)
+    except InvalidOperation:
+        return plain
+
+
+def _ifeval(name: str, answer: str, arguments: Mapping[str, Any]) -> bool:
+    registry = _ifeval_registry()
+    if name not in registry:
+        raise ValueError(f"check: expected an instruction of IFEval, got {name!r}.")
+    instruction = registry[name](name)
+    instruction.build_description(**arguments)
+    return bool(answer.strip()) and bool(instruction.check_following(answer))
+
+
+@cache
+def _ifeval_registry() -> dict[str, Any]:
+    try:
+        from lm_eval.tasks.ifeval import instructions_registry
+    except ModuleNotFoundError as error:
+        raise _missing("ifeval:...", error.name or "lm-eval") from error
+    registry: dict[str, Any] = instructions_registry.INSTRUCTION_DICT
+    return registry
+
+
+def _missing(check: str, package: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"check {check!r}: expected the package {package}, got no such module; pip install "
+        "'hf-reasoncache[eval]'.",
+        name=package,
+    )

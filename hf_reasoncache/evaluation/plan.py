@@ -1,0 +1,94 @@
+"""Tasks x caches x budgets x seeds: what a run is to answer, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from hf_reasoncache.evaluation.arms import FULL_ARM, Arm, Budget
+from hf_reasoncache.evaluation.tasks import Question, Task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How questions are answered.
+
+    Attributes
+    ----------
+    max_new_tokens : int
+        Longest answer, where a question does not say so.
+    temperature : float
+        0 is greedy; otherwise the model's generation config has the other settings of sampling.
+    batch_size : int
+        Questions answered together.
+    chat : bool
+        Whether prompts of plain text become the message of a user.
+    """
+
+    max_new_tokens: int = 4096
+    temperature: float = 0.0
+    batch_size: int = 8
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be answered by which caches.
+
+    The full cache is always among them: everything is compared with it.
+
+    Attributes
+    ----------
+    tasks : sequence of Task
+    arms : sequence of Arm
+    budgets : sequence of int or float
+        See `Arm.make`.
+    seeds : sequence of int
+        Of the questions that a task draws, of the sampling, and of random eviction.
+    baseline : Arm or None
+        One more arm, which is left out at budgets that its protected prompt does not fit.
+    """
+
+    tasks: Sequence[Task]
+    arms: Sequence[Arm]
+    budgets: Sequence[Budget]
+    seeds: Sequence[int] = (0,)
+    baseline: Arm | None = None
+    questions: dict[tuple[str, int], Sequence[Question]] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the plan and draw the questions."""
+        object.__setattr__(
+            self,
+            "questions",
+            {(task.name, seed): task.questions(seed) for task in self.tasks for seed in self.seeds},
+        )
+        for name, values in (
+            ("tasks", [task.name for task in self.tasks]),
+            ("caches", [arm.name for arm in self.all_arms]),
+            ("budgets", self.budgets),
+            ("seeds", self.seeds),
+        ):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name}: expected at least one, and no two alike, got {values}.")
+        for (task_name, _), questions in self.questions.items():
+            ids = [question.id for question in questions]
+            if not ids or len(set(ids)) != len(ids):
+                raise ValueError(
+                    f"task {task_name!r}: expected questions, each with an id of its own, got "
+                    f"{len(ids)} questions and {len(set(ids))} ids."
+                )
+
+    @property
+    def all_arms(self) -> list[Arm]:
+        """The full cache first, the baseline second, then the others."""
+        control = [] if self.baseline is None else [self.baseline]
+        return [FULL_ARM, *control, *(arm for arm in self.arms if not arm.is_full)]
+
+    def cells(self) -> Iterator[tuple[Task, int, Arm, Budget | None]]:
+        """Yield task, seed, arm and budget of everything to run."""
+        for seed in self.seeds:
+            for task in self.tasks:
+                for arm in self.all_arms:
+                    for budget in [None] if arm.is_full else self.budgets:
+                        yield task, seed, arm, budget

@@ -1,0 +1,146 @@
+"""The results of a run as a table: rates, costs, and paired tests."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from hf_reasoncache.evaluation.arms import Budget
+from hf_reasoncache.evaluation.journal import Record
+from hf_reasoncache.evaluation.statistics import Paired, Share
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache at one budget on one task, all seeds together.
+
+    Attributes
+    ----------
+    task, arm, budget
+    correct : Share
+        Questions answered right. Of several seeds, the answers to one question are alike: the
+        interval is then too narrow, unless the task draws new questions.
+    finished : float
+        Share of answers that ended by themselves.
+    tokens : float
+        Mean length of an answer.
+    held, kib : float or None
+        Tokens held per KV head, and KiB per row, on average over the steps.
+    against_full, against_baseline : Paired or None
+        The full cache or the baseline first; None where that has no answers.
+    nothing_evicted : bool
+        The budget was too large to say anything.
+    """
+
+    task: str
+    arm: str
+    budget: Budget | None
+    correct: Share
+    finished: float
+    tokens: float
+    held: float | None
+    kib: float | None
+    against_full: Paired | None
+    against_baseline: Paired | None
+    nothing_evicted: bool
+
+
+def tabulate(records: Iterable[Record], baseline: str | None = None) -> list[Row]:
+    """Sum up a run.
+
+    Parameters
+    ----------
+    records : iterable of Record
+        Those without right and wrong are left out.
+    baseline : str, optional
+        Name of the arm that the others are compared with at the same budget.
+    """
+    cells: dict[tuple[str, str, Budget | None], dict[tuple[int, str], Record]] = defaultdict(dict)
+    for record in records:
+        if record.correct is not None:
+            cell = cells[record.task, record.arm, record.budget]
+            cell[record.seed, record.question] = record
+    fulls = {task: rows for (task, _, budget), rows in cells.items() if budget is None}
+    found = []
+    for (task, arm, budget), rows in cells.items():
+        other = cells.get((task, baseline or "", budget)) if arm != baseline else None
+        answers = list(rows.values())
+        found.append(
+            Row(
+                task=task,
+                arm=arm,
+                budget=budget,
+                correct=Share.of([bool(each.correct) for each in answers]),
+                finished=mean(each.finished for each in answers),
+                tokens=mean(each.tokens for each in answers),
+                held=_mean([each.held for each in answers]),
+                kib=_mean(
+                    [None if (b := each.mean_bytes) is None else b / 1024 for each in answers]
+                ),
+                against_full=None if budget is None else _paired(fulls.get(task), rows),
+                against_baseline=_paired(other, rows),
+                nothing_evicted=budget is not None and not any(each.evicted for each in answers),
+            )
+        )
+    return found
+
+
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows as text."""
+    table = [
+        {
+            "task": row.task,
+            "cache": row.arm,
+            "budget": "" if row.budget is None else str(row.budget),
+            "correct": row.correct.percent,
+            "vs full": _difference(row.against_full),
+            "vs random": _difference(row.against_baseline),
+            "finished": f"{100 * row.finished:.1f}",
+            "tokens": f"{row.tokens:.0f}",
+            "held": "-" if row.held is None else f"{row.held:.0f}",
+            "KiB": "-" if row.kib is None else f"{row.kib:.0f}",
+        }
+        for row in rows
+    ]
+    columns = ["task", "cache", "budget", "correct", "vs full", "vs random"]
+    return [*columns, "finished", "tokens", "held", "KiB"], table
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a table of Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows with aligned columns, for a terminal."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    lines = [dict(zip(columns, columns, strict=True)), *rows]
+    return "\n".join(
+        "  ".join(line[name].ljust(widths[name]) for name in columns).rstrip() for line in lines
+    )
+
+
+def _paired(
+    first: Mapping[tuple[int, str], Record] | None, second: Mapping[tuple[int, str], Record]
+) -> Paired | None:
+    if first is None:
+        return None
+    keys = [key for key in second if key in first]
+    return Paired.of(
+        [bool(first[key].correct) for key in keys], [bool(second[key].correct) for key in keys]
+    )
+
+
+def _difference(paired: Paired | None) -> str:
+    if paired is None:
+        return "-"
+    return f"{100 * paired.difference:+.1f} (p {paired.p_value:.2g})"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None

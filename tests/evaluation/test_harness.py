@@ -1,0 +1,201 @@
+"""A run answers what a plan asks, survives a kill, and refuses another run's answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.harness import load
+from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
+from hf_reasoncache.evaluation import (
+    Judgement,
+    Plan,
+    Question,
+    Record,
+    Settings,
+    baseline,
+    evaluate,
+    parse_arm,
+    tabulate,
+)
+from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.evaluation.table import cells, markdown_table
+
+ARM = parse_arm("snapkv:prompt=evict", window=16, buffer=16)
+SETTINGS = Settings(max_new_tokens=60, batch_size=2)
+
+
+class Walks:
+    """Walks of the tiny reasoner; its answers are cut off: right if its steps are, up to there."""
+
+    name = "walks"
+
+    def __init__(self, count: int = 3) -> None:
+        self.count = count
+
+    def questions(self, seed: int) -> Sequence[Question]:
+        problems = make_problems("walk", self.count, DEVELOPMENT_SEEDS[700 + seed], "llama")
+        self.problems = {str(n): problem for n, problem in enumerate(problems)}
+        return [
+            Question(id=n, prompt=each.prompt, spans=(each.prompt.split(" . ")[0],))
+            for n, each in self.problems.items()
+        ]
+
+    def check(self, question: Question, answer: str) -> Judgement:
+        truth, steps = (
+            re.findall(r"#\d+ \S+ \d \d \S+ \S+", text)
+            for text in (self.problems[question.id].solution, answer)
+        )
+        return Judgement(correct=bool(steps) and truth[: len(steps)] == steps)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    torch.set_num_threads(1)
+    return load(MODELS["llama"])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "answers.jsonl"
+
+
+def run(loaded, path: Path, plan: Plan | None = None, settings: Settings = SETTINGS):
+    plan = plan or Plan([Walks()], [ARM], [48])
+    return evaluate(*loaded, plan, path, settings, progress=False)
+
+
+def untimed(records: Sequence[Record]) -> list[Record]:
+    return [replace(record, seconds=0.0) for record in records]
+
+
+def test_answers_are_those_of_generate(loaded, path: Path) -> None:
+    model, tokenizer = loaded
+    records = run(loaded, path)
+    assert [(each.arm, each.budget, each.question) for each in records] == [
+        (name, budget, n) for name, budget in (("full", None), (ARM.name, 48)) for n in "012"
+    ]
+    model.set_attn_implementation("sdpa")
+    for record, question in zip(records[:3], Walks().questions(0), strict=True):
+        inputs = tokenizer(question.prompt, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=60)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        assert record.answer == tokenizer.decode(new)
+        assert (record.tokens, record.finished) == (60, False)
+        assert record.held == pytest.approx(record.prompt_tokens + 30, abs=12)
+        assert record.keep_rates == []
+    for record in records[3:]:
+        assert record.evicted > 0
+        assert record.held < 48 + 16
+        assert len(record.keep_rates) == 4
+        assert all(0 <= rate < 1 for layer in record.keep_rates for rate in layer)
+
+
+def test_a_run_that_was_killed_goes_on(loaded, path: Path, monkeypatch) -> None:
+    whole = run(loaded, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    # Killed while the second answer of the last batch but one was written.
+    path.write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    calls = []
+    made = type(ARM).make
+    monkeypatch.setattr(type(ARM), "make", lambda arm, *a: calls.append(arm.name) or made(arm, *a))
+    assert untimed(run(loaded, path)) == untimed(whole)
+    assert calls == [ARM.name] * 2, "only what was missing"
+    calls.clear()
+    assert untimed(run(loaded, path)) == untimed(whole)
+    assert not calls
+
+
+def test_more_of_a_plan_adds_to_the_file(loaded, path: Path) -> None:
+    first = run(loaded, path)
+    more = run(loaded, path, Plan([Walks()], [ARM], [48, 64], seeds=(0, 1)))
+    assert len(more) == 2 * 3 * 3
+    assert untimed([each for each in more if each.seed == 0 and each.budget != 64]) == untimed(
+        first
+    )
+
+
+def test_another_runs_answers_are_refused(loaded, path: Path) -> None:
+    run(loaded, path)
+    with pytest.raises(ValueError, match=r"differs in max_new_tokens \(60 there, 50 now\)"):
+        run(loaded, path, settings=replace(SETTINGS, max_new_tokens=50))
+    other = replace(ARM, settings=ARM.settings | {"buffer": 32})
+    with pytest.raises(ValueError, match="others under these names"):
+        run(loaded, path, Plan([Walks()], [other], [48]))
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="got another file"):
+        run(loaded, path)
+    path.write_text("text\n")
+    with pytest.raises(ValueError, match=r"answers.jsonl:1: expected JSON"):
+        run(loaded, path)
+
+
+def test_samples_differ_by_seed_and_not_by_run(loaded, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, temperature=1.5)
+    plan = Plan([Walks(2)], [], [48])
+    state = torch.get_rng_state()
+    first = run(loaded, tmp_path / "a", plan, settings)
+    again = run(loaded, tmp_path / "b", plan, settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert untimed(first) == untimed(again)
+    assert first[0].answer != run(loaded, tmp_path / "c", plan, SETTINGS)[0].answer
+
+
+def test_the_baseline_is_left_out_aloud_where_it_does_not_fit(loaded, path: Path) -> None:
+    said: list[str] = []
+    control = baseline(16, 16)
+    plan = Plan([Walks()], [ARM], [48, 400], baseline=control)
+    records = evaluate(*loaded, plan, path, SETTINGS, progress=False, say=said.append)
+    assert len(said) == 1
+    assert "no 'random, prompt kept' at 48" in said[0]
+    rows = {(row.arm, row.budget): row for row in tabulate(records, control.name)}
+    assert (control.name, 48) not in rows
+    assert rows[ARM.name, 48].against_baseline is None
+    assert rows[ARM.name, 400].against_baseline is not None
+    assert rows[ARM.name, 400].nothing_evicted
+    assert not rows[ARM.name, 48].nothing_evicted
+    assert rows["full", None].against_full is None
+    assert rows["full", None].correct.count == 3
+    assert rows[ARM.name, 48].against_full.lost > 0
+    assert markdown_table(*cells(list(rows.values()))).count("\n") == 2 + len(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"tasks": []}, "tasks: expected at least one"),
+        ({"tasks": [Walks(), Walks()]}, "no two alike"),
+        ({"arms": [ARM, ARM]}, "caches: .* no two alike"),
+        ({"budgets": []}, "budgets: expected at least one"),
+        ({"seeds": []}, "seeds: expected at least one"),
+        ({"tasks": [Walks(0)]}, "expected questions"),
+    ],
+)
+def test_a_wrong_plan_is_refused(change: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Plan(**{"tasks": [Walks()], "arms": [ARM], "budgets": [48]} | change)
+
+
+def test_spans_must_be_found_once(loaded, path: Path) -> None:
+    class Wrong(Walks):
+        def questions(self, seed: int) -> Sequence[Question]:
+            return [replace(each, spans=(".",)) for each in super().questions(seed)]
+
+    with pytest.raises(ValueError, match=r"the span '.' once in the prompt, got it \d+ times"):
+        run(loaded, path, Plan([Wrong()], [ARM], [48]))
+
+
+def test_the_journal_keeps_text_as_it_is(tmp_path: Path) -> None:
+    record = Record("t", 0, "a", 64, "q", "d", 3, 'é\n\u2028\x85"', 2, True, None, 5, 0.5)
+    with Journal(tmp_path / "j", {"x": 1}) as journal:
+        journal.add([record])
+    assert len((tmp_path / "j").read_bytes().split(b"\n")) == 3
+    with Journal(tmp_path / "j", {"x": 1}) as journal:
+        assert list(journal.records.values()) == [record]
+    assert json.loads((tmp_path / "j").read_text("utf-8").split("\n")[0]) == {"settings": {"x": 1}}
