@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,11 +50,11 @@ def line(
     branches = sum(len(each.branches) for each in votes) / len(votes)
     return {
         "vote": name,
-        "right": percent(right.value, *right.interval),
+        "right": right.percent,
         "branches": f"{branches:.1f}",
         "tokens per problem": f"{sum(each.tokens for each in votes) / len(votes):.0f}",
         "tokens saved": percent(*saved_interval(votes, full)),
-        "votes changed": percent(changed.value, *changed.interval),
+        "votes changed": changed.percent,
         "target": "" if target is None else f"{100 * target:g}",
     }
 
@@ -162,20 +161,3 @@ def timing(timings: Sequence[Timing], truth: Sequence[str]) -> list[dict[str, st
 
 def _mean_and_peak(speeds: Sequence[float]) -> str:
     return f"{statistics.mean(speeds):.2f}x, {max(speeds):.2f}x"
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Write a table, a header first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def markdown(rows: Sequence[dict[str, str]], note: str) -> str:
-    """The table as Markdown."""
-    fields = tuple(rows[0])
-    lines = [note, "", "| " + " | ".join(fields) + " |", "|" + "---|" * len(fields)]
-    lines += ["| " + " | ".join(row[field] for field in fields) + " |" for row in rows]
-    return "\n".join(lines) + "\n"

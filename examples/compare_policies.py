@@ -8,9 +8,8 @@ problems instead.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from examples.harness import FULL, Arm, Summary, load, run_arm, summarize
 from examples.policies import BUFFER, TABLES, WINDOW, make_arm
+from examples.tables import insert, markdown, read_csv, write_csv
 from examples.tiny_reasoner import (
     DEVELOPMENT_SEEDS,
     MODELS,
@@ -26,15 +26,6 @@ from examples.tiny_reasoner import (
     TEST_SEEDS,
     make_problems,
 )
-from hf_reasoncache.evaluation import Share
-
-FIELDS = ("budget", "prompt", "policy", *TASKS, "all", "finished", "length", "FINAL", "KiB/row")
-
-
-def cell(share: Share) -> str:
-    """Format a share as `97.5 (94.3-98.9)`, in percent."""
-    low, high = share.interval
-    return f"{100 * share.value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def line(budget: str, prompt: str, policy: str, summary: Summary) -> dict[str, str]:
@@ -44,8 +35,8 @@ def line(budget: str, prompt: str, policy: str, summary: Summary) -> dict[str, s
         "budget": budget,
         "prompt": prompt,
         "policy": policy,
-        **{task: cell(share) for task, share in summary.by_task.items()},
-        "all": cell(summary.correct),
+        **{task: share.percent for task, share in summary.by_task.items()},
+        "all": summary.correct.percent,
         "finished": f"{100 * summary.finished:.1f}",
         "length": f"{summary.length:.0f}",
         "FINAL": "" if final is None else f"{100 * final.value:.1f}",
@@ -68,28 +59,6 @@ def todo(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Arm]]:
                 yield str(budget), prompt, make_arm(name, settings, budget, protect)
 
 
-def markdown(rows: list[dict[str, str]], note: str) -> str:
-    """The table as Markdown, one block per budget."""
-    return note + "\n\n" + markdown_table(FIELDS, rows)
-
-
-def markdown_table(fields: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as a table."""
-    lines = ["| " + " | ".join(fields) + " |", "|" + "---|" * len(fields)]
-    lines += ["| " + " | ".join(row[field] for field in fields) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def insert(document: Path, name: str, text: str) -> None:
-    """Replace what stands between the markers of a table in a document."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-    content = document.read_text()
-    if begin not in content or end not in content:
-        raise ValueError(f"{document}: expected the markers {begin.strip()} and {end}, got none.")
-    head, rest = content.split(begin, 1)
-    document.write_text(head + begin + "\n" + text + "\n" + end + rest.split(end, 1)[1])
-
-
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -109,11 +78,7 @@ def main() -> None:
     # Other problems than the ones that the calibration and the demo use.
     seed = DEVELOPMENT_SEEDS[100] if is_sweep else TEST_SEEDS[0]
     path = arguments.output / f"{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     done = {(row["budget"], row["prompt"], row["policy"]) for row in rows}
     missing = [item for item in todo(arguments) if (item[0], item[1], item[2].name) not in done]
 
@@ -129,10 +94,7 @@ def main() -> None:
                 for task, some in problems.items()
             }
             rows.append(line(budget, prompt, arm.name, summarize(runs)))
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(path, rows)
     kind = "development" if is_sweep else "fresh test"
     note = (
         f"{arguments.family} model, {arguments.problems} {kind} problems of each task (seed "

@@ -9,9 +9,8 @@ that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from examples.compare_policies import cell, insert
 from examples.harness import FULL, Arm, Summary, load, run_arm, summarize
 from examples.policies import BUFFER, make_arm, policies, wave
+from examples.tables import insert, markdown, read_csv, write_csv
 from examples.tiny_reasoner import (
     DEVELOPMENT_SEEDS,
     MODELS,
@@ -86,20 +85,12 @@ def line(ratio: str, name: str, summary: Summary) -> dict[str, str]:
     return {
         "ratio": ratio,
         "cache": name,
-        **{task: cell(share) for task, share in summary.by_task.items()},
+        **{task: share.percent for task, share in summary.by_task.items()},
         "finished": f"{100 * summary.finished:.1f}",
         "held": f"{summary.held:.1f}",
         "KiB": f"{summary.mean_kib:.0f}",
         "KiB at the end": f"{summary.kib:.0f}",
     }
-
-
-def markdown(rows: Sequence[dict[str, str]], note: str) -> str:
-    """The table as Markdown."""
-    fields = tuple(rows[0])
-    lines = [note, "", "| " + " | ".join(fields) + " |", "|" + "---|" * len(fields)]
-    lines += ["| " + " | ".join(row[field] for field in fields) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def parse() -> argparse.Namespace:
@@ -123,11 +114,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     seed = DEVELOPMENT_SEEDS[100] if arguments.development else TEST_SEEDS[0]
     path = arguments.output / f"windows-{arguments.family}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     done = {(row["ratio"], row["cache"]) for row in rows}
     missing = [item for item in todo(arguments) if (item[0], item[1].name) not in done]
     model, tokenizer = load(MODELS[arguments.family])
@@ -143,10 +130,7 @@ def main() -> None:
                 for task, some in problems.items()
             }
             rows.append(line(ratio, arm.name, summarize(runs)))
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(path, rows)
     note = (
         f"{arguments.family} model, {arguments.problems} "
         f"{'development' if arguments.development else 'fresh test'} problems of each task (seed "

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.compare_policies import insert, markdown_table
 from examples.harness import load
 from examples.policies import WINDOW
+from examples.tables import insert
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.vocabulary import SMALL_TALK
 from hf_reasoncache.calibration.lookup import least_budget
-
-FIELDS = ("model", "text", "tokens", "least budget", "looks like look-up")
+from hf_reasoncache.evaluation.table import markdown_table
 
 
 def small_talk(count: int, tokens: int) -> list[str]:
@@ -82,7 +81,7 @@ def main() -> None:
             table.append(line(family, f"{task}, with its solution", model, tokenizer, whole))
         idle = small_talk(arguments.problems, 100)
         table.append(line(family, "small talk", model, tokenizer, idle))
-    text = markdown_table(FIELDS, table)
+    text = markdown_table(list(table[0]), table)
     insert(arguments.document, "lookup", text)
     print(text, end="")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from examples.compare_policies import insert
 from examples.harness import load
 from examples.policies import BUFFER, WINDOW, wave
+from examples.tables import insert
 from examples.tiny_reasoner import MODELS, TEST_SEEDS
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.evaluation import Arm, Settings, Share, Suite, audit, load_suite

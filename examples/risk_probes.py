@@ -11,7 +11,6 @@ and over random halves of all of them. What the probes cost in time and memory i
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import random
 import statistics
@@ -25,9 +24,9 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.compare_policies import insert, markdown_table
 from examples.harness import load
 from examples.policies import make_arm, policies
+from examples.tables import insert, markdown, write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Problem, check
@@ -41,7 +40,6 @@ ARMS = {
 
 ALPHAS = (0.2, 0.1, 0.05)
 SPLITS = 100
-FIELDS = ("policy", "budget", "prompt", "nominal", "bound", "covered, fresh", "covered, splits")
 
 
 @torch.inference_mode()
@@ -171,11 +169,7 @@ def main() -> None:
                 f"{statistics.mean(map(len, found[1][0])):.0f} probes per problem"
             )
     stem = f"risk_probes-{arguments.family}"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with (arguments.output / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(arguments.output / f"{stem}.csv", table)
     note = (
         f"{arguments.family} model, {arguments.problems} problems of each task on either side "
         f"(seeds {seeds[0]} and {seeds[1]}), greedy, float32; shadows of {arguments.heads:.0%} of "
@@ -184,7 +178,7 @@ def main() -> None:
         f"{platform.machine()} CPU, torch {torch.__version__}, transformers "
         f"{transformers.__version__}."
     )
-    insert(arguments.document, stem, note + "\n\n" + markdown_table(FIELDS, table))
+    insert(arguments.document, stem, markdown(table, note))
     print(f"{len(table)} lines in {arguments.output / stem}.csv and in {arguments.document}")
 
 

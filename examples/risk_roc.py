@@ -11,7 +11,6 @@ chain of thought is there for comparison: runs that go astray are often longer.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from scipy.stats import bootstrap, mannwhitneyu
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.compare_policies import insert, markdown_table
 from examples.harness import Arm, load
 from examples.policies import make_arm, policies
+from examples.tables import insert, markdown, write_csv
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Problem, check
@@ -45,7 +44,6 @@ ARMS = {
 """Policy, budget and whether the prompt is kept: settings at which some answers are wrong."""
 
 SIGNALS = ("mean error", "90% error", "worst error", "mean mass lost", "length")
-FIELDS = ("policy", "budget", "prompt", "task", "wrong", "of", *SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -193,11 +191,7 @@ def main() -> None:
             runs[f"{name}, {budget}"] = run(model, tokenizer, problems, arm, progress)
             table += lines(name, budget, kept, runs[f"{name}, {budget}"])
     stem = f"risk_roc-{arguments.family}"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with (arguments.output / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(arguments.output / f"{stem}.csv", table)
     draw(runs, arguments.output / f"{stem}.png")
     note = (
         f"{arguments.family} model, {arguments.problems} fresh test problems of each task (seed "
@@ -205,7 +199,7 @@ def main() -> None:
         f"(2000 resamples); {platform.machine()} CPU, torch {torch.__version__}, transformers "
         f"{transformers.__version__}."
     )
-    insert(arguments.document, stem, note + "\n\n" + markdown_table(FIELDS, table))
+    insert(arguments.document, stem, markdown(table, note))
     print(f"{len(table)} lines in {arguments.output / stem}.csv and in {arguments.document}")
 
 

@@ -20,9 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.branch_recordings import mixed
-from examples.branch_tables import markdown, percent, write_csv
-from examples.compare_policies import insert
 from examples.harness import load
+from examples.tables import insert, markdown, write_csv
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, check, make_problems
 from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Problem
@@ -103,10 +102,10 @@ def semantic(
                 "prompt beside the root": kind,
                 "pairs": str(len(pairs)),
                 "similarity, least to most": f"{low:.3f} to {high:.3f}",
-                f"share at {TAU:g}": _cell(Share.of(list(shares))),
-                "next token changed": _cell(Share.of(list(changed))),
+                f"share at {TAU:g}": Share.of(list(shares)).percent,
+                "next token changed": Share.of(list(changed)).percent,
                 "nats": f"{sum(nats) / len(nats):.3f}",
-                "right answers when shared": _cell(Share.of(list(right))),
+                "right answers when shared": Share.of(list(right)).percent,
             }
         )
     return rows
@@ -142,15 +141,11 @@ def lenses(
                 "decided early": f"{100 * report.exited / report.tokens:.1f}",
                 "of these otherwise": f"{100 * report.error:.2f}",
                 "layers": f"{report.depth:.2f} of {report.layers}",
-                "right without": _cell(Share.of(right[False])),
-                "right with exits": _cell(Share.of(right[True])),
+                "right without": Share.of(right[False]).percent,
+                "right with exits": Share.of(right[True]).percent,
             }
         )
     return rows
-
-
-def _cell(part: Share) -> str:
-    return percent(part.value, *part.interval)
 
 
 def main() -> None:

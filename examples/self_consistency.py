@@ -26,14 +26,12 @@ from examples.branch_tables import (
     Point,
     draw,
     line,
-    markdown,
     saved_interval,
     single,
     timing,
-    write_csv,
 )
-from examples.compare_policies import insert
 from examples.harness import load
+from examples.tables import insert, markdown, write_csv
 from examples.timed_branches import live_arms, time_arms
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, read_answer
 from hf_reasoncache.branching import (

@@ -11,7 +11,6 @@ that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.branch_recordings import mixed
-from examples.branch_tables import markdown, percent, write_csv
-from examples.compare_policies import insert
 from examples.harness import load
+from examples.tables import insert, markdown, read_csv, write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, check
 from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Problem
@@ -124,10 +122,7 @@ def main() -> None:
     if arguments.branches > 1:
         name += f"-{arguments.branches}"
     path = arguments.output / f"{name}.csv"
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     done = {(row["share"], row["distance"]) for row in rows}
     todo = [("nothing", 0.0), *((mode, d) for mode in MODES for d in arguments.distances)]
     missing = [(mode, d) for mode, d in todo if (mode, f"{d:g}") not in done]
@@ -142,12 +137,11 @@ def main() -> None:
                     settings = MODES.get(mode, {}) | {"distance": distance}
                     run(model, tokenizer, batch, settings, arguments.branches, tally)
                     progress.update(len(batch))
-            right = Share.of(tally.right)
             rows.append(
                 {
                     "share": mode,
                     "distance": f"{distance:g}",
-                    "right": percent(right.value, *right.interval),
+                    "right": Share.of(tally.right).percent,
                     "steps that share": f"{100 * tally.matched / tally.steps:.1f}",
                     "bytes saved": f"{100 * tally.saved / tally.bytes:.1f}",
                     "nats per token": f"{max(0.0, tally.divergence / tally.tokens):.4f}",

@@ -20,7 +20,6 @@ import torch
 from tqdm import tqdm
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.compare_policies import cell
 from examples.compare_windows import RECENT, WINDOW
 from examples.harness import Arm, load, run_arm
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, Problem, make_problems
@@ -255,7 +254,7 @@ def main() -> None:
     print("\nTexts of which every needed token is kept by at least one head, in each layer:")
     print(table(list(CHOICES), layers, tally.whole_percent))
     for name, outcomes in correct.items():
-        print(f"{name:22} {cell(Share.of(outcomes))}% of the answers right")
+        print(f"{name:22} {Share.of(outcomes).percent}% of the answers right")
 
 
 if __name__ == "__main__":

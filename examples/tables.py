@@ -1,0 +1,41 @@
+"""Tables of the docs: a CSV file, and the lines between two markers of a page."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hf_reasoncache.evaluation.table import markdown_table
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the lines that an earlier run has written, if there was one."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write a table, a header first; make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(rows: Sequence[Mapping[str, str]], note: str) -> str:
+    """Return a note and the table below it."""
+    return note + "\n\n" + markdown_table(list(rows[0]), rows)
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers of a table in a document."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+    content = document.read_text()
+    if begin not in content or end not in content:
+        raise ValueError(f"{document}: expected the markers {begin.strip()} and {end}, got none.")
+    head, rest = content.split(begin, 1)
+    document.write_text(head + begin + "\n" + text + "\n" + end + rest.split(end, 1)[1])
