@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,11 @@ EXCEEDED = 2
 """Exit status where a limit is exceeded; 1 is an error."""
 
 
+def _limit(text: str) -> Any:
+    """Return an option that is a share, without a default."""
+    return typer.Option(min=0.0, max=1.0, help=text, show_default=False)
+
+
 def audit_command(
     model: Model,
     suite: Annotated[
@@ -44,31 +49,13 @@ def audit_command(
     budgets: Budgets,
     out: Out,
     min_following: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Least share of answers that may follow any instruction.",
-            show_default=False,
-        ),
+        float | None, _limit("Least share of answers that may follow any instruction.")
     ] = None,
     max_drop: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Most that any instruction may lose against the full cache.",
-            show_default=False,
-        ),
+        float | None, _limit("Most that any instruction may lose against the full cache.")
     ] = None,
     max_leakage: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Most of a protected text that any answer may give away.",
-            show_default=False,
-        ),
+        float | None, _limit("Most of a protected text that any answer may give away.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Take the first cases.", show_default=False)

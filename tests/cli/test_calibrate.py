@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
 from hf_reasoncache import BudgetProfile
-from hf_reasoncache.cli import main
 
 MODEL = MODELS["llama"]
 SHORT = ["--max-new-tokens", "24", "--temperature", "0", "--dtype", "float32"]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The command in this process: exit status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-reasoncache", "calibrate", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "80")
-        threads = torch.get_num_threads()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        torch.set_num_threads(threads)
-        written = capsys.readouterr()
-        # Python prints a text status to stderr and exits with 1.
-        if isinstance(ended.value.code, str):
-            return 1, written.out, written.err + ended.value.code
-        return ended.value.code or 0, written.out, written.err
-
-    return call
 
 
 @pytest.fixture
@@ -46,7 +23,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_help_fits_80_columns_and_names_the_launcher(run) -> None:
-    status, out, _ = run("--help")
+    status, out, _ = run("calibrate", "--help")
     assert status == 0
     assert max(map(len, out.splitlines())) <= 80
     assert "accelerate launch -m hf_reasoncache.cli calibrate ..." in " ".join(out.split())
@@ -56,7 +33,9 @@ def test_settings_reach_the_profile(run, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "wave"
     options = ["--estimator", "sensitivity", "--budgets", "12,40", "--budget", "24", "--heads"]
     options += ["--window", "6", "--buffer", "9", "--scorer", "snapkv", "--rows", "3"]
-    status, printed, said = run(MODEL, "--prompts", prompts, "--out", out, *SHORT, *options)
+    status, printed, said = run(
+        "calibrate", MODEL, "--prompts", prompts, "--out", out, *SHORT, *options
+    )
     assert (status, printed) == (0, f"{out}\n")
     assert said == (
         "sensitivity: 2 traces x 2 budgets x 20 layers and heads: 28 batched passes, 108 rows of "
@@ -93,7 +72,7 @@ def test_an_error_is_one_line(
     if options[0] == "--budgets":
         options = ["--estimator", "sensitivity", *options]
     arguments = [MODEL, "--prompts", prompts, "--out", tmp_path / "wave", *SHORT, *options]
-    got, out, error = run(*arguments)
+    got, out, error = run("calibrate", *arguments)
     assert (got, out) == (status, "")
     assert message in " ".join(error.split())
     assert "Traceback" not in error
@@ -104,7 +83,9 @@ def test_an_error_is_one_line(
 def test_what_is_missing_is_named(run, prompts: Path, tmp_path: Path, missing: str) -> None:
     model = tmp_path / "no-model" if missing == "model" else MODEL
     source = tmp_path / "no.jsonl" if missing == "prompts" else prompts
-    status, out, error = run(model, "--prompts", source, "--out", tmp_path / "wave", *SHORT)
+    status, out, error = run(
+        "calibrate", model, "--prompts", source, "--out", tmp_path / "wave", *SHORT
+    )
     assert (status, out) == (1, "")
     assert f"no{'-model' if missing == 'model' else '.jsonl'}" in error
     assert "Traceback" not in error

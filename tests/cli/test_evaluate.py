@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
-from hf_reasoncache.cli import main
 
 MODEL = MODELS["llama"]
 SMALL = ["--dtype", "float32", "--device", "cpu", "--window", "16", "--buffer", "16"]
 SMALL += ["--max-new-tokens", "48", "--batch-size", "20"]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """A command in this process: exit status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-reasoncache", *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        monkeypatch.setenv("COLUMNS", "80")
-        threads = torch.get_num_threads()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        torch.set_num_threads(threads)
-        written = capsys.readouterr()
-        # Python prints a text status to stderr and exits with 1.
-        if isinstance(ended.value.code, str):
-            return 1, written.out, written.err + ended.value.code
-        return ended.value.code or 0, written.out, written.err
-
-    return call
 
 
 @pytest.fixture

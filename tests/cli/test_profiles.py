@@ -24,23 +24,6 @@ OTHER = make_profile(estimator="sensitivity", demand=(5, 1, 1))
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The command in this process: exit status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-reasoncache", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        written = capsys.readouterr()
-        # Python prints a text status to stderr and exits with 1.
-        if isinstance(ended.value.code, str):
-            return 1, written.out, written.err + ended.value.code
-        return ended.value.code or 0, written.out, written.err
-
-    return call
-
-
-@pytest.fixture
 def waves(tmp_path: Path) -> tuple[Path, Path]:
     PROFILE.save_pretrained(tmp_path / "one")
     OTHER.save_pretrained(tmp_path / "other")
