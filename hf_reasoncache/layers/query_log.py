@@ -7,9 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-# Columns too many that may wait until they are forgotten together.
-_SPARE = 8
-
 
 class QueryLog:
     """Post-RoPE queries of the newest columns.
@@ -51,12 +48,10 @@ class QueryLog:
             self._ring.index_copy_(2, column % self.size, query)
             self.count_appended()
             return
-        if self._ring is not None:
-            self._end_ring()
+        self._end_ring()
         self._chunks.append(query)
         self._columns += steps
-        if self._columns >= self.size + _SPARE:
-            self._forget()
+        self._forget()
 
     def resize(self, size: int) -> None:
         """Answer for another number of columns from now on."""

@@ -195,7 +195,6 @@ def test_many_heads_are_worked_off_in_groups(monkeypatch):
     valid = prefix([[160, 1, 30], [2, 160, 60], [159, 58, 57]], 160)
     at_once = mean_of(keys, valid)
     monkeypatch.setattr(reference, "TILE", 160 * search.BLOCK * 2)
-    monkeypatch.setattr(reference, "SHORT", 0)
     with Sizes() as sizes:
         in_groups = mean_of(keys, valid)
     assert sizes.largest <= 160 * search.BLOCK * 2

@@ -10,10 +10,8 @@ from triton_ops.redundancy.places import NONE
 from triton_ops.redundancy.search import BLOCK, most_recent_repeats
 
 # Cosines held at once (4 MB in float32), so that a long prompt, whose heads are searched one after
-# another, borrows little memory. Four times as many where the heads are short: with 640 tokens, the
-# 32 heads of a batch of 4 then take a tenth less time than in three groups.
+# another, borrows little memory.
 TILE = 1 << 20
-SHORT = 1024
 # Two keys alone are as redundant as each other. In float64 the rounding errors by which such a tie
 # would be decided, one way in a batch and another without it, vanish in a scorer's softmax.
 FEW = 32
@@ -53,7 +51,7 @@ def _together(held: torch.Tensor) -> Iterator[tuple[slice | torch.Tensor, int]]:
 
 def _group(used: int) -> int:
     """Heads of `used` tokens that are searched at once."""
-    return max(1, TILE * (4 if used <= SHORT else 1) // (used * BLOCK))
+    return max(1, TILE // (used * BLOCK))
 
 
 def _of_heads(

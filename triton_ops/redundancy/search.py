@@ -42,16 +42,15 @@ def most_recent_repeats(
     screened = _screens(unit, threshold)
     screen = unit.to(torch.bfloat16) if screened else unit
     repeat, open_, end = _scan(screen, held, known, threshold)
-    cosine = _cosine(unit, repeat)
     if screened:
         # What looked like a repeat in bfloat16 and is none; the next candidate is an older one.
-        wrong = (repeat != NONE) & (cosine <= threshold)
+        wrong = (repeat != NONE) & (_cosine(unit, repeat) <= threshold)
         end = max(end, int(repeat.where(wrong, 0).max()))
         repeat.masked_fill_(wrong, NONE)
         open_ |= wrong
     if bool(open_.any()):
-        _search(unit, end, open_, repeat, cosine, threshold)
-    return repeat, cosine
+        _search(unit, end, open_, repeat, threshold)
+    return repeat, _cosine(unit, repeat)
 
 
 def _scan(
@@ -97,12 +96,7 @@ def _scan(
 
 
 def _search(
-    unit: torch.Tensor,
-    end: int,
-    asking: torch.Tensor,
-    repeat: torch.Tensor,
-    cosine: torch.Tensor,
-    threshold: float,
+    unit: torch.Tensor, end: int, asking: torch.Tensor, repeat: torch.Tensor, threshold: float
 ) -> None:
     """Scan the columns before `end` for a few rows.
 
@@ -112,8 +106,8 @@ def _search(
     end : int
     asking : BoolTensor[S, N]
         Rows that want an answer.
-    repeat, cosine : LongTensor[S, N], Tensor[S, N]
-        `NONE` and anything for those; written in place.
+    repeat : LongTensor[S, N]
+        `NONE` for those; written in place.
     threshold : float
     """
     most = int(asking.sum(-1).amax())
@@ -132,10 +126,6 @@ def _search(
         if not bool(open_.any()):
             break
     repeat.scatter_(1, row, found)
-    head, own = asking.nonzero(as_tuple=True)
-    place = repeat[head, own]
-    dot = torch.linalg.vecdot(unit[head, own], unit[head, place.clamp(min=0)])
-    cosine[head, own] = dot.where(place != NONE, 0.0)
 
 
 def _near(cosine: torch.Tensor, threshold: float) -> torch.Tensor:
