@@ -14,7 +14,6 @@ some more tokens in the same run, and the difference is what a step costs.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +23,10 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
 from examples.benchmarks.arms import Arm, NoCache, NotBuiltError, Uncompressed
-from examples.benchmarks.cpu_decode import CLOCKS, take_turns
 from examples.benchmarks.machine import Machine
 from examples.benchmarks.results import MB, Block, Row, draw, write_csv
-from examples.benchmarks.workload import DTYPES, Shape, Work, held_bytes
+from examples.benchmarks.turns import CLOCKS, time_rounds, timed
+from examples.benchmarks.workload import DTYPES, Shape, Work
 from hf_reasoncache import SharedBranchCache
 
 GOALS = {4: 2.0, 16: 3.5, 64: 4.0}
@@ -155,21 +154,10 @@ def measure(model: LlamaForCausalLM, plan: Plan, prompt: int, branches: int) -> 
         arm = kind(model, work, plan.own) if kind is Shared else kind(model, work)
         arm.warm_up()
         arms.append(arm)
-    seconds: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
-    for _ in range(plan.rounds):
-        for name, steps in take_turns(arms, CLOCKS[plan.clock]).items():
-            seconds[name].append(steps)
+    seconds = time_rounds(arms, plan.rounds, CLOCKS[plan.clock])
     for arm in arms:
-        means = [1e3 * statistics.mean(steps) for steps in seconds[arm.name]]
-        rows[type(arm).__name__] = replace(
-            rows[type(arm).__name__],
-            ms=statistics.median(means),
-            ms_low=min(means),
-            ms_high=max(means),
-            ms_step=1e3 * statistics.median(x for steps in seconds[arm.name] for x in steps),
-            held_bytes=held_bytes(arm.cache),
-            note=arm.note,
-        )
+        name = type(arm).__name__
+        rows[name] = timed(rows[name], arm, seconds[arm.name])
     arms.clear()
     other = Row(plan.dtype, branches, prompt, "continuous batching", "Continuous")
     try:

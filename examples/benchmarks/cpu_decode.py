@@ -13,27 +13,21 @@ the memory of a prompt is measured by letting the model read one. On a machine t
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
 
-from examples.benchmarks.arms import Arm, build_arms
+from examples.benchmarks.arms import build_arms
 from examples.benchmarks.machine import Machine
 from examples.benchmarks.prefill_memory import PrefillMemory, measure_prefill
 from examples.benchmarks.results import Block, Row, draw, memory_table, write_csv
-from examples.benchmarks.workload import DTYPES, Shape, Work, held_bytes
+from examples.benchmarks.turns import CLOCKS, time_rounds, timed
+from examples.benchmarks.workload import DTYPES, Shape, Work
 
 PARTS = ("speed", "memory")
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-TURNS = 16
-"""Parts that a round is cut into."""
 
 UNCOMPRESSED_GOAL = 1.5
 COMPRESSED_GOALS = {1: 4.0, 4: 10.0}
@@ -77,49 +71,14 @@ class Plan:
 def measure_speed(model: LlamaForCausalLM, plan: Plan, dtype: str, batch: int) -> Block:
     """Run all arms of one configuration in turns."""
     arms, missing = build_arms(model, plan.work(dtype, batch), plan.compile_limit)
-    seconds: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
-    for _ in range(plan.rounds):
-        for name, steps in take_turns(arms, CLOCKS[plan.clock]).items():
-            seconds[name].append(steps)
-    rows = [_row(arm, seconds[arm.name], plan, dtype, batch) for arm in arms]
+    seconds = time_rounds(arms, plan.rounds, CLOCKS[plan.clock])
+    rows = [
+        timed(Row(dtype, batch, plan.context, arm.name, type(arm).__name__), arm, seconds[arm.name])
+        for arm in arms
+    ]
     for name, (kind, reason) in missing.items():
         rows.insert(1, Row(dtype, batch, plan.context, name, kind, note=reason))
     return Block(tuple(rows))
-
-
-def take_turns(arms: Sequence[Arm], clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Run one round of every arm, a few steps at a time, and return the seconds of each step.
-
-    The load of a machine comes and goes within seconds, and falls on all arms alike this way.
-    """
-    rounds = {arm.name: arm.round(clock) for arm in arms}
-    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for turn in range(TURNS):
-        # Another arm begins each time: who runs after whom should not decide.
-        for arm in [*arms[turn % len(arms) :], *arms[: turn % len(arms)]]:
-            share = arm.steps * (turn + 1) // TURNS - arm.steps * turn // TURNS
-            seconds[arm.name] += islice(rounds[arm.name], share)
-    for steps in rounds.values():
-        # What is left is what an arm does after its last step.
-        next(steps, None)
-    return seconds
-
-
-def _row(arm: Arm, rounds: list[list[float]], plan: Plan, dtype: str, batch: int) -> Row:
-    means = [1e3 * statistics.mean(steps) for steps in rounds]
-    return Row(
-        dtype=dtype,
-        batch=batch,
-        context=plan.context,
-        arm=arm.name,
-        kind=type(arm).__name__,
-        ms=statistics.median(means),
-        ms_low=min(means),
-        ms_high=max(means),
-        ms_step=1e3 * statistics.median(step for steps in rounds for step in steps),
-        held_bytes=held_bytes(arm.cache),
-        note=arm.note,
-    )
 
 
 def judge(block: Block, batch: int) -> list[str]:

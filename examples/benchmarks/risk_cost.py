@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from examples.benchmarks.machine import Machine
-from examples.benchmarks.step_latency import CLOCKS, Maker, measure
+from examples.benchmarks.step_latency import Maker, measure
+from examples.benchmarks.turns import CLOCKS
 from examples.benchmarks.workload import DTYPES, Shape, Work
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.risk import Probes

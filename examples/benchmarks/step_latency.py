@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,10 @@ from matplotlib.ticker import ScalarFormatter
 from transformers import Cache
 
 from examples.benchmarks.machine import Machine
+from examples.benchmarks.turns import CLOCKS
 from examples.benchmarks.workload import DTYPES, Shape, Work
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.scorers import SnapKV
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
 
 Maker = Callable[[Any], ReasonAllocCache | SlidingWindowCompressCache]
 
