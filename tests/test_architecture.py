@@ -41,6 +41,8 @@ PARTS: dict[str, set[str]] = {
     "calibration": {"scorers", "budgets", "geometry", "layers", "risk", "triton_ops", "version"}
     | CACHES,
     "calibration.profile": {"budgets", "geometry"},
+    # Bytes follow from how layers allocate; which cache has them does not matter.
+    "planning": {"geometry", "layers"},
     "evaluation": CACHES
     | {"branching", "protection", "report", "scorers"}
     # Prompts, weights and releases are named as in a calibration.
@@ -82,6 +84,7 @@ LIBRARIES: dict[str, set[str]] = {
         "tqdm",
     },
     "hf_reasoncache.evaluation.plot": {"matplotlib"},
+    "hf_reasoncache.planning": {"torch", "transformers"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }
