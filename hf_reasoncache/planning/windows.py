@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from hf_reasoncache.layers.windows import WindowPolicy
 
 
-def window_slots(policy: WindowPolicy, prompt: int, generated: int, elsewhere: int = 0) -> int:
-    """Slots per KV head, on average over the heads, that a `WindowedLayer` has allocated.
+def window_pool(
+    policy: WindowPolicy, prompt: int, generated: int, elsewhere: int = 0
+) -> tuple[int, int]:
+    """Slots and tokens per KV head of a `WindowedLayer`, on average over its heads.
 
     Follows the compactions of a row alone, or of one in a batch of equal rows. What a second pass
     under `max_budget` finds in its windows is taken to lie evenly in the past.
@@ -28,11 +30,11 @@ def window_slots(policy: WindowPolicy, prompt: int, generated: int, elsewhere: i
     ValueError
         If the bound cannot hold the prompt.
     """
-    row = _Row(policy, prompt, elsewhere)
+    row, columns = _Row(policy, prompt, elsewhere), prompt + generated
     row.read_prompt()
-    while row.complete_at < prompt + generated:
+    while row.complete_at < columns:
         row.compress(row.complete_at)
-    return row.capacity
+    return row.capacity, row.past + columns - row.start
 
 
 @dataclass
