@@ -12,17 +12,16 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.fingerprint import fingerprint
-from hf_reasoncache.calibration.prompts import Message, Prompt
+from hf_reasoncache.calibration.prompts import Prompt
 from hf_reasoncache.calibration.settings import versions
 from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.generation import answer_batch
 from hf_reasoncache.evaluation.journal import Journal
 from hf_reasoncache.evaluation.plan import Plan, Settings
 from hf_reasoncache.evaluation.record import Record
+from hf_reasoncache.evaluation.spans import spans_of
 from hf_reasoncache.evaluation.tasks import Question, Task
 from hf_reasoncache.processes import Processes
-from hf_reasoncache.protection import Spans
-from hf_reasoncache.protection import spans as find_spans
 
 
 def evaluate(
@@ -179,7 +178,7 @@ class _Runner:
         """Answer one batch with a new cache."""
         arm, questions = batch.arm, batch.questions
         prompts = [self.encode(each) for each in questions]
-        spans = self.spans(questions)
+        spans = spans_of(questions, self.tokenizer, chat=self.settings.chat)
         limits = [each.max_new_tokens or self.settings.max_new_tokens for each in questions]
         self.model.set_attn_implementation(arm.attention)
         found = answer_batch(
@@ -222,38 +221,6 @@ class _Runner:
                 )
             )
         return records
-
-    def spans(self, questions: Sequence[Question]) -> Spans | None:
-        """Find the spans of a batch, in the order that each question names them."""
-        if not any(question.spans for question in questions):
-            return None
-        rows, lengths = [], []
-        for question in questions:
-            content: Any = question.prompt
-            if self.settings.chat and isinstance(content, str):
-                content = ({"role": "user", "content": content},)
-            text = content if isinstance(content, str) else _text(content)
-            for span in question.spans:
-                if text.count(span) != 1:
-                    raise ValueError(
-                        f"question {question.id!r}: expected the span {span!r} once in the prompt, "
-                        f"got it {text.count(span)} times; give more of its context."
-                    )
-            if not question.spans:
-                raise ValueError(
-                    f"question {question.id!r}: expected spans as the other questions of its "
-                    "batch have, got none; name them for all questions of a task, or for none."
-                )
-            found = [
-                find_spans(self.tokenizer, [content], substrings=[span]) for span in question.spans
-            ]
-            rows.append(tuple(each.rows[0][0] for each in found))
-            lengths.append(found[0].tokens[0] if found[0].tokens else 0)
-        return Spans(tuple(rows), tuple(lengths))
-
-
-def _text(messages: Sequence[Message]) -> str:
-    return "\n".join(str(message["content"]) for message in messages)
 
 
 def _number(value: float) -> float | None:
