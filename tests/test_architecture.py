@@ -43,6 +43,8 @@ PARTS: dict[str, set[str]] = {
     | {"processes"}
     | CACHES,
     "calibration.profile": {"budgets", "geometry"},
+    # Bytes follow from how layers allocate; which cache has them does not matter.
+    "planning": {"geometry", "layers"},
     "evaluation": CACHES
     | {"branching", "processes", "protection", "report", "scorers"}
     # Prompts, weights and releases are named as in a calibration.
@@ -83,6 +85,7 @@ LIBRARIES: dict[str, set[str]] = {
         "scipy",
     },
     "hf_reasoncache.evaluation.plot": {"matplotlib"},
+    "hf_reasoncache.planning": {"torch", "transformers"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }
