@@ -86,6 +86,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "hf_reasoncache.evaluation.plot": {"matplotlib"},
     "hf_reasoncache.planning": {"torch", "transformers"},
+    "hf_reasoncache.planning.plot": {"matplotlib"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }

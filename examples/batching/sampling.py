@@ -48,7 +48,11 @@ class Sampling:
         for name, fits, expected in (
             ("temperature", _number(self.temperature) and 0 <= self.temperature <= 10, "0 to 10"),
             ("top_k", type(self.top_k) in (int, type(None)) and self.top_k != 0, "1 or more"),
-            ("top_p", self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1), "(0, 1]"),
+            (
+                "top_p",
+                self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1),
+                "(0, 1]",
+            ),
         ):
             if not fits or (name == "top_k" and (self.top_k or 1) < 1):
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")

@@ -11,7 +11,7 @@ from hf_reasoncache.planning.devices import Device
 from hf_reasoncache.planning.model import ModelSize
 from hf_reasoncache.planning.rows import RowBytes, row_bytes
 from hf_reasoncache.planning.speed import RowWork, prompt_seconds, step_seconds
-from hf_reasoncache.planning.units import gigabytes
+from hf_reasoncache.planning.units import amount
 
 _SAMPLES = 32  # lengths at which a step is computed for the mean over an answer
 
@@ -52,9 +52,9 @@ class Setting:
             )
         if self.room <= 0:
             raise ValueError(
-                f"memory: expected more than {gigabytes(self.size.weight_bytes + self.reserve)} "
-                f"(weights {gigabytes(self.size.weight_bytes)}, reserve "
-                f"{gigabytes(self.reserve)}), got {gigabytes(self.device.memory)}; take a larger "
+                f"memory: expected more than {amount(self.size.weight_bytes + self.reserve)} "
+                f"(weights {amount(self.size.weight_bytes)}, reserve "
+                f"{amount(self.reserve)}), got {amount(self.device.memory)}; take a larger "
                 "device, or a smaller dtype or model."
             )
 

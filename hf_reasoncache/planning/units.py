@@ -29,6 +29,6 @@ def parse_bytes(text: str) -> int:
     return round(float(found[1]) * _UNITS[found[2]])
 
 
-def gigabytes(count: float) -> str:
-    """Bytes as text: "59.9 GB", of 10^9 bytes each."""
-    return f"{count / 1e9:,.2f} GB"
+def amount(count: float) -> str:
+    """Bytes as text: "59.94 GB", or "0.94 MB" below 10^8; units of 10^9 and 10^6 bytes."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
