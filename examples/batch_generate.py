@@ -208,7 +208,9 @@ def _complete(out: Path, about: Path, settings: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
     try:
-        typer.run(main)
+        app()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
