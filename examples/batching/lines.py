@@ -59,6 +59,7 @@ class Completion:
         return line.fields | ours
 
 
+_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 _OURS = {*Completion.__dataclass_fields__} - {"id", "seed"}
 
 
@@ -152,8 +153,11 @@ def read_lines(
 
 
 def digest(lines: Sequence[Line]) -> str:
-    """16 hexadecimal digits that tell all that answers depend on in some lines."""
-    about = [(each.id, each.ids, each.max_new_tokens, each.sampling, each.seed) for each in lines]
+    """16 hexadecimal digits that tell all that the lines themselves say."""
+    about = [
+        (line.id, line.ids, line.question.spans, *(line.fields.get(name) for name in _SETTINGS))
+        for line in lines
+    ]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
@@ -173,7 +177,7 @@ def _line(
     seed = row.get("seed", defaults.seed)
     if type(seed) is not int or seed < 0:
         raise ValueError(f"{place}: expected 'seed' as an integer >= 0, got {seed!r}.")
-    given = {name: row.get(name) for name in ("temperature", "top_k", "top_p")}
+    given = {name: row.get(name) for name in _SETTINGS[1:4]}
     try:
         sampling = defaults.sampling.changed(**given)
     except ValueError as error:

@@ -52,7 +52,7 @@ def pack(
 
     The lines of a look-ahead window are sorted, longest prompts first; a batch takes neighbours, of
     the same sampling, until one more would exceed a limit. Every row counts as the longest of its
-    batch, which is what a padded cache holds and more than any other does.
+    batch, because that is what a padded cache holds.
 
     Parameters
     ----------
@@ -84,7 +84,14 @@ def batch_bytes(batch: Sequence[Job], row_bytes: RowBytes) -> int:
     """Bytes of a batch's cache at its longest."""
     prompt = max(len(job.line.ids) for job in batch)
     new = max(job.line.max_new_tokens for job in batch)
-    return sum(row_bytes(prompt, new, len(job.samples)) for job in batch)
+    return sum(
+        max(
+            row_bytes(prompt, new, len(job.samples)),
+            # Where branches share a prompt, a budget leaves more to those of a shorter one.
+            row_bytes(len(job.line.ids), new, len(job.samples)),
+        )
+        for job in batch
+    )
 
 
 def _order(job: Job) -> tuple[str, int, int]:
@@ -111,6 +118,10 @@ def _parts(
     """Cut the samples of a line where they do not fit into one batch."""
     size = min(len(samples), limits.rows)
     prompt, new = len(line.ids), line.max_new_tokens
+    try:
+        row_bytes(prompt, new, 1)
+    except ValueError as error:
+        raise ValueError(f"{line.place}: {error}") from error
     while (needed := row_bytes(prompt, new, size)) > limits.memory:
         if size == 1:
             raise ValueError(

@@ -45,16 +45,12 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("temperature", _number(self.temperature) and 0 <= self.temperature <= 10, "0 to 10"),
-            ("top_k", type(self.top_k) in (int, type(None)) and self.top_k != 0, "1 or more"),
-            (
-                "top_p",
-                self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1),
-                "(0, 1]",
-            ),
+        for name, expected, fits in (
+            ("temperature", "0 to 10", _number(self.temperature) and 0 <= self.temperature <= 10),
+            ("top_k", "1 or more", self.top_k is None or _whole(self.top_k)),
+            ("top_p", "above 0, up to 1", self.top_p is None or _share(self.top_p)),
         ):
-            if not fits or (name == "top_k" and (self.top_k or 1) < 1):
+            if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
 
     @staticmethod
@@ -152,3 +148,11 @@ class RowLimits(StoppingCriteria):
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _share(value: object) -> bool:
+    return isinstance(value, int | float) and _number(value) and 0 < value <= 1
