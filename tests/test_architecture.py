@@ -44,7 +44,7 @@ PARTS: dict[str, set[str]] = {
     | CACHES,
     "calibration.profile": {"budgets", "geometry"},
     # Bytes follow from how layers allocate; which cache has them does not matter.
-    "planning": {"geometry", "layers"},
+    "planning": {"geometry", "layers", "scorers"},
     "evaluation": CACHES
     | {"branching", "processes", "protection", "report", "scorers"}
     # Prompts, weights and releases are named as in a calibration.

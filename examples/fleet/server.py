@@ -98,7 +98,7 @@ class Server:
 
     @cached_property
     def shares(self) -> bool:
-        """Whether the branches of a request share their prompt, and leave when they are done."""
+        """Whether the branches of a request share the memory of their prompt."""
         return self.work(1, 1).shared > 0
 
     def work(self, prompt: int, generated: int) -> RowWork:
@@ -116,8 +116,8 @@ class Server:
             row = row_bytes(
                 self.cache, self.config, prompt=prompt, generated=answer, dtype=self.size.dtype
             )
-            read = 1 if self.shares else self.branches
-            activations = self.size.activation_bytes(read * prompt, self.branches)
+            # The prompt is read once, before its branches part.
+            activations = self.size.activation_bytes(prompt, self.branches)
             self._needed[prompt, answer] = row.most(self.branches) + activations
         return self._needed[prompt, answer]
 
@@ -127,10 +127,9 @@ class Server:
 
     def prompt_seconds(self, prompt: int, requests: int = 1) -> float:
         """Seconds until the prompts of some requests have been read, padded to one length."""
-        rows = requests * (1 if self.shares else self.branches)
-        if (prompt, rows) not in self._reading:
-            self._reading[prompt, rows] = self.timing.prompts(prompt, rows)
-        return self._reading[prompt, rows]
+        if (prompt, requests) not in self._reading:
+            self._reading[prompt, requests] = self.timing.prompts(prompt, requests)
+        return self._reading[prompt, requests]
 
     def step_seconds(self, prompts: Whole, generated: Whole, requests: Sequence[int]) -> float:
         """Seconds of a step.

@@ -12,7 +12,7 @@ import numpy as np
 from examples.fleet.server import Server, Whole
 from examples.fleet.trace import Request
 
-_STRIDE = 64  # steps that are timed by their first and their last one
+_STRIDE = 32  # steps that are timed by their first and their last one
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Served:
 def decode_seconds(server: Server, prompt: int, answers: Sequence[Sequence[int]]) -> list[float]:
     """Seconds, after the prompts were read, at which the requests of a static batch end.
 
-    Rows that are done stay until the last one is, as in `generate`; where branches share their
-    prompt, they leave the batch, as in `branch_generate`.
+    Rows that are done leave the batch and nobody takes their place, as in
+    `examples.batch_generate`.
 
     Parameters
     ----------
@@ -55,14 +55,12 @@ def decode_seconds(server: Server, prompt: int, answers: Sequence[Sequence[int]]
     while written < lengths.max():
         open_ = lengths > written
         steps = min(int(lengths[open_].min()) - written, _STRIDE)
-        rows = np.flatnonzero(open_) if server.shares else np.arange(len(lengths))
+        rows = np.flatnonzero(open_)
         groups = [prompt] * len(np.unique(owner[rows])) if server.shares else []
         prompts, done = np.full(len(rows), prompt), np.full(len(rows), written)
         now += _seconds(server, prompts, done, groups, steps)
         written += steps
         ends[lengths == written] = now
-    if not server.shares:
-        return [now] * len(answers)
     return [float(ends[owner == number].max()) for number in range(len(answers))]
 
 

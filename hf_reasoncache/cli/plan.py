@@ -11,10 +11,9 @@ import torch
 import typer
 from transformers import AutoConfig, PretrainedConfig
 
-from hf_reasoncache.cli.calibrate import Dtype
-from hf_reasoncache.cli.evaluate import Revision
 from hf_reasoncache.cli.loading import budgets as parse_budgets
 from hf_reasoncache.cli.loading import new_directory
+from hf_reasoncache.cli.options import Dtype, Revision
 from hf_reasoncache.evaluation.arms import FULL_ARM, Budget, parse_arm
 from hf_reasoncache.evaluation.table import markdown_table, text_table
 from hf_reasoncache.planning import CachePlan, Device, ModelSize, Setting

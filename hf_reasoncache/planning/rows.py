@@ -20,6 +20,9 @@ class RowBytes:
         Held once for all branches of the prompt; 0 unless they share it.
     own : int
         Held for every row.
+    peak : int
+        The most that was held for a row after some forward up to this length: soon after the
+        prompt, the queries of its end are kept beside newer ones.
     moving : int
         Held for a moment besides, when a layer's storage moves: the largest of the layers that
         move theirs while tokens are generated.
@@ -30,6 +33,7 @@ class RowBytes:
 
     shared: int
     own: int
+    peak: int
     moving: int
     prompt: int
 
@@ -44,7 +48,7 @@ class RowBytes:
         row.
         """
         reading = self.prompt if self.shared else branches * self.prompt
-        return max(self.held(branches) + branches * self.moving, reading)
+        return max(self.shared + branches * (self.peak + self.moving), reading)
 
 
 def row_bytes(
@@ -98,10 +102,13 @@ def row_bytes(
     """
     reading = layer_rows(cache, config, prompt=prompt, generated=0, dtype=dtype)
     layers = layer_rows(cache, config, prompt=prompt, generated=generated, dtype=dtype)
+    early = min(generated, max(getattr(each, "log_size", 1) for each in cache.layers) - 1)
+    soon = layer_rows(cache, config, prompt=prompt, generated=max(0, early), dtype=dtype)
     dense = max(layer.token for layer in layers) * prompt
     return RowBytes(
         shared=sum(layer.shared for layer in layers),
         own=sum(layer.own for layer in layers),
+        peak=max(sum(layer.own for layer in each) for each in (soon, layers)),
         moving=max(layer.own if layer.moves else 0 for layer in layers),
         prompt=sum(layer.shared + layer.own for layer in reading) + dense,
     )

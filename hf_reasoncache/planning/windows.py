@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from hf_reasoncache.layers.windows import WindowPolicy
+from hf_reasoncache.scorers.key_norm import KeyNorm
+
+_ANY = KeyNorm()
 
 
 def window_pool(
@@ -30,11 +35,17 @@ def window_pool(
     ValueError
         If the bound cannot hold the prompt.
     """
-    row, columns = _Row(policy, prompt, elsewhere), prompt + generated
+    # Neither which tokens stay nor how that is watched changes how many there are.
+    plain = replace(policy, scorer=_ANY, protection=None, risk=None, probes=None)
+    return _row(plain, prompt, elsewhere).at(prompt + generated)
+
+
+@lru_cache(maxsize=1024)
+def _row(policy: WindowPolicy, prompt: int, elsewhere: int) -> _Row:
+    """Return one row for all its lengths: it remembers the compactions it has been through."""
+    row = _Row(policy, prompt, elsewhere)
     row.read_prompt()
-    while row.complete_at < columns:
-        row.compress(row.complete_at)
-    return row.capacity, row.past + columns - row.start
+    return row
 
 
 @dataclass
@@ -54,6 +65,17 @@ class _Row:
         self.limit = None if limit is None else limit - self.elsewhere
         self.past = self.start - min(self.start, self.elsewhere)
         self.capacity = self.prompt - self.elsewhere
+        # Columns at each compaction, and afterwards slots, and tokens less columns.
+        self.times: list[int] = []
+        self.states: list[tuple[int, int]] = []
+
+    def at(self, columns: int) -> tuple[int, int]:
+        """Slots and tokens when `columns` columns have been stored."""
+        while self.complete_at < columns:
+            self.compress(self.complete_at)
+        # What is complete is compressed at the beginning of the next forward.
+        capacity, offset = self.states[max(0, bisect_left(self.times, columns) - 1)]
+        return capacity, offset + columns
 
     @property
     def end(self) -> int:
@@ -106,3 +128,5 @@ class _Row:
             target = self.limit + policy.window
         if until > self.capacity or 4 * self.capacity > 5 * target:
             self.capacity = target
+        self.times.append(columns)
+        self.states.append((self.capacity, self.past - self.start))
