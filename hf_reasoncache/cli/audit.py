@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_reasoncache.cli.calibrate import Dtype
-from hf_reasoncache.cli.evaluate import (
+from hf_reasoncache.cli.loading import budgets as parse_budgets
+from hf_reasoncache.cli.loading import load_model, new_directory
+from hf_reasoncache.cli.options import (
     BatchSize,
     Budgets,
     Buffer,
     Caches,
     Chat,
     Device,
+    Dtype,
     Dtypes,
     MaxNewTokens,
     Model,
@@ -23,8 +25,6 @@ from hf_reasoncache.cli.evaluate import (
     Threads,
     Window,
 )
-from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory
 from hf_reasoncache.evaluation import Limits, Settings, audit, load_suite, parse_arm
 from hf_reasoncache.evaluation.audit_report import verdict_table, write_report
 from hf_reasoncache.evaluation.harness import facts

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.harness import evaluate
-from hf_reasoncache.evaluation.journal import Record
 from hf_reasoncache.evaluation.plan import Plan, Settings
+from hf_reasoncache.evaluation.record import Record
 from hf_reasoncache.evaluation.statistics import Paired, Share, rank_correlation
 from hf_reasoncache.evaluation.suite import Suite
 

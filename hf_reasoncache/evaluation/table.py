@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from hf_reasoncache.evaluation.arms import Budget
-from hf_reasoncache.evaluation.journal import Record
+from hf_reasoncache.evaluation.record import Record
 from hf_reasoncache.evaluation.statistics import Paired, Share
 
 

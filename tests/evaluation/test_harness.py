@@ -26,8 +26,10 @@ from hf_reasoncache.evaluation import (
 )
 from hf_reasoncache.evaluation.journal import Journal
 from hf_reasoncache.evaluation.table import cells, markdown_table
+from hf_reasoncache.processes import Processes
 
 ARM = parse_arm("snapkv:prompt=evict", window=16, buffer=16)
+ALONE = Processes(cpu=True)
 SETTINGS = Settings(max_new_tokens=60, batch_size=2)
 
 
@@ -193,9 +195,9 @@ def test_spans_must_be_found_once(loaded, path: Path) -> None:
 
 def test_the_journal_keeps_text_as_it_is(tmp_path: Path) -> None:
     record = Record("t", 0, "a", 64, "q", "d", 3, 'é\n\u2028\x85"', 2, True, None, 5, 0.5)
-    with Journal(tmp_path / "j", {"x": 1}) as journal:
+    with Journal(tmp_path / "j", Record, {"x": 1}, ALONE) as journal:
         journal.add([record])
     assert len((tmp_path / "j").read_bytes().split(b"\n")) == 3
-    with Journal(tmp_path / "j", {"x": 1}) as journal:
+    with Journal(tmp_path / "j", Record, {"x": 1}, ALONE) as journal:
         assert list(journal.records.values()) == [record]
     assert json.loads((tmp_path / "j").read_text("utf-8").split("\n")[0]) == {"settings": {"x": 1}}
