@@ -44,7 +44,7 @@ PARTS: dict[str, set[str]] = {
     | CACHES,
     "calibration.profile": {"budgets", "geometry"},
     # Bytes follow from how layers allocate; which cache has them does not matter.
-    "planning": {"geometry", "layers"},
+    "planning": {"geometry", "layers", "scorers"},
     "evaluation": CACHES
     | {"branching", "processes", "protection", "report", "scorers"}
     # Prompts, weights and releases are named as in a calibration.
@@ -86,6 +86,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "hf_reasoncache.evaluation.plot": {"matplotlib"},
     "hf_reasoncache.planning": {"torch", "transformers"},
+    "hf_reasoncache.planning.plot": {"matplotlib"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }

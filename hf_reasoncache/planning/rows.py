@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import Cache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_reasoncache.geometry import head_shape
-from hf_reasoncache.layers.branched import GROWTH, ROOM, BranchedLayer, Branching
-from hf_reasoncache.layers.budgeted import BudgetedLayer
-from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.pooled import FIRST_ROOM, PooledLayer
-from hf_reasoncache.layers.windowed import WindowedLayer
-from hf_reasoncache.planning.windows import window_slots
-
-_POSITION = 4  # bytes of what says where a token stands, and of each statistic of a slot
+from hf_reasoncache.planning.layers import LayerRow
 
 
 @dataclass(frozen=True)
@@ -30,6 +20,9 @@ class RowBytes:
         Held once for all branches of the prompt; 0 unless they share it.
     own : int
         Held for every row.
+    peak : int
+        The most that was held for a row after some forward up to this length: soon after the
+        prompt, the queries of its end are kept beside newer ones.
     moving : int
         Held for a moment besides, when a layer's storage moves: the largest of the layers that
         move theirs while tokens are generated.
@@ -40,6 +33,7 @@ class RowBytes:
 
     shared: int
     own: int
+    peak: int
     moving: int
     prompt: int
 
@@ -54,7 +48,7 @@ class RowBytes:
         row.
         """
         reading = self.prompt if self.shared else branches * self.prompt
-        return max(self.held(branches) + branches * self.moving, reading)
+        return max(self.shared + branches * (self.peak + self.moving), reading)
 
 
 def row_bytes(
@@ -106,97 +100,29 @@ def row_bytes(
     the few bytes that only Triton's kernels and recorded steps need are left out; so are, until the
     first token is fed, the positions that `held_positions` reports of a prompt that was cut.
     """
-    for name, value, low in (("prompt", prompt, 1), ("generated", generated, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
-    decoder = config.get_text_config(decoder=True)
-    reading = [_Layer.of(x, i, decoder, prompt, 0, dtype) for i, x in enumerate(cache.layers)]
-    layers = [
-        _Layer.of(x, i, decoder, prompt, generated, dtype) for i, x in enumerate(cache.layers)
-    ]
+    reading = layer_rows(cache, config, prompt=prompt, generated=0, dtype=dtype)
+    layers = layer_rows(cache, config, prompt=prompt, generated=generated, dtype=dtype)
+    early = min(generated, max(getattr(each, "log_size", 1) for each in cache.layers) - 1)
+    soon = layer_rows(cache, config, prompt=prompt, generated=max(0, early), dtype=dtype)
     dense = max(layer.token for layer in layers) * prompt
     return RowBytes(
         shared=sum(layer.shared for layer in layers),
         own=sum(layer.own for layer in layers),
+        peak=max(sum(layer.own for layer in each) for each in (soon, layers)),
         moving=max(layer.own if layer.moves else 0 for layer in layers),
         prompt=sum(layer.shared + layer.own for layer in reading) + dense,
     )
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Bytes of one layer: shared and own ones, those of a token, and whether its storage moves."""
-
-    own: int
-    token: int
-    shared: int = 0
-    moves: bool = False
-
-    @staticmethod
-    def of(
-        layer: Any,
-        index: int,
-        decoder: PretrainedConfig,
-        prompt: int,
-        generated: int,
-        dtype: torch.dtype,
-    ) -> _Layer:
-        heads, size = head_shape(decoder, index)
-        number = dtype.itemsize
-        token = 2 * heads * size * number
-        if isinstance(layer, PooledLayer):
-            shares = isinstance(layer, Branching)
-            per_slot = 2 * size * number + _POSITION * (1 + len(layer.statistics))
-            own = heads * _slots(layer, prompt, generated) * per_slot
-            if isinstance(layer, EvictingLayer):
-                query = decoder.num_attention_heads * size * number
-                own += _queries_kept(layer, prompt, generated) * query
-            return _Layer(
-                own=own,
-                token=token,
-                # Positions of a segment are the same for all heads.
-                shared=(token + _POSITION) * prompt if shares else 0,
-                moves=not isinstance(layer, BudgetedLayer) or layer.policy.head_budgets,
-            )
-        if type(layer) is DynamicLayer:
-            return _Layer(own=token * (prompt + generated), token=token, moves=True)
-        if type(layer) is DynamicSlidingWindowLayer:
-            # It keeps one token less, as a view of what the last forward attended to.
-            seen = min(prompt + generated, layer.sliding_window) if generated else prompt
-            return _Layer(own=token * seen, token=token, moves=True)
-        raise ValueError(
-            f"layer {index}: expected attention layers, got {type(layer).__name__}, whose bytes "
-            "cannot be planned from a config; run the model once and read cache.report()."
-        )
-
-
-def _slots(layer: PooledLayer, prompt: int, generated: int) -> int:
-    """Slots per KV head in a layer's pool."""
-    elsewhere = prompt if isinstance(layer, Branching) else 0
-    if isinstance(layer, BudgetedLayer):
-        policy = layer.policy
-        protected = prompt if policy.protect_prompt else 0
-        return policy.layer_budget(layer.rank, protected) + policy.buffer - elsewhere
-    if isinstance(layer, WindowedLayer):
-        return window_slots(layer.policy, prompt, generated, elsewhere)
-    if isinstance(layer, BranchedLayer):
-        return _grown(generated, layer.reserved)
-    slots = prompt + FIRST_ROOM
-    while slots < prompt + generated:
-        slots = 2 * slots
-    return slots
-
-
-def _grown(tokens: int, reserved: int) -> int:
-    """Slots of a suffix that has been appended to token by token, see `BranchedLayer`."""
-    slots = 0
-    while slots < tokens:
-        held = slots
-        slots = reserved if held < reserved else held + 1 + max(ROOM, held // GROWTH)
-    return slots
-
-
-def _queries_kept(layer: EvictingLayer, prompt: int, generated: int) -> int:
-    """Columns whose queries a layer keeps: the prompt's go when there are as many newer ones."""
-    size = layer.log_size
-    return size if generated >= size else min(prompt, size) + generated
+def layer_rows(
+    cache: Cache, config: PretrainedConfig, *, prompt: int, generated: int, dtype: torch.dtype
+) -> list[LayerRow]:
+    """Describe every layer for one row; see `row_bytes`, which sums them up."""
+    for name, value, low in (("prompt", prompt, 1), ("generated", generated, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
+    decoder = config.get_text_config(decoder=True)
+    return [
+        LayerRow.of(layer, index, decoder, prompt, generated, dtype)
+        for index, layer in enumerate(cache.layers)
+    ]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from hf_reasoncache.layers.windows import WindowPolicy
+from hf_reasoncache.scorers.key_norm import KeyNorm
+
+_ANY = KeyNorm()
 
 
-def window_slots(policy: WindowPolicy, prompt: int, generated: int, elsewhere: int = 0) -> int:
-    """Slots per KV head, on average over the heads, that a `WindowedLayer` has allocated.
+def window_pool(
+    policy: WindowPolicy, prompt: int, generated: int, elsewhere: int = 0
+) -> tuple[int, int]:
+    """Slots and tokens per KV head of a `WindowedLayer`, on average over its heads.
 
     Follows the compactions of a row alone, or of one in a batch of equal rows. What a second pass
     under `max_budget` finds in its windows is taken to lie evenly in the past.
@@ -28,11 +35,17 @@ def window_slots(policy: WindowPolicy, prompt: int, generated: int, elsewhere: i
     ValueError
         If the bound cannot hold the prompt.
     """
+    # Neither which tokens stay nor how that is watched changes how many there are.
+    plain = replace(policy, scorer=_ANY, protection=None, risk=None, probes=None)
+    return _row(plain, prompt, elsewhere).at(prompt + generated)
+
+
+@lru_cache(maxsize=1024)
+def _row(policy: WindowPolicy, prompt: int, elsewhere: int) -> _Row:
+    """Return one row for all its lengths: it remembers the compactions it has been through."""
     row = _Row(policy, prompt, elsewhere)
     row.read_prompt()
-    while row.complete_at < prompt + generated:
-        row.compress(row.complete_at)
-    return row.capacity
+    return row
 
 
 @dataclass
@@ -52,6 +65,17 @@ class _Row:
         self.limit = None if limit is None else limit - self.elsewhere
         self.past = self.start - min(self.start, self.elsewhere)
         self.capacity = self.prompt - self.elsewhere
+        # Columns at each compaction, and afterwards slots, and tokens less columns.
+        self.times: list[int] = []
+        self.states: list[tuple[int, int]] = []
+
+    def at(self, columns: int) -> tuple[int, int]:
+        """Slots and tokens when `columns` columns have been stored."""
+        while self.complete_at < columns:
+            self.compress(self.complete_at)
+        # What is complete is compressed at the beginning of the next forward.
+        capacity, offset = self.states[max(0, bisect_left(self.times, columns) - 1)]
+        return capacity, offset + columns
 
     @property
     def end(self) -> int:
@@ -104,3 +128,5 @@ class _Row:
             target = self.limit + policy.window
         if until > self.capacity or 4 * self.capacity > 5 * target:
             self.capacity = target
+        self.times.append(columns)
+        self.states.append((self.capacity, self.past - self.start))

@@ -89,6 +89,23 @@ def test_bytes_held(name: str, case: str) -> None:
         assert (planned.shared, rows * planned.own) == (0, held(cache)), (prompt, generated)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("prompt", [3, 25])
+def test_no_step_holds_more_than_the_most(case: str, prompt: int) -> None:
+    kind, changes = CASES[case]
+    model = build_once("llama")
+    cache = make(kind, "llama", **changes)
+    most = plan(cache, "llama", prompt, 70)
+    run(model, cache, prompt, 0)
+    seen = [held(cache)]
+    for _ in range(70):
+        ids = torch.randint(3, VOCABULARY, (1, 1))
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        seen.append(held(cache))
+    assert max(seen[1:]) <= most.peak and max(seen) <= most.most()
+    assert most.peak == pytest.approx(max(seen[1:]), rel=0.02)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2_sliding"])
 @pytest.mark.parametrize("kind", ["budget", "window"])
 @pytest.mark.parametrize("bound", [None, 64])
