@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 
 from examples.batching.lines import Completion, Defaults, Line, digest, read_lines
-from examples.batching.memory import parse_bytes
 from examples.batching.packing import Limits, pack
 from examples.batching.sampling import Sampling
 from examples.batching.work import generate
@@ -41,6 +40,7 @@ from hf_reasoncache.cli.options import (
 )
 from hf_reasoncache.evaluation.arms import parse_arm, parse_budget
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.planning.units import parse_bytes
 
 
 def write_answers(
