@@ -50,7 +50,7 @@ class Processes:
             warnings.warn(
                 "expected several processes, got one: accelerate launch leaves those of CPUs to "
                 "MPI; use torchrun --nproc-per-node N -m ... for several on this machine.",
-                stacklevel=2,
+                stacklevel=1,
             )
 
     @property

@@ -78,7 +78,7 @@ class Work:
         return [
             f"{self.answers:,} answers, {self.tokens:,} tokens in {self.seconds:.1f} s: "
             f"{speed:,.0f} tokens/s",
-            f"{self.batches} batches, {self.rows / self.steps:.1f} rows in a step on average",
+            f"batches: {self.batches}, with {self.rows / self.steps:.1f} rows in a step on average",
             f"cache: {amount(self.peak_bytes)} at most, bound {amount(memory)}{each} "
             f"({self.peak_bytes / memory:.0%})",
         ]
