@@ -175,6 +175,7 @@ def main(
         if processes.is_main:
             typer.echo(f"{out}: complete already")
         return
+    machine = Machine.here(seed)
     partial = out.with_name(f"{out.name}.partial")
     with Journal(partial, Completion, settings, processes) as journal:
         work = generate(read, worker, journal, limits, samples, processes)
@@ -182,7 +183,7 @@ def main(
     if processes.is_main:
         content = {"settings": settings, "shared_prompts": worker.shares}
         content |= {"limits": asdict(limits), "processes": processes.count}
-        content |= {"last_run": asdict(work), "machine": Machine.here(seed).row()}
+        content |= {"last_run": asdict(work), "machine": machine.row()}
         # First, as a file of answers without it would be taken for another's.
         about.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         write_answers(out, read, journal, samples)
