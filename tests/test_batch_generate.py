@@ -281,7 +281,7 @@ def test_batches_hold_every_answer_once_within_the_limits(
     lengths: list[int], samples: int, memory: int, rows: int, look_ahead: int
 ) -> None:
     lines = [
-        Line(Question(str(n), "x"), (0,) * length, 30, Sampling(0.0), 0, {}, f"line {n}")
+        Line(Question(str(n), "x"), (0,) * length, 30 - n, Sampling(0.0), 0, {}, f"line {n}")
         for n, length in enumerate(lengths)
     ]
 
