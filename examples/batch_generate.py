@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 
 from examples.batching.lines import Completion, Defaults, Line, digest, read_lines
-from examples.batching.memory import parse_bytes
 from examples.batching.packing import Limits, pack
 from examples.batching.sampling import Sampling
 from examples.batching.work import generate
@@ -41,6 +40,7 @@ from hf_reasoncache.cli.options import (
 )
 from hf_reasoncache.evaluation.arms import parse_arm, parse_budget
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.planning.units import parse_bytes
 
 
 def write_answers(
@@ -175,6 +175,7 @@ def main(
         if processes.is_main:
             typer.echo(f"{out}: complete already")
         return
+    machine = Machine.here(seed)
     partial = out.with_name(f"{out.name}.partial")
     with Journal(partial, Completion, settings, processes) as journal:
         work = generate(read, worker, journal, limits, samples, processes)
@@ -182,7 +183,7 @@ def main(
     if processes.is_main:
         content = {"settings": settings, "shared_prompts": worker.shares}
         content |= {"limits": asdict(limits), "processes": processes.count}
-        content |= {"last_run": asdict(work), "machine": Machine.here(seed).row()}
+        content |= {"last_run": asdict(work), "machine": machine.row()}
         # First, as a file of answers without it would be taken for another's.
         about.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         write_answers(out, read, journal, samples)

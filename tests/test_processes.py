@@ -15,6 +15,7 @@ import torch
 from examples import batch_generate
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
 from hf_reasoncache import cli
+from hf_reasoncache.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(MODELS["llama"])
@@ -147,3 +148,10 @@ def test_a_process_that_fails_says_why_and_ends_the_other(inputs: Path, tmp_path
     # Process 0 was either ended in the middle, or had come to where it waits for the other.
     rest = [line for line in said.splitlines() if line.startswith("error: ") and "life" not in line]
     assert all("expected all 2 processes to come this far" in line for line in rest)
+
+
+def test_a_launch_that_starts_one_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.warns(UserWarning, match="expected several processes, got one"):
+        assert Processes(cpu=True).count == 1
