@@ -154,14 +154,14 @@ def test_the_bound_holds_where_prompts_are_shared_and_where_not(
 
 def test_lines_have_settings_of_their_own(run, prompts: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in prompts.read_text().splitlines()][:3]
-    rows[1] |= {"temperature": 1.5, "seed": 5}
+    rows[1] |= {"temperature": 1.5, "seed": 5, "id": 17}
     rows[2] |= {"temperature": 1.5, "top_k": 1}
     answers, _ = run(prompts=write(tmp_path / "q.jsonl", rows))
     greedy, _ = run("greedy", limit=3)
     assert [a["text"] == b["text"] for a, b in zip(answers, greedy, strict=True)] == [
         *(True, False, True)
     ]
-    assert [each["seed"] for each in answers] == [0, 5, 0]
+    assert [(each["id"], each["seed"]) for each in answers] == [("p0", 0), (17, 5), ("p2", 0)]
 
 
 def test_a_run_that_was_killed_goes_on_with_other_limits(
