@@ -48,8 +48,7 @@ class BudgetedLayer(EvictingLayer):
         self._remember(chunk)
         keep, notes = chunk.real_tokens(), {}
         self._allocate_for(keep[..., : self._end_of_prompt()].sum(-1).cpu())
-        over = keep.sum(-1).cpu() > self._require_budgets().capacity
-        rows = over.any(-1).nonzero()[:, 0]
+        rows = self._require_budgets().full(keep.sum(-1).cpu(), 0)
         if rows.numel():
             self._attended = AllPositions((batch, heads, steps), chunk.valid)
             occasion = self._occasion(rows, self.seen)
@@ -98,8 +97,7 @@ class BudgetedLayer(EvictingLayer):
         if 0 < steps <= pool.least_free:
             # Between two forwards every head has the capacity it should have.
             return _NO_ROWS
-        over = pool.length + steps > self._require_budgets().capacity
-        return over.any(-1).nonzero()[:, 0]
+        return self._require_budgets().full(pool.length, steps)
 
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Compact `rows` to their budgets, when `columns` columns have been stored."""
