@@ -18,8 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_reasoncache.geometry import head_shape
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
+from hf_reasoncache.layers.guarded import GuardedLayer
+from hf_reasoncache.shards import ALONE, Shard, find_shard, in_several_processes
 
 BASES = {
     "reasoncache": "sdpa",
@@ -153,6 +156,7 @@ def attention_function(
     tokens = (query.detach(), keys.detach(), values.detach())
     chunk = Chunk(*tokens, attention_mask.valid, settings)
     if layer.rows is None:
+        layer.shard = _shard(module, layer, keys.shape[1])
         result = _run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
         layer.store_first(chunk)
         return result
@@ -162,6 +166,14 @@ def attention_function(
             "model-specific mask pattern over several tokens; feed such a prompt in one forward."
         )
     return layer.attend(chunk), None
+
+
+def _shard(module: Any, layer: GuardedLayer, heads: int) -> Shard:
+    """Which of the layer's KV heads are the `heads` that this process has computed."""
+    if not in_several_processes():
+        return ALONE
+    decoder = module.config.get_text_config(decoder=True)
+    return find_shard(module, heads, head_shape(decoder, layer.index)[0], layer.agreement)
 
 
 def _scaling(kwargs: dict[str, Any], query: torch.Tensor) -> float:

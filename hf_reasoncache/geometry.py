@@ -62,7 +62,7 @@ class Geometry:
         layers = supported_layers(config)
         decoder = config.get_text_config(decoder=True)
         ours = tuple(index for index, layer in enumerate(layers) if type(layer) is DynamicLayer)
-        shapes = {_head_shape(decoder, index) for index in ours}
+        shapes = {head_shape(decoder, index) for index in ours}
         if len(shapes) > 1:
             raise ValueError(
                 f"{decoder.model_type}: expected full-attention layers that share KV heads and "
@@ -84,8 +84,8 @@ def _counts(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _head_shape(decoder: PretrainedConfig, index: int) -> tuple[int, int]:
-    """KV heads and head size of one layer."""
+def head_shape(decoder: PretrainedConfig, index: int) -> tuple[int, int]:
+    """Return KV heads and head size of one layer."""
     if getattr(decoder, "is_heterogeneous", False):
         decoder = decoder.per_layer_config[index]
     heads = decoder.num_attention_heads

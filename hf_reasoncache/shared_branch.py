@@ -19,6 +19,7 @@ from hf_reasoncache.layers.parking import Parked, Parking
 from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
 from hf_reasoncache.layers.twins import Twins
 from hf_reasoncache.report import BranchReport, CacheReport
+from hf_reasoncache.shards import Agreement
 
 
 class SharedBranchCache(ReasonCache):
@@ -93,7 +94,8 @@ class SharedBranchCache(ReasonCache):
                 return BranchedLayer(twins, index)
             return branching_form(compressed.layers[index], twins)
 
-        super().__init__(config, make_layer, offloading=offloading)
+        agreement: Agreement = "agree" if compressed is None else compressed.tensor_parallel
+        super().__init__(config, make_layer, tensor_parallel=agreement, offloading=offloading)
 
     def reserve(self, tokens: int) -> None:
         """Allocate room for so many own tokens of each branch at once, where all are kept.

@@ -81,7 +81,7 @@ class Branching(PooledLayer):
         columns = torch.arange(self.seen - chunk.steps, self.seen, device=chunk.keys.device)
         made: dict[int, Segment] = {}
         parts: list[Segment | None] = []
-        for row, first in enumerate(self.twins.of(chunk, self.index, groups).tolist()):
+        for row, first in enumerate(self.twins.of(chunk, self.index, groups, self.shard).tolist()):
             if first == row:
                 real = slice(None) if chunk.valid is None else chunk.valid[row]
                 made[row] = Segment(

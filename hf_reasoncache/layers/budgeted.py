@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from hf_reasoncache.layers.agreed_budgets import AgreedBudgets
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.held_positions import AllPositions
@@ -53,6 +54,7 @@ class BudgetedLayer(EvictingLayer):
             self._attended = AllPositions((batch, heads, steps), chunk.valid)
             occasion = self._occasion(rows, self.seen)
             held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
+            held = replace(held, first_head=self.shard.first)
             chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))
             keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, column, chosen)
             if held.notes is not None:
@@ -80,12 +82,19 @@ class BudgetedLayer(EvictingLayer):
         if protection is not None:
             floor = torch.maximum(floor, protection.count)
         budgets = RowBudgets.equal(self.policy, self.rank, floor, prompt.shape[1])
-        self.budgets = replace(budgets, protection=protection)
+        budgets = replace(budgets, protection=protection)
+        self.budgets = (
+            AgreedBudgets.of(budgets, self.shard, self.budgets) if self.shard.agrees else budgets
+        )
 
     def _require_budgets(self) -> RowBudgets:
         if self.budgets is None:
             raise ValueError(f"layer {self.index}: expected budgets, got a layer without a prompt.")
         return self.budgets
+
+    def _recount(self) -> None:
+        """See `EvictingLayer._recount`."""
+        self.budgets = self._require_budgets().recount(self._require_pool().length)
 
     def _capacity(self, length: torch.Tensor) -> torch.Tensor:
         """See `EvictingLayer._capacity`."""
@@ -93,11 +102,11 @@ class BudgetedLayer(EvictingLayer):
 
     def _due(self, columns: int, steps: int) -> torch.Tensor:
         """Rows with a head that has no room for `steps` more tokens."""
-        pool = self._require_pool()
-        if 0 < steps <= pool.least_free:
+        pool, budgets = self._require_pool(), self._require_budgets()
+        if 0 < steps <= pool.least_free - budgets.lead:
             # Between two forwards every head has the capacity it should have.
             return _NO_ROWS
-        return self._require_budgets().full(pool.length, steps)
+        return budgets.full(pool.length, steps)
 
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Compact `rows` to their budgets, when `columns` columns have been stored."""
@@ -105,6 +114,7 @@ class BudgetedLayer(EvictingLayer):
             return
         pool, occasion = self._require_pool(), self._occasion(rows, columns)
         held, slots, offset, at = gather_held(pool, occasion)
+        held = replace(held, first_head=self.shard.first)
         keep = self._choose(occasion, held, at)
         self._store_notes(held, slots)
         pool.compact(rows, slots, offset, keep)
@@ -130,6 +140,7 @@ class BudgetedLayer(EvictingLayer):
         where = (occasion.rows, occasion.columns)
         scale = partial(self._scale, *where, held.positions, partial(getattr, held))
         keep = self._decide(*where, select, budgets.bounds(occasion.rows), scale)
+        self.budgets = budgets.after(occasion.rows, held.valid, keep)
         self.evictions += occasion.rows.numel()
         self.evicted += int((held.valid & ~keep).sum())
         return keep

@@ -75,6 +75,9 @@ class EvictingLayer(WatchedLayer):
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Do what is due in `rows` when `columns` columns have been stored."""
 
+    def _recount(self) -> None:
+        """Take note that heads have lost tokens otherwise than by an eviction."""
+
     # ---------------------------------------------------------------------------------- one forward
 
     def _begin(self, steps: int) -> None:
@@ -236,6 +239,8 @@ class EvictingLayer(WatchedLayer):
             super()._crop(columns)
             self._log.crop(columns)
             self._prompt_columns = min(self._prompt_columns, self.seen)
+            if self.budgets is not None:
+                self._recount()
             return
         self.seen -= columns
         for name, value in draft.state.items():

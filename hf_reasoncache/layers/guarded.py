@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
+from hf_reasoncache.shards import ALONE, Agreement, Shard
 
 
 class GuardedLayer(CacheLayerMixin):
@@ -26,6 +27,10 @@ class GuardedLayer(CacheLayerMixin):
         Columns of the padded sequence seen so far.
     recording : bool
         Whether every forward may be cropped (assisted decoding).
+    shard : Shard
+        Which KV heads of the layer are here; set with the first forward.
+    agreement : {"agree", "local"}
+        Whether processes with other heads of the layer decide together with this one.
     """
 
     is_compileable = False
@@ -36,6 +41,8 @@ class GuardedLayer(CacheLayerMixin):
         super().__init__()
         self.index = index
         self.recording = False
+        self.shard: Shard = ALONE
+        self.agreement: Agreement = "agree"
         self._clear()
 
     def _clear(self) -> None:

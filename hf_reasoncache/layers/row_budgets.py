@@ -76,6 +76,19 @@ class RowBudgets:
         least = self.floor[rows, None].expand_as(heads)
         return heads, least, heads + buffer - max(1, buffer // 4)
 
+    @property
+    def lead(self) -> int:
+        """How many more free slots heads here may have than the fullest head elsewhere."""
+        return 0
+
+    def after(self, rows: torch.Tensor, valid: torch.Tensor, keep: torch.Tensor) -> RowBudgets:
+        """Take note that `rows` kept `keep` of the tokens `valid`, BoolTensor[R, H_kv, N]."""
+        return self
+
+    def recount(self, length: torch.Tensor) -> RowBudgets:
+        """Take note that the heads hold `length` tokens, LongTensor[B, H_kv]."""
+        return self
+
     def full(self, length: torch.Tensor, steps: int) -> torch.Tensor:
         """Rows with a head that has no room for `steps` more tokens.
 

@@ -16,6 +16,7 @@ import torch
 
 from hf_reasoncache.risk.damage import eviction_damage
 from hf_reasoncache.risk.log import RiskLog
+from hf_reasoncache.shards import ALONE, Shard
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,17 @@ class Probes:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"probes: expected {name} as an integer >= {low}, got {value!r}.")
 
-    def shadow(self, layer: int, heads: int) -> Shadow | None:
-        """Begin the shadow of a layer with `heads` KV heads; None where none of them was drawn."""
+    def shadow(self, layer: int, heads: int, shard: Shard = ALONE) -> Shadow | None:
+        """Begin the shadow of a layer of which `heads` KV heads are here, or None.
+
+        None where none of them was drawn. Which ones are does not depend on where heads are.
+        """
         drawn = random.Random(f"{self.seed}/{layer}")
-        chosen = [head for head in range(heads) if drawn.random() < self.heads]
+        total = shard.total or heads
+        chosen = [head for head in range(total) if drawn.random() < self.heads]
         phase = drawn.randrange(self.interval)
-        return Shadow(self.interval, phase, torch.tensor(chosen)) if chosen else None
+        here = [head - shard.first for head in chosen if 0 <= head - shard.first < heads]
+        return Shadow(self.interval, phase, torch.tensor(here)) if here else None
 
 
 class Shadow:
