@@ -137,7 +137,9 @@ class SharedBranchCache(ReasonCache):
         require_int("copies", copies, low=1)
         rows = self._rows()
         self._require_row(row)
-        source = torch.cat([torch.arange(rows), torch.full((copies,), row)])
+        source = torch.cat(
+            [torch.arange(rows, device="cpu"), torch.full((copies,), row, device="cpu")]
+        )
         rigid = {type(x).__name__ for x in self.layers if not hasattr(x, "batch_select_indices")}
         if rigid:
             raise ValueError(f"fork: expected layers whose rows can be repeated, got {rigid}.")
@@ -173,14 +175,15 @@ class SharedBranchCache(ReasonCache):
         if self._rows() == 1:
             raise ValueError("park: expected another row to stay in the batch, got the only one.")
         for layer in layers:
-            layer.freeze(torch.tensor([row]))
+            layer.freeze(torch.tensor([row], device="cpu"))
         parked = Parked(
             score=float(score),
             first=int(layers[0].first[row]),
             end=self.get_seq_length(),
             _paths=[layer.trunk.paths[row] for layer in layers],
         )
-        self.batch_select_indices(torch.tensor([i for i in range(self._rows()) if i != row]))
+        others = [other for other in range(self._rows()) if other != row]
+        self.batch_select_indices(torch.tensor(others, device="cpu"))
         self._parking.branches.append(parked)
         self._hold_bound()
         return parked

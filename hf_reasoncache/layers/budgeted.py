@@ -17,7 +17,7 @@ from hf_reasoncache.layers.row_budgets import RowBudgets
 from hf_reasoncache.layers.selection import Occasion, gather_held, incoming_held, rank
 from hf_reasoncache.scorers.base import HeldTokens
 
-_NO_ROWS = torch.zeros(0, dtype=torch.long)
+_NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 
 
 class BudgetedLayer(EvictingLayer):
@@ -44,7 +44,7 @@ class BudgetedLayer(EvictingLayer):
 
     def _store_cut(self, chunk: Chunk) -> None:
         batch, heads, steps, _ = chunk.keys.shape
-        self.first = torch.full((batch,), -1)
+        self.first = torch.full((batch,), -1, device="cpu")
         self._place_first(self.seen - steps, chunk.valid)
         self._remember(chunk)
         keep, notes = chunk.real_tokens(), {}
@@ -70,7 +70,7 @@ class BudgetedLayer(EvictingLayer):
     def _allocate(self) -> None:
         """See `EvictingLayer._allocate`."""
         pool = self._require_pool()
-        slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
+        slots, offset = pool.slots(torch.arange(pool.length.shape[0], device="cpu"))
         in_prompt = (pool.fields["positions"][slots] < self._end_of_prompt()) & (offset >= 0)
         self._allocate_for(in_prompt.sum(-1).cpu())
 

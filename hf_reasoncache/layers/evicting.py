@@ -119,8 +119,12 @@ class EvictingLayer(WatchedLayer):
     def store_first(self, chunk: Chunk) -> None:
         """See `GuardedLayer.store_first`; a long prompt is cut here."""
         batch, heads, steps, _ = chunk.keys.shape
-        self.first = torch.full((batch,), -1)
-        stored = torch.full((batch,), steps) if chunk.valid is None else chunk.valid.sum(-1).cpu()
+        self.first = torch.full((batch,), -1, device="cpu")
+        stored = (
+            torch.full((batch,), steps, device="cpu")
+            if chunk.valid is None
+            else chunk.valid.sum(-1).cpu()
+        )
         room = stored[:, None].expand(batch, heads).contiguous()
         self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
         if self.recording:

@@ -165,12 +165,12 @@ class GuardedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows of `indices` (positions or a mask)."""
         if self.rows is not None:
-            self.select_rows(torch.arange(self.rows)[indices.cpu()])
+            self.select_rows(torch.arange(self.rows, device="cpu")[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies beside each other."""
         if self.rows is not None:
-            self.select_rows(torch.arange(self.rows).repeat_interleave(repeats))
+            self.select_rows(torch.arange(self.rows, device="cpu").repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything, storage included."""

@@ -54,7 +54,9 @@ class RowBudgets:
         ValueError
             If the budget cannot hold the prompt and the window.
         """
-        per_head = torch.tensor([policy.layer_budget(rank, count) for count in prompt.tolist()])
+        per_head = torch.tensor(
+            [policy.layer_budget(rank, count) for count in prompt.tolist()], device="cpu"
+        )
         return RowBudgets(
             policy=policy,
             heads=per_head[:, None].expand(-1, heads).contiguous(),

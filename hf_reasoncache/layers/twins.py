@@ -22,7 +22,7 @@ class Twins:
 
     def __init__(self) -> None:
         self._layer: int | None = None
-        self._first_like: torch.Tensor = torch.zeros(0, dtype=torch.long)
+        self._first_like: torch.Tensor = torch.zeros(0, dtype=torch.long, device="cpu")
 
     def of(self, chunk: Chunk, layer: int, groups: torch.Tensor, shard: Shard) -> torch.Tensor:
         """Return for each row the first row that brings the same tokens.
@@ -60,7 +60,7 @@ def _first_like(chunk: Chunk, groups: torch.Tensor) -> torch.Tensor:
                 break
         else:
             firsts.append(row)
-    return torch.tensor(found)
+    return torch.tensor(found, device="cpu")
 
 
 def _same_tokens(chunk: Chunk, one: int, other: int) -> bool:

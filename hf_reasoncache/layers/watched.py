@@ -161,7 +161,7 @@ class WatchedLayer(PooledLayer):
         self.shadow.append(chunk.keys, chunk.values, chunk.valid)
         if chunk.steps == 1 and self.shadow.is_due():
             pool = self._require_pool()
-            slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
+            slots, offset = pool.slots(torch.arange(pool.length.shape[0], device="cpu"))
             columns = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1)
             self.shadow.probe(chunk.query, columns, chunk.settings)
 

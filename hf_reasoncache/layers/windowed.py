@@ -15,7 +15,7 @@ from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
 from hf_reasoncache.risk.guard import Weigh
 from hf_reasoncache.scorers.base import HeldTokens
 
-_NO_ROWS = torch.zeros(0, dtype=torch.long)
+_NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 _SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
 
 
@@ -273,7 +273,7 @@ class WindowedLayer(EvictingLayer):
         """
         log, device = self._log.last(rows), self._require_pool().fields["positions"].device
         wanted = min(self.policy.scorer.queries, self.policy.window)
-        asked = now[:, None] + torch.arange(-wanted, 0)
+        asked = now[:, None] + torch.arange(-wanted, 0, device="cpu")
         if log is None or not wanted:
             return None, torch.full_like(asked, -1).to(device)
         place = self.first[rows][:, None] + asked - (columns - log.shape[2])

@@ -179,7 +179,7 @@ class RowWindows:
             prompt=prompt,
             start=before.start if carried and before is not None else protected,
             sweep=before.sweep if carried and before is not None else protected,
-            limit=None if policy.max_budget is None else torch.tensor(limits),
+            limit=None if policy.max_budget is None else torch.tensor(limits, device="cpu"),
             protection=protection,
         )
 
