@@ -17,6 +17,7 @@ from hf_reasoncache.layers.keep_rates import keep_rates
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
+from hf_reasoncache.shards import Agreement, require_agreement
 
 
 class ReasonCache(Cache):
@@ -29,6 +30,9 @@ class ReasonCache(Cache):
     make_layer : Callable[[int, int, int], PooledLayer]
         Makes a layer from its index in the model, its rank among the full-attention layers, and
         their number.
+    tensor_parallel : {"agree", "local"}
+        Whether processes that hold other KV heads of a layer decide together with this one what is
+        evicted, or each for its own heads.
     offloading : bool
         Must be False.
 
@@ -43,8 +47,10 @@ class ReasonCache(Cache):
         config: PretrainedConfig,
         make_layer: Callable[[int, int, int], PooledLayer],
         *,
+        tensor_parallel: Agreement = "agree",
         offloading: bool = False,
     ) -> None:
+        self.tensor_parallel = require_agreement(tensor_parallel)
         if offloading:
             raise ValueError(
                 "offloading=True: expected the pools to stay on their layers' devices, got a "
@@ -53,7 +59,8 @@ class ReasonCache(Cache):
         layers = supported_layers(config)
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         for rank, index in enumerate(ours):
-            layers[index] = make_layer(index, rank, len(ours))
+            layer = layers[index] = make_layer(index, rank, len(ours))
+            layer.agreement = self.tensor_parallel
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
         self._blank = {
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours

@@ -212,7 +212,7 @@ class CacheReport:
         errors = self.probe_errors
         if errors is None or not errors.numel():
             return []
-        middle, most = errors.quantile(torch.tensor([0.5, 0.9])).tolist()
+        middle, most = errors.quantile(torch.tensor([0.5, 0.9], device="cpu")).tolist()
         kept = sum(layer.shadow_bytes for layer in self.layers)
         return [
             f"probes: outputs of heads differed from those of all tokens by {middle:.1%} (median),",
@@ -227,7 +227,7 @@ class CacheReport:
             return ["risk: no eviction was measured yet"]
         layer = max((each for each in self.layers if each.risk), key=_worst)
         head = int(layer.risk.error.amax(0).argmax()) if layer.risk else 0
-        middle, most = errors.quantile(torch.tensor([0.5, 0.9])).tolist()
+        middle, most = errors.quantile(torch.tensor([0.5, 0.9], device="cpu")).tolist()
         return [
             f"risk: an eviction moved a head's output by {middle:.1%} (median), {most:.1%} (90%),",
             f"      {float(errors.max()):.1%} (worst: layer {layer.index}, head {head}) for the "

@@ -87,6 +87,11 @@ class WindowPolicy:
         return self.kept < self.window or self.prompt_kept < self.window
 
     @property
+    def keeps_unevenly(self) -> bool:
+        """Whether the heads of a row may keep different numbers of tokens."""
+        return self.head_budgets or (self.risk is not None and self.risk.guard is not None)
+
+    @property
     def remedy(self) -> str:
         """How to protect less."""
         return "pass protect_prompt=False" if self.protect_prompt else "protect fewer of its tokens"
@@ -188,7 +193,7 @@ class RowWindows:
             prompt=prompt,
             start=before.start if carried and before is not None else protected,
             sweep=before.sweep if carried and before is not None else protected,
-            limit=None if policy.max_budget is None else torch.tensor(limits),
+            limit=None if policy.max_budget is None else torch.tensor(limits, device="cpu"),
             protection=protection,
         )
 
