@@ -11,7 +11,8 @@ from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.selection import Occasion, gather_held
 from hf_reasoncache.layers.token2chunk import token2chunk
-from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
+from hf_reasoncache.layers.window_policy import WindowPolicy
+from hf_reasoncache.layers.windows import RowWindows
 from hf_reasoncache.risk.guard import Weigh
 from hf_reasoncache.scorers.base import HeldTokens
 
