@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 
 from examples.batching.lines import Completion, Defaults, Line, digest, read_lines
-from examples.batching.memory import parse_bytes
 from examples.batching.packing import Limits, pack
 from examples.batching.sampling import Sampling
 from examples.batching.work import generate
@@ -26,7 +25,7 @@ from examples.batching.worker import Worker
 from examples.benchmarks.machine import Machine
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.settings import differences, plain, versions
-from hf_reasoncache.cli.loading import load_model
+from hf_reasoncache.cli.loading import load_model, processes_of
 from hf_reasoncache.cli.options import (
     Buffer,
     Chat,
@@ -41,7 +40,7 @@ from hf_reasoncache.cli.options import (
 )
 from hf_reasoncache.evaluation.arms import parse_arm, parse_budget
 from hf_reasoncache.evaluation.journal import Journal
-from hf_reasoncache.processes import Processes
+from hf_reasoncache.planning.units import parse_bytes
 
 
 def write_answers(
@@ -140,7 +139,7 @@ def main(
         raise ValueError(f"--budget: expected {wanted}, got {budget}.")
     limits = Limits(parse_bytes(memory), batch_size, look_ahead)
     loaded = load_model(model, revision, dtype, device, threads)
-    processes = Processes(cpu=loaded[0].device.type == "cpu")
+    processes = processes_of(loaded[0])
     usual = loaded[0].generation_config
     sampling = Sampling.of(usual) if temperature is None else Sampling(temperature)
     sampling = sampling.changed(top_k=top_k, top_p=top_p)
@@ -176,6 +175,7 @@ def main(
         if processes.is_main:
             typer.echo(f"{out}: complete already")
         return
+    machine = Machine.here(seed)
     partial = out.with_name(f"{out.name}.partial")
     with Journal(partial, Completion, settings, processes) as journal:
         work = generate(read, worker, journal, limits, samples, processes)
@@ -183,7 +183,7 @@ def main(
     if processes.is_main:
         content = {"settings": settings, "shared_prompts": worker.shares}
         content |= {"limits": asdict(limits), "processes": processes.count}
-        content |= {"last_run": asdict(work), "machine": Machine.here(seed).row()}
+        content |= {"last_run": asdict(work), "machine": machine.row()}
         # First, as a file of answers without it would be taken for another's.
         about.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         write_answers(out, read, journal, samples)
@@ -207,10 +207,15 @@ def _complete(out: Path, about: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the command line; what the user can mend is one line on stderr and exit status 1."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(main)
     try:
         app()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -32,6 +34,11 @@ class Processes:
         This process, and how many there are.
     device : torch.device
         The one that is this process's own.
+
+    Warns
+    -----
+    UserWarning
+        If accelerate was told to start several and has started one.
     """
 
     def __init__(self, *, cpu: bool) -> None:
@@ -39,6 +46,12 @@ class Processes:
         self.index: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.device: torch.device = self._state.device
+        if self.count == 1 and {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys():
+            warnings.warn(
+                "expected several processes, got one: accelerate launch leaves those of CPUs to "
+                "MPI; use torchrun --nproc-per-node N -m ... for several on this machine.",
+                stacklevel=1,
+            )
 
     @property
     def is_main(self) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from examples.benchmarks import branches, cpu_decode, step_latency
+from examples.benchmarks import batch_memory, branches, cpu_decode, step_latency
 
 ARMS = (
     "DynamicCache + sdpa",
@@ -111,3 +111,25 @@ def test_branches_leave_out_what_does_not_fit():
     text = "\n".join(lines)
     assert text.count("needs 0.0 GB, --memory is 0.0001") == 2
     assert "left out above 10 tokens in all rows" in text
+
+
+def test_caches_answer_the_same_prompts_at_one_bound(tmp_path, capsys, monkeypatch):
+    whole, problems = batch_memory.trials(2), batch_memory.make_problems
+    chosen = [trial for trial in whole if trial.name in ("full", "random, 96") or trial.samples > 1]
+    monkeypatch.setattr(batch_memory, "trials", lambda samples: chosen)
+    monkeypatch.setattr(
+        batch_memory,
+        "make_problems",
+        lambda *given: [replace(each, max_new_tokens=9) for each in problems(*given)],
+    )
+    page, table = tmp_path / "page.md", tmp_path / "x.csv"
+    page.write_text("<!-- batch-memory -->\n<!-- end batch-memory -->\n")
+    arguments = ["--count", "1", "--rounds", "1", "--csv", str(table), "--document", str(page)]
+    monkeypatch.setattr("sys.argv", ["batch_memory", *arguments])
+    batch_memory.main()
+    assert page.read_text().count("\n| ") == 1 + len(chosen)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["tokens"] for row in rows] == [str(3 * 9 * trial.samples) for trial in chosen]
+    assert all(0 < float(row["peak, MB"]) <= 16 for row in rows)
+    assert capsys.readouterr().out.count("\n| ") == 1 + len(chosen)

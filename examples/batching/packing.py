@@ -84,14 +84,14 @@ def batch_bytes(batch: Sequence[Job], row_bytes: RowBytes) -> int:
     """Bytes of a batch's cache at its longest."""
     prompt = max(len(job.line.ids) for job in batch)
     new = max(job.line.max_new_tokens for job in batch)
-    return sum(
-        max(
-            row_bytes(prompt, new, len(job.samples)),
-            # Where branches share a prompt, a budget leaves more to those of a shorter one.
-            row_bytes(len(job.line.ids), new, len(job.samples)),
-        )
-        for job in batch
-    )
+    return sum(_job_bytes(job, prompt, new, row_bytes) for job in batch)
+
+
+def _job_bytes(job: Job, prompt: int, new: int, row_bytes: RowBytes) -> int:
+    """Bytes of a job in a batch of this longest prompt and answer."""
+    rows = len(job.samples)
+    # Where branches share a prompt, a budget leaves more to those of a shorter one.
+    return max(row_bytes(prompt, new, rows), row_bytes(len(job.line.ids), new, rows))
 
 
 def _order(job: Job) -> tuple[str, int, int]:
@@ -99,15 +99,22 @@ def _order(job: Job) -> tuple[str, int, int]:
 
 
 def _cut(jobs: Iterable[Job], row_bytes: RowBytes, limits: Limits) -> Iterable[list[Job]]:
+    """Cut jobs, longest prompts first, wherever one more would exceed a limit."""
     batch: list[Job] = []
+    rows = size = new = 0
     for job in jobs:
-        more = [*batch, job]
-        rows = sum(len(each.samples) for each in more)
-        if batch and (rows > limits.rows or batch_bytes(more, row_bytes) > limits.memory):
-            yield batch
-            batch = [job]
+        rows += len(job.samples)
+        if batch and job.line.max_new_tokens <= new:
+            # The first has the longest prompt. Not all are summed up anew: files are long.
+            size += _job_bytes(job, len(batch[0].line.ids), new, row_bytes)
         else:
-            batch = more
+            size = batch_bytes([*batch, job], row_bytes)
+        if batch and (rows > limits.rows or size > limits.memory):
+            yield batch
+            batch, rows, new = [], len(job.samples), 0
+            size = batch_bytes([job], row_bytes)
+        batch.append(job)
+        new = max(new, job.line.max_new_tokens)
     if batch:
         yield batch
 

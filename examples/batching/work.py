@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from examples.batching.lines import Completion, Line
-from examples.batching.memory import show_bytes
 from examples.batching.packing import Limits, pack
 from examples.batching.worker import Made, Worker
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.planning.units import amount
 from hf_reasoncache.processes import Processes
 
 
@@ -25,6 +25,8 @@ class Work:
     answers, tokens, batches : int
     seconds : float
         In generate; of several processes, the longest.
+    cpu_seconds : float
+        Of the processors meanwhile, all processes together.
     peak_bytes : int
         Most that the cache of a batch held.
     rows : int
@@ -36,6 +38,7 @@ class Work:
     tokens: int = 0
     batches: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_bytes: int = 0
     rows: int = 0
     steps: int = 0
@@ -47,6 +50,7 @@ class Work:
             self.tokens + made.tokens,
             self.batches + 1,
             self.seconds + made.seconds,
+            self.cpu_seconds + made.cpu_seconds,
             max(self.peak_bytes, made.peak_bytes),
             self.rows + sum(made.live),
             self.steps + len(made.live),
@@ -57,7 +61,7 @@ class Work:
         """Join what processes did beside each other."""
         sums = {
             name: sum(getattr(part, name) for part in parts)
-            for name in ("answers", "tokens", "batches", "rows", "steps")
+            for name in ("answers", "tokens", "batches", "cpu_seconds", "rows", "steps")
         }
         return Work(
             **sums,
@@ -74,8 +78,8 @@ class Work:
         return [
             f"{self.answers:,} answers, {self.tokens:,} tokens in {self.seconds:.1f} s: "
             f"{speed:,.0f} tokens/s",
-            f"{self.batches} batches, {self.rows / self.steps:.1f} rows in a step on average",
-            f"cache: {show_bytes(self.peak_bytes)} at most, bound {show_bytes(memory)}{each} "
+            f"batches: {self.batches}, with {self.rows / self.steps:.1f} rows in a step on average",
+            f"cache: {amount(self.peak_bytes)} at most, bound {amount(memory)}{each} "
             f"({self.peak_bytes / memory:.0%})",
         ]
 

@@ -32,8 +32,8 @@ class Made:
     Attributes
     ----------
     completions : tuple of Completion
-    seconds : float
-        Time in generate.
+    seconds, cpu_seconds : float
+        In generate: of the clock, and of the processors.
     peak_bytes : int
         Most that the cache held after a step.
     live : tuple of int
@@ -42,6 +42,7 @@ class Made:
 
     completions: tuple[Completion, ...]
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     live: tuple[int, ...]
 
@@ -117,13 +118,9 @@ class Worker:
             arm = replace(arm, whitelist=False, fair=None, settings=settings)
         cache = self._cache(arm, new)
         config, dtype = self.model.config, self.model.dtype
-        # The last token of an answer is never fed. Early on, the queries of the prompt's end are
-        # kept beside the newer ones.
-        early = max(getattr(layer, "log_size", 0) for layer in cache.layers) - 1
-        return max(
-            row_bytes(cache, config, prompt=prompt, generated=generated, dtype=dtype).most(rows)
-            for generated in {new - 1, max(0, min(new - 1, early))}
-        )
+        # The last token of an answer is never fed.
+        found = row_bytes(cache, config, prompt=prompt, generated=new - 1, dtype=dtype)
+        return found.most(rows)
 
     def _cache(self, arm: Arm, new: int, spans: Any = None) -> Cache:
         config = self.model.config
@@ -158,7 +155,7 @@ class Worker:
         cache = self._cache(self.arm, max(limits), spans_of(read, self.tokenizer, chat=self.chat))
         watch = _Watch(cache, progress)
         hook = self.model.register_forward_hook(watch)
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         try:
             output = self.model.generate(  # type: ignore[operator]
                 input_ids=ids.to(self.model.device),
@@ -171,10 +168,10 @@ class Worker:
             )
         finally:
             hook.remove()
-        seconds = time.perf_counter() - begin
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
         rows = zip(lines, samples, limits, output[:, longest:].tolist(), strict=True)
         completions = tuple(self._completion(*row) for row in rows)
-        return Made(completions, seconds, watch.peak, tuple(watch.live))
+        return Made(completions, seconds, cpu_seconds, watch.peak, tuple(watch.live))
 
     def _generation(self, new: int) -> Any:
         config = copy.deepcopy(self.model.generation_config)

@@ -65,6 +65,8 @@ def calibrate(
         If a prompt is unusable, prompts are too few or their completions too short, or
         `<directory>.partial` holds answers of another model, to other prompts or under other
         settings.
+    ConnectionError
+        If another process has ended.
     """
     settings = settings or CalibrationSettings()
     run = _Run(model, tokenizer, prompts, settings, Path(directory), progress, say)

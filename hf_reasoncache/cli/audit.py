@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory
+from hf_reasoncache.cli.loading import load_model, new_directory, processes_of
 from hf_reasoncache.cli.options import (
     BatchSize,
     Budgets,
@@ -75,7 +75,8 @@ def audit_command(
     Each instruction is asked beside the others, in several orders, and alone, greedily. Writes
     answers.jsonl (one line for every answer, as it comes), audit.json, audit.md and audit.png. The
     verdict is on the worst instruction and the largest leakage; the exit status is 2 where a limit
-    is exceeded.
+    is exceeded. Several processes share the prompts: accelerate launch -m hf_reasoncache.cli audit
+    ...
     """
     limits = Limits(min_following, max_drop, max_leakage)
     read = load_suite(suite, limit)
@@ -84,6 +85,8 @@ def audit_command(
     loaded = load_model(model, revision, dtype, device, threads)
     path = new_directory(out) / "answers.jsonl"
     found = audit(*loaded, read, arms, parse_budgets(budgets), path, settings)
+    if not processes_of(loaded[0]).is_main:
+        return
     violations = limits.violations(found)
     about = {"cases": len(read.cases), **facts(loaded[0], settings)}
     write_report(found, violations, about, out)

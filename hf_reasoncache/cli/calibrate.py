@@ -16,7 +16,7 @@ from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
-from hf_reasoncache.cli.loading import load_model
+from hf_reasoncache.cli.loading import load_model, processes_of
 from hf_reasoncache.cli.options import (
     BatchSize,
     Chat,
@@ -27,7 +27,6 @@ from hf_reasoncache.cli.options import (
     Revision,
     Threads,
 )
-from hf_reasoncache.processes import Processes
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -154,8 +153,7 @@ def calibrate(
     """Measure how much each layer of a model needs, and write the profile.
 
     The model answers the prompts with the full cache; then its answers are read again and measured.
-    Several processes share the prompts:
-    accelerate launch -m hf_reasoncache.cli calibrate ...
+    Several processes share the prompts: accelerate launch -m hf_reasoncache.cli calibrate ...
     """
     eviction = Eviction(
         scorer=scorer.make(window), buffer=buffer, window=window, protect_prompt=protect_prompt
@@ -183,7 +181,7 @@ def calibrate(
         resume=resume,
         say=lambda line: typer.echo(line, err=True),
     )
-    if Processes(cpu=loaded[0].device.type == "cpu").is_main:
+    if processes_of(loaded[0]).is_main:
         typer.echo(out)
         if push_to is not None:
             typer.echo(profile.push_to_hub(push_to))

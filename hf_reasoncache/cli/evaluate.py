@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory
+from hf_reasoncache.cli.loading import load_model, new_directory, processes_of
 from hf_reasoncache.cli.loading import seeds as parse_seeds
 from hf_reasoncache.cli.options import (
     BatchSize,
@@ -68,7 +68,8 @@ def evaluate_command(
     """Compare caches with the full one on your tasks.
 
     Writes answers.jsonl (one line for every answer, as it comes), results.json, results.md and
-    results.png. Differences carry the p of McNemar's exact test on the same questions.
+    results.png. Differences carry the p of McNemar's exact test on the same questions. Several
+    processes share the questions: accelerate launch -m hf_reasoncache.cli evaluate ...
     """
     # `--task module:name` finds modules where the command runs, as `python -m` does.
     sys.path.insert(0, "")
@@ -89,6 +90,8 @@ def evaluate_command(
         settings,
         say=lambda line: typer.echo(line, err=True),
     )
+    if not processes_of(loaded[0]).is_main:
+        return
     rows = tabulate(records, control.name if control else None)
     columns, lines = cells(rows)
     content = [

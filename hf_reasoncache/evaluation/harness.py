@@ -64,6 +64,8 @@ def evaluate(
     ValueError
         If the journal is of another model or other settings, one of its answers is of another
         question or cache under the same name, or a cache refuses a budget.
+    ConnectionError
+        If another process has ended.
     """
     settings = settings or Settings()
     runner = _Runner(model, tokenizer, settings)
