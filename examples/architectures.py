@@ -41,6 +41,7 @@ OUTCOMES = WORKS, REFUSED, WRONG, UNTRIED = "works", "refused", "wrong", "not tr
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
+    "vocab_size_per_layer_input": 128,
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_attention_heads": 4,
@@ -74,6 +75,10 @@ SIZES: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
 }
 """Whatever of this a config has; the rest stays at its default."""
 
@@ -82,6 +87,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 4, "n_layer": 4, "sliding_window": 12},
     {"num_hidden_layers": 6, "n_layer": 6, "sliding_window": 12},
     {"num_hidden_layers": 2, "n_layer": 2},
+    {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
 )
 """Tried one after the other: hybrids have a full-attention layer only every few layers."""
 
@@ -155,9 +162,10 @@ def examine(name: str) -> Finding:
     for variant in VARIANTS:
         try:
             config = configure(name, variant)
-            refusal = refuses(config)
-            if refusal:
-                found = Finding(name, REFUSED, reason=refusal)
+            if refusal := refuses(config):
+                # A tiny model may lack what the real ones have.
+                if refuses(CONFIG_MAPPING[name]()):
+                    found = Finding(name, REFUSED, reason=refusal)
                 continue
             model = build(config)
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
@@ -175,6 +183,7 @@ def examine(name: str) -> Finding:
 
 def refuses(config: PreTrainedConfig) -> str:
     """Why our caches refuse a model before it runs; empty if they do not."""
+    DynamicCache(config=config)
     try:
         ReasonAllocCache(config, budget=None)
     except ValueError as error:
