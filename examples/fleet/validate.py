@@ -10,6 +10,7 @@ as a trace has them. It has seen neither these prompts nor these batches.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,12 +18,12 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from examples.batching.packing import Limits, pack
-from examples.batching.worker import Worker
+from examples.batching.packing import Job, Limits, pack
+from examples.batching.worker import Made, Worker
 from examples.benchmarks.machine import Machine
 from examples.fleet.caches import arms
 from examples.fleet.command import run_command
-from examples.fleet.measure import Timed, load_lines, server_of
+from examples.fleet.measure import load_lines, server_of
 from examples.fleet.measured import read_measured
 from examples.fleet.server import Server
 from examples.fleet.simulator import decode_seconds
@@ -49,12 +50,14 @@ class Compared:
         return self.predicted / self.measured - 1
 
 
-def compare(server: Server, timed: Timed, bound: int) -> Compared:
+def compare(server: Server, batch: Sequence[Job], made: Made, wall: bool, bound: int) -> Compared:
     """Predict one batch from the lengths of its prompts and answers."""
-    answers = [(each.completion_tokens,) for each in timed.made.completions]
-    predicted = server.prompt_seconds(timed.prompt, len(answers))
-    predicted += max(decode_seconds(server, timed.prompt, answers))
-    return Compared(sum(timed.seconds), predicted, len(answers), timed.made.peak_bytes, bound)
+    prompt = max(len(job.line.ids) for job in batch)
+    answers = [(each.completion_tokens,) for each in made.completions]
+    predicted = server.prompt_seconds(prompt, len(answers))
+    predicted += max(decode_seconds(server, prompt, answers))
+    measured = made.seconds if wall else made.cpu_seconds
+    return Compared(measured, predicted, len(answers), made.peak_bytes, bound)
 
 
 def line_of(name: str, batches: list[Compared]) -> dict[str, str]:
@@ -102,7 +105,7 @@ def validate(
         wanted = [(line, [0]) for line in lines]
         batches = pack(wanted, worker.row_bytes, Limits(bound, 256, 1024))
         found = [
-            compare(server, Timed.run(worker, batch, wall), bound)
+            compare(server, batch, worker.run(batch, lambda rows: None), wall, bound)
             for batch in tqdm(batches, desc=name, unit="batch", leave=False)
         ]
         table.append(line_of(name, found))
