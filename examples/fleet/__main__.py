@@ -30,6 +30,7 @@ from hf_reasoncache.evaluation.table import text_table
 from hf_reasoncache.planning import ModelSize, Setting
 from hf_reasoncache.planning.devices import find_device
 from hf_reasoncache.planning.units import amount, parse_bytes
+from hf_reasoncache.reason_alloc import ReasonAllocCache
 
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 """Shares of its sustained rate at which the latency of a server is shown."""
@@ -132,6 +133,9 @@ def _servers(
     measured: Path | None,
 ) -> list[Server]:
     config, caches = setting.config, {}
+    if measured is None:
+        # Like DynamicCache, without copying itself at every step.
+        caches["no budget"] = ReasonAllocCache(config, budget=None)
     for name, (arm, number) in arms(cache, budgets).items():
         caches[name] = arm.make(config, number, None, 0)
         if branches > 1:

@@ -43,7 +43,7 @@ def test_a_fleet(run, tmp_path: Path) -> None:
     rates = {(x["cache"], x["batches"]): float(x["sustained/s"]) for x in lines}
     assert set(rates) == {
         (name, mode)
-        for name in ("DynamicCache", "reason-alloc 96")
+        for name in ("no budget", "DynamicCache", "reason-alloc 96")
         for mode in ("continuous", "static")
     }
     for mode in ("continuous", "static"):
@@ -59,7 +59,13 @@ def test_a_fleet(run, tmp_path: Path) -> None:
 def test_branches(run) -> None:
     status, out, _ = run("--branches", 4, "--mode", "continuous", "--requests", 40)
     assert status == 0 and all(len(line) <= 80 for line in out.splitlines())
-    for name in ("DynamicCache", "shared, no budget", "reason-alloc 96", "shared, reason-alloc 96"):
+    for name in (
+        "no budget",
+        "DynamicCache",
+        "shared, no budget",
+        "reason-alloc 96",
+        "shared, reason-alloc 96",
+    ):
         assert f"\n{name} " in out
 
 
