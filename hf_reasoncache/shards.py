@@ -45,6 +45,10 @@ class Shard:
         """Whether decisions are made together with other processes."""
         return self.group is not None
 
+    def describe(self, heads: int) -> tuple[int, int, int] | None:
+        """Return first head, `heads` and total; None where this process has all of them."""
+        return None if self.total is None else (self.first, heads, self.total)
+
     def own(self, everyone: torch.Tensor, heads: int) -> torch.Tensor:
         """Return the `heads` heads of this process, of a tensor `[R, H, ...]` of those decided for.
 
