@@ -24,7 +24,7 @@ from examples.tiny_reasoner import MODELS
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache, SlidingWindowCompressCache
 
 SEED = 0
-PROMPT, STEPS = 48, 80
+PROMPT = 48
 
 CACHES: dict[str, Callable[[Any], Cache]] = {
     "DynamicCache": lambda config: DynamicCache(config=config),
@@ -58,12 +58,12 @@ def ways(
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, make: Callable[[Any], Cache], place: torch.device
+    model: PreTrainedModel, make: Callable[[Any], Cache], place: torch.device, steps: int
 ) -> tuple[torch.Tensor, Moves]:
     """Decode two rows greedily, one of them padded, and count what the steps move."""
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(4, model.config.vocab_size, (2, PROMPT), generator=generator).to(place)
-    mask = torch.ones(2, PROMPT + STEPS, dtype=torch.long, device=place)
+    mask = torch.ones(2, PROMPT + steps, dtype=torch.long, device=place)
     mask[1, :9] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache, moves, found = make(model.config), Moves(), []
@@ -80,7 +80,7 @@ def measure(
 
     token = forward(ids, PROMPT)
     with moves:
-        for step in range(STEPS):
+        for step in range(steps):
             found.append(token)
             token = forward(token, PROMPT + step + 1)
     return torch.cat(found, 1).cpu(), moves
@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--family", choices=sorted(MODELS), default="llama")
+    parser.add_argument("--steps", type=int, default=80, help="tokens to decode")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     machine = Machine.here(SEED)
@@ -107,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ).eval()
             )
             for name, make in CACHES.items():
-                tokens, moves = measure(model, make, where)
+                tokens, moves = measure(model, make, where, chosen.steps)
                 same = torch.equal(expected.setdefault(name, tokens), tokens)
-                count, size = moves.tensors.total() / STEPS, moves.bytes / STEPS / 1e3
+                count, size = moves.tensors.total() / chosen.steps, moves.bytes / chosen.steps / 1e3
                 print(f"{way:22}{name:28}{count:8.1f}{size:9.1f}  {'same' if same else 'OTHER'}")
     print(machine)
 

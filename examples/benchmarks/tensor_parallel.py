@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=int, default=96)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
     parser.add_argument("--only", nargs="+", metavar="CACHE", help="leave out all others")
-    parser.add_argument("--output", metavar="CSV")
+    parser.add_argument("--output", type=Path, metavar="CSV")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     machine = Machine.here(SEED)
