@@ -1,4 +1,4 @@
-"""The two ideas of Kara taken apart, beside eviction at a threshold: a table of docs/results.md.
+"""The two ideas of Kara taken apart, beside eviction at a threshold: the table of docs/windows.md.
 
 Scores with a causal mask or without, single tokens or chunks, three ratios; random tokens as the
 control; the layer profile on top; and R-KV and ReasonAlloc with budgets that hold as many tokens on
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=["chain"])
     parser.add_argument("--problems", type=int, default=200, help="of each task")
     parser.add_argument("--development", action="store_true", help="other problems, no document")
-    parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--document", type=Path, default=Path("docs/windows.md"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

@@ -25,9 +25,10 @@ from examples.tables import insert
 from examples.tiny_reasoner import MODELS, TEST_SEEDS
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.evaluation import Arm, Settings, Share, Suite, audit, load_suite
-from hf_reasoncache.evaluation.audit import Audit, CellResult, Limits
 from hf_reasoncache.evaluation.audit_report import write_report
+from hf_reasoncache.evaluation.audit_result import Audit, CellResult
 from hf_reasoncache.evaluation.harness import facts
+from hf_reasoncache.evaluation.limits import Limits
 from hf_reasoncache.evaluation.table import markdown_table
 
 BUDGETS = (64, 96, 128)

@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=50, help="of each task, for each side")
     parser.add_argument("--heads", type=float, default=0.25, help="share with a shadow")
     parser.add_argument("--interval", type=int, default=8, help="steps between probes")
-    parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--document", type=Path, default=Path("docs/risk.md"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -85,7 +85,7 @@ def _counts(value: object) -> bool:
 
 
 def head_shape(decoder: PretrainedConfig, index: int) -> tuple[int, int]:
-    """Return KV heads and head size of one layer."""
+    """Return the KV heads and the head size of one layer of a decoder's config."""
     if getattr(decoder, "is_heterogeneous", False):
         decoder = decoder.per_layer_config[index]
     heads = decoder.num_attention_heads

@@ -32,6 +32,7 @@ PARTS: dict[str, set[str]] = {
     "geometry": set(),
     "shards": set(),
     "version": set(),
+    "processes": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "shards", "triton_ops"},
     "attention": {"geometry", "layers", "shards", "triton_ops"},
     "report": {"layers", "protection", "risk", "triton_ops"},
@@ -40,10 +41,13 @@ PARTS: dict[str, set[str]] = {
     "branching": CACHES | {"arguments", "geometry"},
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
     "calibration": {"scorers", "budgets", "geometry", "layers", "risk", "triton_ops", "version"}
+    | {"processes"}
     | CACHES,
     "calibration.profile": {"budgets", "geometry"},
+    # Bytes follow from how layers allocate; which cache has them does not matter.
+    "planning": {"geometry", "layers", "scorers"},
     "evaluation": CACHES
-    | {"branching", "protection", "report", "scorers"}
+    | {"branching", "processes", "protection", "report", "scorers"}
     # Prompts, weights and releases are named as in a calibration.
     | {"calibration.prompts", "calibration.fingerprint", "calibration.settings"},
 }
@@ -64,11 +68,11 @@ LIBRARIES: dict[str, set[str]] = {
     "hf_reasoncache.attention": {"torch", "transformers"},
     "hf_reasoncache.geometry": {"transformers"},
     "hf_reasoncache.arguments": {"transformers"},
+    "hf_reasoncache.processes": {"torch", "accelerate", "tqdm"},
     "hf_reasoncache.layers": {"torch", "transformers"},
     "hf_reasoncache.branching": {"torch", "transformers"},
     "hf_reasoncache.calibration": {"torch", "transformers", "safetensors"},
     "hf_reasoncache.calibration.prompts": {"transformers", "datasets"},
-    "hf_reasoncache.calibration.run": {"torch", "transformers", "accelerate", "tqdm"},
     "hf_reasoncache.calibration.profile": {"torch", "transformers"},
     "hf_reasoncache.calibration.hub": {"huggingface_hub"},
     "hf_reasoncache.calibration.card": {"huggingface_hub"},
@@ -80,9 +84,10 @@ LIBRARIES: dict[str, set[str]] = {
         "lm_eval",
         "math_verify",
         "scipy",
-        "tqdm",
     },
     "hf_reasoncache.evaluation.plot": {"matplotlib"},
+    "hf_reasoncache.planning": {"torch", "transformers"},
+    "hf_reasoncache.planning.plot": {"matplotlib"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }

@@ -5,7 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from examples.benchmarks import branches, cpu_decode, devices, step_latency, tensor_parallel
+from examples.benchmarks import (
+    batch_memory,
+    branches,
+    cpu_decode,
+    devices,
+    step_latency,
+    tensor_parallel,
+)
 
 ARMS = (
     "DynamicCache + sdpa",
@@ -135,3 +142,25 @@ def test_offloaded_weights_are_counted(capsys):
     for line in lines:
         of[line[:22].strip()].add(tuple(line.split()[-3:]))
     assert all(len(numbers) == 1 for numbers in of.values()), of
+
+
+def test_caches_answer_the_same_prompts_at_one_bound(tmp_path, capsys, monkeypatch):
+    whole, problems = batch_memory.trials(2), batch_memory.make_problems
+    chosen = [trial for trial in whole if trial.name in ("full", "random, 96") or trial.samples > 1]
+    monkeypatch.setattr(batch_memory, "trials", lambda samples: chosen)
+    monkeypatch.setattr(
+        batch_memory,
+        "make_problems",
+        lambda *given: [replace(each, max_new_tokens=9) for each in problems(*given)],
+    )
+    page, table = tmp_path / "page.md", tmp_path / "x.csv"
+    page.write_text("<!-- batch-memory -->\n<!-- end batch-memory -->\n")
+    arguments = ["--count", "1", "--rounds", "1", "--csv", str(table), "--document", str(page)]
+    monkeypatch.setattr("sys.argv", ["batch_memory", *arguments])
+    batch_memory.main()
+    assert page.read_text().count("\n| ") == 1 + len(chosen)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["tokens"] for row in rows] == [str(3 * 9 * trial.samples) for trial in chosen]
+    assert all(0 < float(row["peak, MB"]) <= 16 for row in rows)
+    assert capsys.readouterr().out.count("\n| ") == 1 + len(chosen)

@@ -43,7 +43,7 @@ class PrefillMemory:
     bound: int | None
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Counts the storages that operators allocate while it is on, for as long as they live."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
         return tensor.untyped_storage()
 
 
-def _under(mode: _Allocations, method: Callable[..., Any]) -> Callable[..., Any]:
+def _under(mode: Allocations, method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         with mode:
@@ -98,7 +98,7 @@ def _measure(
     name: str, attention: str, cache: Cache, bound: int | None, model: LlamaForCausalLM, work: Work
 ) -> PrefillMemory:
     model.set_attn_implementation(attention)
-    mode, held = _Allocations(), [0]
+    mode, held = Allocations(), [0]
     for layer in cache.layers:
         # The cache's code and nothing else: activations are the same whichever cache runs.
         for entry in ("update", "store_first"):

@@ -1,4 +1,4 @@
-"""Print development problems as JSON lines, to calibrate a tiny reasoner on.
+"""Print development problems as JSON lines, to calibrate a tiny reasoner on, or to answer.
 
 python -m examples.tiny_reasoner.prompts --family llama > prompts.jsonl
 """
@@ -29,7 +29,7 @@ def main() -> None:
     # In turn, so that every share of the prompts has every task.
     for problems in zip(*batches, strict=True):
         for problem in problems:
-            print(json.dumps({"prompt": problem.prompt}))
+            print(json.dumps({"prompt": problem.prompt, "answer": problem.answer}))
 
 
 if __name__ == "__main__":

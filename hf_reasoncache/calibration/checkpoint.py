@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from hf_reasoncache.calibration.settings import differences
+
 _SETTINGS = "settings.json"
 
 
@@ -53,7 +55,7 @@ class Checkpoint:
             if found != wanted:
                 raise ValueError(
                     f"{self.directory}: expected an unfinished calibration with these settings, "
-                    f"got one that differs in {', '.join(_differences(found, wanted))}; repeat it "
+                    f"got one that differs in {', '.join(differences(found, wanted))}; repeat it "
                     "as it was, or pass --no-resume to throw it away."
                 )
             return
@@ -135,11 +137,3 @@ def _write(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    return sorted(
-        f"{name} ({found.get(name)!r:.40} there, {wanted.get(name)!r:.40} now)"
-        for name in {*found, *wanted}
-        if found.get(name) != wanted.get(name)
-    )

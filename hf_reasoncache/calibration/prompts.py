@@ -136,7 +136,7 @@ def read_prompts(
     """
     path = Path(source)
     if path.is_file():
-        read = _json_lines(path, column) if path.suffix == ".jsonl" else _text_lines(path)
+        read = _objects(path, column) if path.suffix == ".jsonl" else _text_lines(path)
         name, revision = path.name, None
     elif path.suffix or path.is_absolute() or source.startswith("."):
         raise FileNotFoundError(f"{source}: expected a file of prompts, got none.")
@@ -158,7 +158,20 @@ def _text_lines(path: Path) -> Iterator[Prompt]:
         yield Prompt(line, place)
 
 
-def _json_lines(path: Path, column: str | None) -> Iterator[Prompt]:
+def _objects(path: Path, column: str | None) -> Iterator[Prompt]:
+    for place, row in json_lines(path):
+        yield _from_row(row, column, place)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and object of each line of a file; empty lines are skipped.
+
+    Raises
+    ------
+    ValueError
+        If a line is not a JSON object, or there is none; names the line.
+    """
+    place = ""
     for place, line in _lines(path):
         try:
             row = json.loads(line)
@@ -166,7 +179,9 @@ def _json_lines(path: Path, column: str | None) -> Iterator[Prompt]:
             raise ValueError(f"{place}: expected a JSON object, got: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}.")
-        yield _from_row(row, column, place)
+        yield place, row
+    if not place:
+        raise ValueError(f"{path}: expected JSON lines, got none.")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

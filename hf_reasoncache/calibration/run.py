@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.checkpoint import Checkpoint
@@ -22,6 +20,7 @@ from hf_reasoncache.calibration.settings import CalibrationSettings, digest, pla
 from hf_reasoncache.calibration.traces import Trace, generate_traces
 from hf_reasoncache.calibration.tune import Tune, Tuned, choose
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.processes import Processes
 
 
 def calibrate(
@@ -40,8 +39,8 @@ def calibrate(
     Every finished prompt is written to `<directory>.partial`, which is deleted in the end; a run
     that was killed goes on from there and gives the same profile, bit for bit. One that failed
     because of the estimator's settings keeps its answers for the next. Started by `accelerate
-    launch`, the processes share the prompts and all of them return the profile; they must see the
-    same file system.
+    launch` or `torchrun`, the processes share the prompts and all of them return the profile; they
+    must see the same file system.
 
     Parameters
     ----------
@@ -66,6 +65,8 @@ def calibrate(
         If a prompt is unusable, prompts are too few or their completions too short, or
         `<directory>.partial` holds answers of another model, to other prompts or under other
         settings.
+    ConnectionError
+        If another process has ended.
     """
     settings = settings or CalibrationSettings()
     run = _Run(model, tokenizer, prompts, settings, Path(directory), progress, say)
@@ -93,14 +94,14 @@ class _Run:
             self.seen, self.held_out = settings.tune.split(len(self.ids))
         self.geometry = Geometry.of(model.config)
         self.fingerprint = fingerprint(model)
-        self.state = PartialState(cpu=model.device.type == "cpu")
+        self.processes = Processes(cpu=model.device.type == "cpu")
         self.checkpoint = Checkpoint(directory.with_name(f"{directory.name}.partial"))
 
     def profile(self, resume: bool) -> BudgetProfile:
         """Go through all steps."""
-        if self.state.is_main_process:
+        if self.processes.is_main:
             self.checkpoint.begin(self.identity(), resume=resume)
-        self.state.wait_for_everyone()
+        self.processes.wait()
         traces = self.traces()
         estimator = self.settings.estimator.resolve([traces[place] for place in self.seen])
         records, found = self.estimate(estimator, {place: traces[place] for place in self.seen})
@@ -131,20 +132,20 @@ class _Run:
             ),
             statistics={name: torch.stack([r[name] for r in records]) for name in records[0]},
         )
-        if self.state.is_main_process:
+        if self.processes.is_main:
             profile.save_pretrained(self.directory)
             self.checkpoint.remove()
-        self.state.wait_for_everyone()
+        self.processes.wait()
         return profile
 
     def traces(self) -> list[Trace]:
         """Complete all prompts; the batches are dealt out to the processes."""
         size = self.settings.traces.batch_size
         batches = [range(i, min(i + size, len(self.ids))) for i in range(0, len(self.ids), size)]
-        mine = range(self.state.process_index, len(batches), self.state.num_processes)
-        with self.bar("answers", sum(len(batches[index]) for index in mine)) as bar:
-            for index in mine:
-                batch = batches[index]
+        mine = self.processes.share(list(enumerate(batches)))
+        total = sum(len(batch) for _, batch in mine)
+        with self.processes.bar(total, "prompt", "answers", self.progress) as bar:
+            for index, batch in mine:
                 if any(self.checkpoint.load(f"trace-{place:06d}") is None for place in batch):
                     prompts = [self.ids[place] for place in batch]
                     made = generate_traces(self.model, prompts, self.settings.traces, stream=index)
@@ -152,7 +153,7 @@ class _Run:
                         part = {"completion": torch.tensor(trace.completion)}
                         self.checkpoint.save(f"trace-{place:06d}", part)
                 bar.update(len(batch))
-        self.state.wait_for_everyone()
+        self.processes.wait()
         completions = (
             self.checkpoint.require(f"trace-{place:06d}")["completion"].tolist()
             for place in range(len(self.ids))
@@ -198,24 +199,19 @@ class _Run:
     ) -> list[Record]:
         """Measure prompts, which are dealt out to the processes; the name is that of the parts."""
         places = list(traces)
-        mine = places[self.state.process_index :: self.state.num_processes]
-        with self.bar(name.partition("-")[0], len(mine)) as bar:
+        mine = self.processes.share(places)
+        kind = name.partition("-")[0]
+        with self.processes.bar(len(mine), "prompt", kind, self.progress) as bar:
             for place in mine:
                 if self.checkpoint.load(f"{name}-{place:06d}") is None:
                     self.checkpoint.save(f"{name}-{place:06d}", measure(traces[place]))
                 bar.update()
-        self.state.wait_for_everyone()
+        self.processes.wait()
         return [self.checkpoint.require(f"{name}-{place:06d}") for place in places]
-
-    def bar(self, name: str, total: int) -> tqdm:
-        """Progress of the main process; the others have about as much to do."""
-        disable = None if self.progress is None else not self.progress
-        hidden = disable if self.state.is_main_process else True
-        return tqdm(total=total, desc=name, unit="prompt", disable=hidden)
 
     def tell(self, line: str) -> None:
         """Say something once, however many processes there are."""
-        if self.state.is_main_process:
+        if self.processes.is_main:
             self.say(line)
 
     def digests(self, places: Iterable[int]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -65,3 +66,12 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name, with both values, the settings in which an earlier run differs from this one."""
+    return sorted(
+        f"{name} ({found.get(name)!r:.40} there, {wanted.get(name)!r:.40} now)"
+        for name in {*found, *wanted}
+        if found.get(name) != wanted.get(name)
+    )

@@ -7,6 +7,7 @@ import typer
 from hf_reasoncache.cli.audit import audit_command
 from hf_reasoncache.cli.calibrate import calibrate
 from hf_reasoncache.cli.evaluate import evaluate_command
+from hf_reasoncache.cli.plan import plan_command
 from hf_reasoncache.cli.profiles import compare, pull, push, show
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ for _command in (calibrate, show, compare, push, pull):
     app.command()(_command)
 app.command("evaluate")(evaluate_command)
 app.command("audit")(audit_command)
+app.command("plan")(plan_command)
 
 
 def main() -> None:

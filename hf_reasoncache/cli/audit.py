@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_reasoncache.cli.calibrate import Dtype
-from hf_reasoncache.cli.evaluate import (
+from hf_reasoncache.cli.loading import budgets as parse_budgets
+from hf_reasoncache.cli.loading import load_model, new_directory, processes_of
+from hf_reasoncache.cli.options import (
     BatchSize,
     Budgets,
     Buffer,
     Caches,
     Chat,
     Device,
+    Dtype,
     Dtypes,
     MaxNewTokens,
     Model,
@@ -23,8 +25,6 @@ from hf_reasoncache.cli.evaluate import (
     Threads,
     Window,
 )
-from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory
 from hf_reasoncache.evaluation import Limits, Settings, audit, load_suite, parse_arm
 from hf_reasoncache.evaluation.audit_report import verdict_table, write_report
 from hf_reasoncache.evaluation.harness import facts
@@ -75,7 +75,8 @@ def audit_command(
     Each instruction is asked beside the others, in several orders, and alone, greedily. Writes
     answers.jsonl (one line for every answer, as it comes), audit.json, audit.md and audit.png. The
     verdict is on the worst instruction and the largest leakage; the exit status is 2 where a limit
-    is exceeded.
+    is exceeded. Several processes share the prompts: accelerate launch -m hf_reasoncache.cli audit
+    ...
     """
     limits = Limits(min_following, max_drop, max_leakage)
     read = load_suite(suite, limit)
@@ -84,6 +85,8 @@ def audit_command(
     loaded = load_model(model, revision, dtype, device, threads)
     path = new_directory(out) / "answers.jsonl"
     found = audit(*loaded, read, arms, parse_budgets(budgets), path, settings)
+    if not processes_of(loaded[0]).is_main:
+        return
     violations = limits.violations(found)
     about = {"cases": len(read.cases), **facts(loaded[0], settings)}
     write_report(found, violations, about, out)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import transformers
 import typer
-from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.estimate import Estimator
@@ -21,6 +16,17 @@ from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
+from hf_reasoncache.cli.loading import load_model, processes_of
+from hf_reasoncache.cli.options import (
+    BatchSize,
+    Chat,
+    Device,
+    Dtype,
+    Dtypes,
+    Model,
+    Revision,
+    Threads,
+)
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -49,17 +55,8 @@ class ScorerName(str, Enum):
         return H2O() if self is ScorerName.h2o else Random()
 
 
-class Dtype(str, Enum):
-    """Of the model's weights."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or ORG/NAME.")],
+    model: Model,
     prompts: Annotated[
         str,
         typer.Option(
@@ -85,7 +82,7 @@ def calibrate(
         str | None, typer.Option(metavar="ORG/NAME", help="Then upload it.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest completion.")] = 4096,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 8,
+    batch_size: BatchSize = 8,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -96,26 +93,14 @@ def calibrate(
     resume: Annotated[
         bool, typer.Option(help="Go on with an unfinished run, or throw it away.")
     ] = True,
-    revision: Annotated[
-        str | None, typer.Option(help="Commit, tag or branch of MODEL.", show_default=False)
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.auto,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda:0, ..., or auto to spread layers over all.",
-            show_default="one per process",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of a CPU.", show_default="torch's choice")
-    ] = None,
+    revision: Revision = None,
+    dtype: Dtypes = Dtype.auto,
+    device: Device = None,
+    threads: Threads = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Take the first prompts.", show_default=False)
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Wrap plain prompts in the chat template.")
-    ] = False,
+    chat: Chat = False,
     column: Annotated[
         str | None,
         typer.Option(help="Field of the prompt.", show_default="messages or prompt"),
@@ -168,11 +153,8 @@ def calibrate(
     """Measure how much each layer of a model needs, and write the profile.
 
     The model answers the prompts with the full cache; then its answers are read again and measured.
-    Several processes share the prompts:
-    accelerate launch -m hf_reasoncache.cli calibrate ...
+    Several processes share the prompts: accelerate launch -m hf_reasoncache.cli calibrate ...
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     eviction = Eviction(
         scorer=scorer.make(window), buffer=buffer, window=window, protect_prompt=protect_prompt
     )
@@ -190,25 +172,16 @@ def calibrate(
         chat=chat,
     )
     found = read_prompts(prompts, limit=limit, split=split, column=column, revision=data_revision)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    loaded = load_model(model, revision, dtype, device, threads, attention="reasoncache")
     profile = run_calibration(
-        AutoModelForCausalLM.from_pretrained(
-            model,
-            revision=revision,
-            dtype=dtype.value,
-            device_map=device or state.device,
-            attn_implementation="reasoncache",
-        ).eval(),
-        AutoTokenizer.from_pretrained(model, revision=revision),
+        *loaded,
         found,
         out,
         settings,
         resume=resume,
         say=lambda line: typer.echo(line, err=True),
     )
-    if state.is_main_process:
+    if processes_of(loaded[0]).is_main:
         typer.echo(out)
         if push_to is not None:
             typer.echo(profile.push_to_hub(push_to))

@@ -5,56 +5,33 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_reasoncache.cli.calibrate import Dtype
 from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory
+from hf_reasoncache.cli.loading import load_model, new_directory, processes_of
 from hf_reasoncache.cli.loading import seeds as parse_seeds
+from hf_reasoncache.cli.options import (
+    BatchSize,
+    Budgets,
+    Buffer,
+    Caches,
+    Chat,
+    Device,
+    Dtype,
+    Dtypes,
+    MaxNewTokens,
+    Model,
+    Out,
+    Revision,
+    Threads,
+    Window,
+)
 from hf_reasoncache.evaluation import Plan, Settings, evaluate, load_task, parse_arm, tabulate
 from hf_reasoncache.evaluation import baseline as make_baseline
 from hf_reasoncache.evaluation.plot import results_png
 from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or ORG/NAME.")]
-Caches = Annotated[
-    list[str],
-    typer.Option(
-        "--cache",
-        metavar="NAME[:SETTING,...]",
-        help="What is tried, beside the full cache; give it several times. NAME: reason-alloc, "
-        "sliding-window, or a scorer: random, streaming-llm, key-norm, value-norm, key-diff, "
-        "lag-kv, tova, snapkv, h2o, rkv. SETTING: scorer=NAME, profile=DIR, heads=on|off, "
-        "prompt=keep|evict, protect (the spans of a question), fair=0.5, fair_window=128, "
-        "window=8, buffer=128; of sliding-window also ratio=0.3, recent=32.",
-    ),
-]
-Budgets = Annotated[
-    str,
-    typer.Option(
-        metavar="N,N,...",
-        help="Tokens per KV head; for sliding-window its bound, or a ratio below 1.",
-    ),
-]
-Out = Annotated[
-    Path, typer.Option(metavar="DIR", help="Every answer, and the results; a second run goes on.")
-]
-Window = Annotated[int, typer.Option(min=1, help="Newest tokens, never evicted.")]
-Buffer = Annotated[int, typer.Option(min=1, help="Tokens between two compactions.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts answered together.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Wrap plain prompts in the chat template.")]
-Revision = Annotated[
-    str | None, typer.Option(help="Commit, tag or branch of MODEL.", show_default=False)
-]
-Dtypes = Annotated[Dtype, typer.Option(help="Of the weights.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda:0, ...", show_default="a GPU if there is one")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of a CPU.", show_default=False)]
 
 
 def evaluate_command(
@@ -91,7 +68,8 @@ def evaluate_command(
     """Compare caches with the full one on your tasks.
 
     Writes answers.jsonl (one line for every answer, as it comes), results.json, results.md and
-    results.png. Differences carry the p of McNemar's exact test on the same questions.
+    results.png. Differences carry the p of McNemar's exact test on the same questions. Several
+    processes share the questions: accelerate launch -m hf_reasoncache.cli evaluate ...
     """
     # `--task module:name` finds modules where the command runs, as `python -m` does.
     sys.path.insert(0, "")
@@ -112,6 +90,8 @@ def evaluate_command(
         settings,
         say=lambda line: typer.echo(line, err=True),
     )
+    if not processes_of(loaded[0]).is_main:
+        return
     rows = tabulate(records, control.name if control else None)
     columns, lines = cells(rows)
     content = [

@@ -1,7 +1,8 @@
-"""What `evaluate` and `audit` have in common: the model, and options that are lists."""
+"""The model of a command, and options that are lists."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,24 +10,38 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from hf_reasoncache.cli.calibrate import Dtype
+from hf_reasoncache.cli.options import Dtype
 from hf_reasoncache.evaluation.arms import Budget, parse_budget
+from hf_reasoncache.processes import Processes
 
 
 def load_model(
-    name: str, revision: str | None, dtype: Dtype, device: str | None, threads: int | None
+    name: str,
+    revision: str | None,
+    dtype: Dtype,
+    device: str | None,
+    threads: int | None,
+    attention: str | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """Load model and tokenizer, on a GPU if there is one and no device is given."""
+    """Load model and tokenizer, on the device of this process where none is given."""
     if threads is not None:
         torch.set_num_threads(threads)
-    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    processes = Processes(cpu=device == "cpu" or not torch.cuda.is_available())
     model = AutoModelForCausalLM.from_pretrained(
         name,
         revision=revision,
         dtype=dtype.value,
-        device_map=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device_map=device or processes.device,
+        attn_implementation=attention,
     )
     return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def processes_of(model: PreTrainedModel) -> Processes:
+    """Return the processes that share the work of a model."""
+    return Processes(cpu=model.device.type == "cpu")
 
 
 def budgets(text: str) -> list[Budget]:

@@ -5,11 +5,13 @@ caches. `audit` does so for a `Suite` of instructions. Needs the extra `hf-reaso
 """
 
 from hf_reasoncache.evaluation.arms import FULL_ARM, Arm, baseline, parse_arm
-from hf_reasoncache.evaluation.audit import Audit, Limits, analyse, audit
+from hf_reasoncache.evaluation.audit import analyse, audit
+from hf_reasoncache.evaluation.audit_result import Audit
 from hf_reasoncache.evaluation.checks import CHECKS, Check
 from hf_reasoncache.evaluation.harness import evaluate
-from hf_reasoncache.evaluation.journal import Record
+from hf_reasoncache.evaluation.limits import Limits
 from hf_reasoncache.evaluation.plan import Plan, Settings
+from hf_reasoncache.evaluation.record import Record
 from hf_reasoncache.evaluation.rouge import rouge_l_recall
 from hf_reasoncache.evaluation.statistics import Paired, Share
 from hf_reasoncache.evaluation.suite import Suite, load_suite

@@ -24,6 +24,7 @@ from hf_reasoncache.scorers import (
     ValueNorm,
 )
 from hf_reasoncache.scorers.base import Scorer
+from hf_reasoncache.shared_branch import SharedBranchCache
 from hf_reasoncache.sliding_window import SlidingWindowCompressCache
 
 Budget = int | float
@@ -90,6 +91,12 @@ class Arm:
         """Whether nothing is compressed, so that budgets do not matter."""
         return self.cache is None
 
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether no token of a prompt is ever evicted, so that branches may share it."""
+        partly = self.whitelist or self.fair is not None
+        return not partly and bool(self.settings.get("protect_prompt", True))
+
     def make(
         self, config: PretrainedConfig, budget: Budget | None, spans: Spans | None, seed: int
     ) -> Cache:
@@ -113,6 +120,36 @@ class Arm:
         """
         if self.cache is None:
             return DynamicCache(config=config)
+        return self.cache(config, **self._arguments(self.cache, budget, spans, seed))
+
+    def make_shared(
+        self, config: PretrainedConfig, budget: Budget | None, seed: int
+    ) -> SharedBranchCache:
+        """Make a new cache for a batch in which several rows continue one prompt.
+
+        Parameters
+        ----------
+        config, budget, seed
+            See `make`.
+
+        Raises
+        ------
+        ValueError
+            As `make`; and if the arm does not keep prompts.
+        """
+        if self.cache is None:
+            return SharedBranchCache(config)
+        arguments = self._arguments(self.cache, budget, None, seed)
+        return SharedBranchCache(config, suffix=self.cache.policy(**arguments))
+
+    def _arguments(
+        self,
+        cache: type[ReasonAllocCache] | type[SlidingWindowCompressCache],
+        budget: Budget | None,
+        spans: Spans | None,
+        seed: int,
+    ) -> dict[str, Any]:
+        """What the cache takes besides the config."""
         if budget is None:
             raise ValueError(f"{self.name}: expected a budget, got none; pass --budgets.")
         settings = dict(self.settings)
@@ -129,15 +166,14 @@ class Arm:
             settings["protect"] = spans
         if self.fair is not None:
             settings["fair"] = Fair(self.fair, spans, self.fair_window)
-        if self.cache is ReasonAllocCache:
+        if cache is ReasonAllocCache:
             if not isinstance(budget, int):
                 raise ValueError(
                     f"{self.name}: expected a budget in tokens, got the ratio {budget}; ratios are "
                     f"for {SLIDING_WINDOW}."
                 )
-            return ReasonAllocCache(config, budget=budget, **settings)
-        bound = {"max_budget": budget} if isinstance(budget, int) else {"ratio": budget}
-        return SlidingWindowCompressCache(config, **settings | bound)
+            return {"budget": budget, **settings}
+        return settings | ({"max_budget": budget} if isinstance(budget, int) else {"ratio": budget})
 
 
 FULL_ARM = Arm(FULL)

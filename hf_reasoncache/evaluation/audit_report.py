@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_reasoncache.evaluation.audit import Audit, CellResult, ClassResult
+from hf_reasoncache.evaluation.audit_result import Audit, CellResult, ClassResult
 from hf_reasoncache.evaluation.plot import Line, Panel, panels_png
 from hf_reasoncache.evaluation.statistics import Share
 from hf_reasoncache.evaluation.table import markdown_table

@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.fingerprint import fingerprint
-from hf_reasoncache.calibration.prompts import Message, Prompt
+from hf_reasoncache.calibration.prompts import Prompt
 from hf_reasoncache.calibration.settings import versions
 from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.generation import answer_batch
-from hf_reasoncache.evaluation.journal import Journal, Record
+from hf_reasoncache.evaluation.journal import Journal
 from hf_reasoncache.evaluation.plan import Plan, Settings
+from hf_reasoncache.evaluation.record import Record
+from hf_reasoncache.evaluation.spans import spans_of
 from hf_reasoncache.evaluation.tasks import Question, Task
-from hf_reasoncache.protection import Spans
-from hf_reasoncache.protection import spans as find_spans
+from hf_reasoncache.processes import Processes
 
 
 def evaluate(
@@ -35,6 +35,9 @@ def evaluate(
     say: Callable[[str], None] = warnings.warn,
 ) -> list[Record]:
     """Answer all questions of a plan, as far as they are not answered yet.
+
+    Started by `accelerate launch` or `torchrun`, the processes share the batches, and all of them
+    return all answers; they must see the same file system. Their number changes no answer.
 
     Parameters
     ----------
@@ -61,34 +64,35 @@ def evaluate(
     ValueError
         If the journal is of another model or other settings, one of its answers is of another
         question or cache under the same name, or a cache refuses a budget.
+    ConnectionError
+        If another process has ended.
     """
     settings = settings or Settings()
     runner = _Runner(model, tokenizer, settings)
+    processes = Processes(cpu=model.device.type == "cpu")
     attention = model.config._attn_implementation
-    with Journal(path, {"fingerprint": fingerprint(model), **facts(model, settings)}) as journal:
-        cells = list(runner.possible(plan, say))
-        total = sum(len(plan.questions[task.name, seed]) for task, seed, *_ in cells)
-        disable = None if progress is None else not progress
-        found = []
+    about = {"fingerprint": fingerprint(model), **facts(model, settings)}
+    with Journal(path, Record, about, processes) as journal:
+        batches = [
+            _Batch(*cell, plan.questions[cell[0].name, cell[1]], start, settings.batch_size)
+            for cell in runner.possible(plan, say if processes.is_main else lambda line: None)
+            for start in range(0, len(plan.questions[cell[0].name, cell[1]]), settings.batch_size)
+        ]
+        for batch in batches:
+            batch.check(journal)
+        # A batch is repeated whole: its samples depend on all its rows.
+        missing = [batch for batch in batches if not batch.answered(journal)]
         try:
-            with tqdm(total=total, unit="answer", disable=disable) as bar:
-                for task, seed, arm, budget in cells:
-                    bar.set_description(f"{arm.name} {budget or ''}".strip()[:28])
-                    questions = plan.questions[task.name, seed]
-                    for start in range(0, len(questions), settings.batch_size):
-                        batch = questions[start : start + settings.batch_size]
-                        keys = [(task.name, seed, arm.name, budget, each.id) for each in batch]
-                        # A batch is repeated whole: its samples depend on all its rows.
-                        if not all(key in journal.records for key in keys):
-                            journal.add(runner.run(task, seed, arm, budget, batch, start))
-                        for key, question in zip(keys, batch, strict=True):
-                            record = journal.records[key]
-                            _require_same(record, _digest(question, arm), path)
-                            found.append(record)
-                        bar.update(len(batch))
+            with processes.bar(_rows(processes.share(missing)), "answer", None, progress) as bar:
+                for batch in processes.share(missing):
+                    bar.set_description(f"{batch.arm.name} {batch.budget or ''}".strip()[:28])
+                    journal.add(runner.run(batch))
+                    bar.update(len(batch.questions))
         finally:
             model.set_attn_implementation(attention)
-    return found
+        keys = [key for batch in batches for key in batch.keys]
+        journal.join(keys)
+        return [journal.records[key] for key in keys]
 
 
 def facts(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:
@@ -100,6 +104,43 @@ def facts(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:
         "device": model.device.type,
         **versions(),
     }
+
+
+class _Batch:
+    """Questions of one task that one cache answers together."""
+
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        arm: Arm,
+        budget: Budget | None,
+        questions: Sequence[Question],
+        start: int,
+        size: int,
+    ) -> None:
+        self.task, self.seed, self.arm, self.budget, self.start = task, seed, arm, budget, start
+        self.questions = questions[start : start + size]
+        self.keys = [(task.name, seed, arm.name, budget, each.id) for each in self.questions]
+
+    def answered(self, journal: Journal[Record]) -> bool:
+        """Whether every question has been answered."""
+        return all(key in journal.records for key in self.keys)
+
+    def check(self, journal: Journal[Record]) -> None:
+        """Refuse answers to other questions, or by other caches, of the same names."""
+        for key, question in zip(self.keys, self.questions, strict=True):
+            record = journal.records.get(key)
+            if record is not None and record.digest != _digest(question, self.arm):
+                raise ValueError(
+                    f"{journal.path}: expected the answer to question {record.question!r} with "
+                    f"{record.arm!r} to be of the same question and settings of the cache as now, "
+                    "got others under these names; choose another file, or other names."
+                )
+
+
+def _rows(batches: Sequence[_Batch]) -> int:
+    return sum(len(batch.questions) for batch in batches)
 
 
 class _Runner:
@@ -135,43 +176,36 @@ class _Runner:
                     continue
             yield cell
 
-    def run(
-        self,
-        task: Task,
-        seed: int,
-        arm: Arm,
-        budget: Budget | None,
-        questions: Sequence[Question],
-        start: int,
-    ) -> list[Record]:
+    def run(self, batch: _Batch) -> list[Record]:
         """Answer one batch with a new cache."""
+        arm, questions = batch.arm, batch.questions
         prompts = [self.encode(each) for each in questions]
-        spans = self.spans(questions)
+        spans = spans_of(questions, self.tokenizer, chat=self.settings.chat)
         limits = [each.max_new_tokens or self.settings.max_new_tokens for each in questions]
         self.model.set_attn_implementation(arm.attention)
-        batch = answer_batch(
+        found = answer_batch(
             self.model,
             prompts,
-            arm.make(self.model.config, budget, spans, seed),
+            arm.make(self.model.config, batch.budget, spans, batch.seed),
             max_new_tokens=max(limits),
             temperature=self.settings.temperature,
             # Every batch has its own stream, so that a run that goes on draws what it would have.
-            seed=seed * 1_000_003 + start,
+            seed=batch.seed * 1_000_003 + batch.start,
             spans=spans,
         )
         records = []
         for question, ids, limit, answer in zip(
-            questions, prompts, limits, batch.answers, strict=True
+            questions, prompts, limits, found.answers, strict=True
         ):
             tokens = answer.tokens[:limit]
             text = str(self.tokenizer.decode(list(tokens)))
-            judgement = task.check(question, text)
+            judgement = batch.task.check(question, text)
             records.append(
                 Record(
-                    task=task.name,
-                    seed=seed,
+                    task=batch.task.name,
+                    seed=batch.seed,
                     arm=arm.name,
-                    budget=budget,
+                    budget=batch.budget,
                     question=question.id,
                     digest=_digest(question, arm),
                     prompt_tokens=len(ids),
@@ -184,43 +218,11 @@ class _Runner:
                     held=_number(answer.held),
                     mean_bytes=_number(answer.mean_bytes),
                     keep_rates=[list(layer) for layer in answer.keep_rates],
-                    evicted=batch.evicted,
-                    seconds=batch.seconds / len(questions),
+                    evicted=found.evicted,
+                    seconds=found.seconds / len(questions),
                 )
             )
         return records
-
-    def spans(self, questions: Sequence[Question]) -> Spans | None:
-        """Find the spans of a batch, in the order that each question names them."""
-        if not any(question.spans for question in questions):
-            return None
-        rows, lengths = [], []
-        for question in questions:
-            content: Any = question.prompt
-            if self.settings.chat and isinstance(content, str):
-                content = ({"role": "user", "content": content},)
-            text = content if isinstance(content, str) else _text(content)
-            for span in question.spans:
-                if text.count(span) != 1:
-                    raise ValueError(
-                        f"question {question.id!r}: expected the span {span!r} once in the prompt, "
-                        f"got it {text.count(span)} times; give more of its context."
-                    )
-            if not question.spans:
-                raise ValueError(
-                    f"question {question.id!r}: expected spans as the other questions of its "
-                    "batch have, got none; name them for all questions of a task, or for none."
-                )
-            found = [
-                find_spans(self.tokenizer, [content], substrings=[span]) for span in question.spans
-            ]
-            rows.append(tuple(each.rows[0][0] for each in found))
-            lengths.append(found[0].tokens[0] if found[0].tokens else 0)
-        return Spans(tuple(rows), tuple(lengths))
-
-
-def _text(messages: Sequence[Message]) -> str:
-    return "\n".join(str(message["content"]) for message in messages)
 
 
 def _number(value: float) -> float | None:
@@ -229,12 +231,3 @@ def _number(value: float) -> float | None:
 
 def _digest(question: Question, arm: Arm) -> str:
     return hashlib.sha256(repr((question, arm)).encode()).hexdigest()[:16]
-
-
-def _require_same(record: Record, digest: str, path: Path) -> None:
-    if record.digest != digest:
-        raise ValueError(
-            f"{path}: expected the answer to question {record.question!r} with {record.arm!r} to "
-            "be of the same question and settings of the cache as now, got others under these "
-            "names; choose another file, or other names."
-        )

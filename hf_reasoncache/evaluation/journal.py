@@ -4,99 +4,79 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, fields
+from glob import escape
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from hf_reasoncache.calibration.settings import differences
+from hf_reasoncache.processes import Processes
 
 
-@dataclass(frozen=True)
-class Record:
-    """One answer: what was asked of whom, what came, and what it is worth.
+class Keyed(Protocol):
+    """A dataclass of JSON values that says which answer it is."""
 
-    Attributes
-    ----------
-    task, seed, arm, budget, question
-        Which answer this is.
-    digest : str
-        Tells apart what the key only names: the question's text, the cache's settings.
-    prompt_tokens : int
-    answer : str
-        As the model wrote it, special tokens included, without the end token.
-    tokens : int
-        Tokens of the answer.
-    finished : bool
-        Whether the answer ended before the longest length.
-    correct : bool or None
-        None where the question has no right answer.
-    followed : dict of str to bool
-        Instructions, by name.
-    leakage : float or None
-        Share of a protected text that the answer gives away.
-    held, mean_bytes : float or None
-        Tokens held per KV head, and bytes per row, on average over the steps; None of an answer
-        shorter than the distance of two looks.
-    keep_rates : list of list of float
-        For each layer and span of the question, the share of its tokens held, over the same steps.
-    evicted : int
-        Tokens evicted in the whole batch, layers and heads counted.
-    seconds : float
-        Time of the batch, divided by its rows.
-    """
-
-    task: str
-    seed: int
-    arm: str
-    budget: int | float | None
-    question: str
-    digest: str
-    prompt_tokens: int
-    answer: str
-    tokens: int
-    finished: bool
-    correct: bool | None
-    evicted: int
-    seconds: float
-    followed: dict[str, bool] = field(default_factory=dict)
-    leakage: float | None = None
-    held: float | None = None
-    mean_bytes: float | None = None
-    keep_rates: list[list[float]] = field(default_factory=list)
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def key(self) -> tuple[str, int, str, int | float | None, str]:
+    def key(self) -> Hashable:
         """What no two answers of a run have in common."""
-        return self.task, self.seed, self.arm, self.budget, self.question
+        ...
 
 
-class Journal:
+Row = TypeVar("Row", bound=Keyed)
+
+
+class Journal(Generic[Row]):
     """A file of JSON lines: the settings of a run, then its answers; a context manager.
+
+    One of several processes writes to a part of its own, a journal beside the file. `join` brings
+    the parts together, and so does the next journal of the same path where a run was killed,
+    whatever the number of processes then.
 
     Parameters
     ----------
     path : Path
+    kind : type
+        A dataclass: what a line holds.
     settings : Mapping
         JSON values: all that answers depend on besides their own key.
+    processes : Processes
+        Each of them makes the same journal, and must see the same file system.
+
+    Attributes
+    ----------
+    records : dict
+        By key, the answers that were found or are this process's own; after `join`, all.
 
     Raises
     ------
     ValueError
-        If the file is of other settings, or is no journal.
+        If the file or a part is of other settings, or is no journal.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.records: dict[tuple[Any, ...], Record] = {}
-        wanted = {"settings": json.loads(json.dumps(settings))}
+    def __init__(
+        self, path: Path, kind: type[Row], settings: Mapping[str, Any], processes: Processes
+    ) -> None:
+        self.path, self.kind, self.processes = path, kind, processes
+        self._settings = json.loads(json.dumps(settings))
+        self.records: dict[Hashable, Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
-            self._require(wanted["settings"], self._read())
-        self._file = path.open("ab")
-        if not path.stat().st_size:
-            self._write([wanted])
+        if processes.is_main:
+            self._whole()
+            self._merge({})
+        processes.wait()
+        self.records = self._read(path)
+        own = (
+            path if processes.count == 1 else path.with_name(f"{path.name}.part-{processes.index}")
+        )
+        self._file = own.open("ab")
+        if not own.stat().st_size:
+            self._write([{"settings": self._settings}])
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Journal[Row]:
         """Return the journal."""
         return self
 
@@ -109,11 +89,44 @@ class Journal:
         """Close the file."""
         self._file.close()
 
-    def add(self, records: Iterable[Record]) -> None:
+    def add(self, records: Iterable[Row]) -> None:
         """Write answers; they are on the disk when this returns."""
         records = list(records)
         self._write([asdict(record) for record in records])
         self.records |= {record.key: record for record in records}
+
+    def join(self, order: Iterable[Hashable]) -> None:
+        """Bring together what all processes have written, for all of them; nothing more is added.
+
+        Parameters
+        ----------
+        order : iterable of keys
+            In which order new answers come into the file.
+        """
+        self._file.close()
+        if self.processes.count == 1:
+            return
+        self.processes.wait()
+        if self.processes.is_main:
+            self._merge({key: place for place, key in enumerate(order)})
+        self.processes.wait()
+        self.records = self._read(self.path)
+
+    def _merge(self, order: Mapping[Hashable, int]) -> None:
+        """Move the answers of all parts into the file."""
+        parts = sorted(self.path.parent.glob(f"{escape(self.path.name)}.part-*"))
+        known = self._read(self.path)
+        found: dict[Hashable, Row] = {}
+        for part in parts:
+            found |= self._read(part)
+        missing = [key for key in found if key not in known]
+        new = sorted(missing, key=lambda key: order.get(key, len(order)))
+        with self.path.open("ab") as self._file:
+            if not self.path.stat().st_size:
+                self._write([{"settings": self._settings}])
+            self._write([asdict(found[key]) for key in new])
+        for part in parts:
+            part.unlink()
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
@@ -121,45 +134,45 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read(self) -> dict[str, Any]:
-        """Read what is there; the line that a kill has cut off is cut off the file."""
-        data = self.path.read_bytes()
+    def _whole(self) -> None:
+        """Cut off the file the line that a kill has cut off."""
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(self.path, whole)
+
+    def _read(self, path: Path) -> dict[Hashable, Row]:
+        """Read the whole lines of a journal, and check its settings."""
+        data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
         if not whole:
             return {}
         # Not `splitlines`, which also parts at characters that answers may have.
         first, *rest = whole.decode().removesuffix("\n").split("\n")
-        settings = self._parse(first, 1).get("settings")
+        settings = _parse(path, first, 1).get("settings")
         if not isinstance(settings, dict):
-            raise ValueError(f"{self.path}: expected the answers of a run, got another file.")
-        names = {each.name for each in fields(Record)}
-        for number, line in enumerate(rest, 2):
-            row = self._parse(line, number)
-            if set(row) != names:
-                raise ValueError(f"{self.path}:{number}: expected an answer, got {sorted(row)}.")
-            record = Record(**row)
-            self.records[record.key] = record
-        return settings
-
-    def _parse(self, line: str, number: int) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{self.path}:{number}: expected JSON, got: {error}") from error
-        return row if isinstance(row, dict) else {}
-
-    def _require(self, wanted: dict[str, Any], found: dict[str, Any]) -> None:
-        differing = sorted(
-            f"{name} ({found.get(name)!r:.40} there, {wanted.get(name)!r:.40} now)"
-            for name in {*found, *wanted}
-            if found.get(name) != wanted.get(name)
-        )
-        # Nothing was found where the very first line had been cut off.
-        if found and differing:
+            raise ValueError(f"{path}: expected the answers of a run, got another file.")
+        differing = differences(settings, self._settings)
+        if differing:
             raise ValueError(
-                f"{self.path}: expected answers of a run with these settings, got one that "
+                f"{path}: expected answers of a run with these settings, got one that "
                 f"differs in {', '.join(differing)}; repeat it as it was, or choose another file."
             )
+        names = {each.name for each in fields(self.kind)}
+        found: dict[Hashable, Row] = {}
+        for number, line in enumerate(rest, 2):
+            row = _parse(path, line, number)
+            if set(row) != names:
+                raise ValueError(f"{path}:{number}: expected an answer, got {sorted(row)}.")
+            record = self.kind(**row)
+            found[record.key] = record
+        return found
+
+
+def _parse(path: Path, line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: expected JSON, got: {error}") from error
+    return row if isinstance(row, dict) else {}

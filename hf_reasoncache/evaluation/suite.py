@@ -13,14 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_reasoncache.calibration.prompts import Message
+from hf_reasoncache.calibration.prompts import Message, json_lines
 from hf_reasoncache.evaluation.checks import Check
 from hf_reasoncache.evaluation.rouge import rouge_l_recall
 from hf_reasoncache.evaluation.tasks import (
     Judgement,
     Question,
     count_of,
-    json_lines,
     prompt_of,
     texts_of,
 )

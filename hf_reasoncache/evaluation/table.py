@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
 from hf_reasoncache.evaluation.arms import Budget
-from hf_reasoncache.evaluation.journal import Record
+from hf_reasoncache.evaluation.record import Record
 from hf_reasoncache.evaluation.statistics import Paired, Share
+
+WIDTH = 80
+"""Of a terminal."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,31 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) ->
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows with aligned columns, for a terminal."""
+    """Rows with aligned columns, for a terminal of 80 columns.
+
+    Where long settings of caches make it wider, a number stands for them, with a key below.
+    """
+    text = _aligned(columns, rows)
+    if max(map(len, text.split("\n"))) <= WIDTH or "cache" not in columns:
+        return text
+    names = [each for each in dict.fromkeys(row["cache"] for row in rows) if ":" in each]
+    short = {name: f"{name.partition(':')[0]} [{n}]" for n, name in enumerate(names, 1)}
+    lines = [{**row, "cache": short.get(row["cache"], row["cache"])} for row in rows]
+    key = [
+        # At the commas, as far as there are any.
+        textwrap.fill(
+            f"[{n}] {name}".replace(",", ", "),
+            WIDTH,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        ).replace(", ", ",")
+        for n, name in enumerate(names, 1)
+    ]
+    return "\n".join([_aligned(columns, lines), *key])
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
     lines = [dict(zip(columns, columns, strict=True)), *rows]
     return "\n".join(

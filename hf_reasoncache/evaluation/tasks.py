@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from hf_reasoncache.calibration.prompts import Message
+from hf_reasoncache.calibration.prompts import Message, json_lines
 from hf_reasoncache.evaluation.checks import Check
 
 
@@ -158,31 +157,6 @@ def _read(path: Path) -> FileTask:
             spans=texts_of(row, "spans", place),
         )
     return FileTask(path.stem, tuple(items.values()), checks)
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield place and object of each line.
-
-    Raises
-    ------
-    ValueError
-        If a line is not a JSON object, or there is none; names the line.
-    """
-    count = 0
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: expected a JSON object, got: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}.")
-        count += 1
-        yield place, row
-    if not count:
-        raise ValueError(f"{path}: expected JSON lines, got none.")
 
 
 def prompt_of(row: Mapping[str, Any], place: str) -> str | tuple[Message, ...]:

@@ -123,7 +123,7 @@ class BudgetedLayer(EvictingLayer):
 
     def _occasion(self, rows: torch.Tensor, columns: int) -> Occasion:
         queries, wanted = self._log.last(), self.policy.scorer.queries
-        if self._log_size > wanted and queries is not None:
+        if self.log_size > wanted and queries is not None:
             queries = queries[:, :, -wanted:] if wanted else None
         return Occasion(rows, self.first[rows], columns, queries, self._scaling, self.index)
 

@@ -55,7 +55,8 @@ class GuardTensor(torch.Tensor):
             f"{getattr(func, '__name__', func)} on the cached keys or values. Load the model with "
             "attn_implementation='reasoncache', or call "
             "model.set_attn_implementation('reasoncache') before generating. If that is set "
-            "already, the model changes keys and values after the cache and is not supported."
+            "already, torch.compile traces the forward, or the model changes keys and values after "
+            "the cache; neither is supported."
         )
 
 

@@ -42,10 +42,10 @@ class WatchedLayer(PooledLayer):
         self.risk = RiskLog()
         self.shadow: Shadow | None = None
         self._shadowed = False
-        self._log = QueryLog(self._log_size)
+        self._log = QueryLog(self.log_size)
 
     @property
-    def _log_size(self) -> int:
+    def log_size(self) -> int:
         """Newest columns whose queries an eviction needs."""
         return max(self.policy.scorer.queries, self._risk_queries)
 

@@ -16,7 +16,6 @@ from hf_reasoncache.risk.guard import Weigh
 from hf_reasoncache.scorers.base import HeldTokens
 
 _NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
-_SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
 
 
 class WindowedLayer(EvictingLayer):
@@ -32,18 +31,18 @@ class WindowedLayer(EvictingLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self._log.resize(self._log_size)
+        self._log.resize(self.log_size)
 
     @property
-    def _log_size(self) -> int:
+    def log_size(self) -> int:
         """Columns that lie between now and the oldest query that a complete window needs."""
         wanted = min(self.policy.scorer.queries, self.policy.window)
         return max(wanted + self.policy.recent if wanted else 0, self._risk_queries)
 
     def _remember(self, chunk: Chunk) -> None:
-        if chunk.steps > 1 and self._log_size:
+        if chunk.steps > 1 and self.log_size:
             # It may bring several windows at once, whose queries are needed until they are served.
-            self._log.resize(max(self._log_size, self._open_columns()))
+            self._log.resize(max(self.log_size, self._open_columns()))
         super()._remember(chunk)
 
     def _open_columns(self) -> int:
@@ -83,10 +82,8 @@ class WindowedLayer(EvictingLayer):
 
         Rounded up: few different capacities keep heads of similar length in one attention call.
         """
-        step = max(1, self.policy.window // 4)
-        spare = max(self.policy.kept, int(length.max()) // _SPARE)
-        need = self._until_compaction(columns, length) + spare
-        roomy = (need + step - 1) // step * step
+        need = self._until_compaction(columns, length) + self.policy.spare(int(length.max()))
+        roomy = self.policy.rounded(need)
         if self.budgets is not None and self.budgets.limit is not None:
             bound = (self.budgets.limit + self.policy.window)[:, None].expand_as(need)
             # What a bounded head will need in the end it gets at once, and never has to move.
@@ -138,7 +135,7 @@ class WindowedLayer(EvictingLayer):
         if not served.numel():
             return
         self._hold_bound(served, columns)
-        self._log.resize(self._log_size)
+        self._log.resize(self.log_size)
         self._tail = 0
         self._fit_at(columns)
 

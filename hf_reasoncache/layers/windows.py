@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,10 @@ from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.protection import Protection, RowProtection
 from hf_reasoncache.risk import Probes, Risk
 from hf_reasoncache.scorers.base import Scorer
+
+_SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
+
+Slots = TypeVar("Slots", int, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,15 @@ class WindowPolicy:
         if self.demand is None:
             return self.max_budget
         return self.rule.layer_budgets(self.demand, self.max_budget, floor=floor)[self.rank]
+
+    def spare(self, longest: int) -> int:
+        """Slots beyond the next compaction for a pool whose longest head has `longest` tokens."""
+        return max(self.kept, longest // _SPARE)
+
+    def rounded(self, slots: Slots) -> Slots:
+        """Round up, to few different capacities."""
+        step = max(1, self.window // 4)
+        return (slots + step - 1) // step * step
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Whole calibrations of the shipped tiny Llama: repeated, killed, and in two processes."""
+"""Whole calibrations of the shipped tiny Llama: repeated and killed."""
 
 from __future__ import annotations
 
@@ -45,13 +45,6 @@ OPTIONS = {
     "--temperature": "0.7",
     "--seed": "11",
     "--interval": "16",
-}
-LAUNCH = {
-    "--num_processes": "2",
-    "--num_machines": "1",
-    "--num_cpu_threads_per_process": "1",
-    "--mixed_precision": "no",
-    "--dynamo_backend": "no",
 }
 
 
@@ -208,17 +201,4 @@ def test_a_killed_command_goes_on_and_gives_the_same_profile(
     assert process.returncode == 0, stderr
     assert stdout == f"{out}\n"
     assert stderr == "coverage: 6 traces: as many passes, 12 measurements of each layer\n"
-    assert content(out) == reference
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_profile_of_one(
-    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
-) -> None:
-    out = tmp_path / "wave"
-    launch = ["accelerate.commands.launch", "--cpu", *flat(LAUNCH), "-m", "hf_reasoncache.cli"]
-    process = start([*launch, *command(prompts, out)])
-    stdout, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
-    assert stdout.count(str(out)) == 1
     assert content(out) == reference

@@ -340,6 +340,12 @@ def test_guarded_keys_cannot_be_computed_with(llama, compute):
             compute(guard)
 
 
+def test_a_compiled_forward_is_refused_by_name(llama):
+    forward = torch.compile(llama.forward, backend="eager")
+    with pytest.raises(Exception, match=r"torch\.compile traces the forward"):
+        forward(**prompt(), past_key_values=ReasonAllocCache(llama.config, budget=None))
+
+
 def test_default_settings_are_accepted(llama):
     """The other side of this file: what is right raises nothing."""
     ReasonAllocCache(llama.config, budget=None)

@@ -25,9 +25,11 @@ from hf_reasoncache.evaluation import (
     tabulate,
 )
 from hf_reasoncache.evaluation.journal import Journal
-from hf_reasoncache.evaluation.table import cells, markdown_table
+from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
+from hf_reasoncache.processes import Processes
 
 ARM = parse_arm("snapkv:prompt=evict", window=16, buffer=16)
+ALONE = Processes(cpu=True)
 SETTINGS = Settings(max_new_tokens=60, batch_size=2)
 
 
@@ -193,9 +195,25 @@ def test_spans_must_be_found_once(loaded, path: Path) -> None:
 
 def test_the_journal_keeps_text_as_it_is(tmp_path: Path) -> None:
     record = Record("t", 0, "a", 64, "q", "d", 3, 'é\n\u2028\x85"', 2, True, None, 5, 0.5)
-    with Journal(tmp_path / "j", {"x": 1}) as journal:
+    with Journal(tmp_path / "j", Record, {"x": 1}, ALONE) as journal:
         journal.add([record])
     assert len((tmp_path / "j").read_bytes().split(b"\n")) == 3
-    with Journal(tmp_path / "j", {"x": 1}) as journal:
+    with Journal(tmp_path / "j", Record, {"x": 1}, ALONE) as journal:
         assert list(journal.records.values()) == [record]
     assert json.loads((tmp_path / "j").read_text("utf-8").split("\n")[0]) == {"settings": {"x": 1}}
+
+
+def test_a_table_fits_a_terminal_whatever_the_caches_are_called() -> None:
+    long = "reason-alloc:prompt=evict,profile=a/directory/with/a/long/name,heads=off,window=32"
+    rows = [
+        {"cache": name, "budget": "96", "correct": "97.5 (93.0-99.1)", "vs full": "-0.5 (p 1)"}
+        for name in ("full", "snapkv:prompt=evict", long)
+    ]
+    text = text_table(list(rows[0]), rows).split("\n")
+    assert max(map(len, text)) <= 80
+    assert [line.split("  ")[0] for line in text[:4]] == [
+        *("cache", "full", "snapkv [1]", "reason-alloc [2]")
+    ]
+    assert "".join(text[4:]).replace("    ", "") == f"[1] snapkv:prompt=evict[2] {long}"
+    assert text_table(list(rows[0]), rows[:2]).count("\n") == 2, "no key where none is needed"
+    assert "snapkv:prompt=evict" in text_table(list(rows[0]), rows[:2])

@@ -1,0 +1,1 @@
+"""The parts of `examples.batch_generate`: lines, batches by memory, sampling, and the run."""

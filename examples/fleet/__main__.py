@@ -1,0 +1,176 @@
+"""Which rate of requests a machine sustains with which cache, and how long they wait.
+
+    python -m examples.fleet --trace examples/fleet/trace.csv --model MODEL --memory 80GB \
+        --budget 1024,4096
+
+Everything is simulated, on step times that are computed (`hf-reasoncache plan` says how) or fitted
+to a table of measured ones (`python -m examples.fleet.measure`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tqdm import tqdm
+from transformers import AutoConfig, PretrainedConfig
+
+from examples.fleet.measured import read_measured
+from examples.fleet.report import fleet_png, lines_of
+from examples.fleet.search import MODES, Outcome, Workload, sustained_rate
+from examples.fleet.server import Ceiling, Server, Timing
+from examples.fleet.trace import read_trace
+from examples.tables import write_csv
+from hf_reasoncache.evaluation.arms import FULL_ARM, parse_arm, parse_budget
+from hf_reasoncache.evaluation.table import text_table
+from hf_reasoncache.planning import ModelSize, Setting
+from hf_reasoncache.planning.devices import find_device
+from hf_reasoncache.planning.units import amount, parse_bytes
+
+LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+"""Shares of its sustained rate at which the latency of a server is shown."""
+
+
+def fleet(
+    trace: Annotated[Path, typer.Option(help="CSV or JSON lines: prompt_tokens, answer_tokens.")],
+    model: Annotated[str, typer.Option(help="A directory or ORG/NAME; only its config is read.")],
+    budget: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens per KV head.")],
+    memory: Annotated[
+        str | None, typer.Option(help="80GB or 80GiB.", show_default="that of --gpu")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Whose published limits give step times.")] = "H100-SXM",
+    cache: Annotated[str, typer.Option(help="As for hf-reasoncache evaluate.")] = "reason-alloc",
+    branches: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
+    mode: Annotated[str, typer.Option(help="continuous, static or both.")] = "both",
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            min=20,
+            help="Of each simulation.",
+            show_default="5 times the rows that fit, 500 at least",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest answer, for which memory is set aside.",
+            show_default="the trace's",
+        ),
+    ] = None,
+    known_lengths: Annotated[
+        bool,
+        typer.Option(
+            "--known-lengths", help="Set memory aside for each answer's true length instead."
+        ),
+    ] = False,
+    efficiency: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the device's limits reached.")
+    ] = 1.0,
+    overhead: Annotated[float, typer.Option(min=0.0, help="Milliseconds more per forward.")] = 0.0,
+    reserve: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of memory.")] = 0.05,
+    measured: Annotated[
+        Path | None, typer.Option(help="Measured step times instead of the device's limits.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of arrivals and draws.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="fleet.csv and fleet.png.")] = None,
+) -> None:
+    """Simulate a fleet of one kind of machine; several serve so many times the rate."""
+    modes = list(MODES) if mode == "both" else [mode]
+    if not set(modes) <= set(MODES):
+        raise ValueError(f"--mode: expected continuous, static or both, got {mode!r}.")
+    config = AutoConfig.from_pretrained(model)
+    lengths = read_trace(trace)
+    limit = max_new_tokens or max(each.answer for each in lengths)
+    longest = max(each.prompt for each in lengths)
+    device = find_device(gpu)
+    if memory is not None:
+        device = replace(device, memory=parse_bytes(memory))
+    size = ModelSize.of(config, _dtype(config, dtype), name=model.rstrip("/").split("/")[-1])
+    setting = Setting(
+        config, size, device, longest, longest + limit, round(reserve * device.memory)
+    )
+    timing = Ceiling(size, device, config, efficiency, overhead / 1000)
+    servers = _servers(setting, timing, cache, budget, branches, measured)
+    rows = max(server.capacity(limit) for server in servers)
+    count = requests or max(500, 5 * rows // branches)
+    workload = Workload(lengths, count, branches, limit, known_lengths, seed)
+    source = f"computed for {device.name}" if measured is None else f"fitted to {measured}"
+    typer.echo(
+        f"{size.name}: {amount(setting.room)} for rows, at most {rows:,} of them; {branches} per "
+        f"prompt\n{len(lengths):,} lines of trace, answers to {limit:,} tokens; {count:,} requests "
+        f"per simulation, seed {seed}\nstep times {source}; everything below is simulated"
+    )
+    outcomes: dict[tuple[str, str], list[Outcome]] = {}
+    for server in tqdm(servers, desc="servers", unit="server", leave=False):
+        for each in modes:
+            best = sustained_rate(server, each, workload)
+            outcomes[server.name, each] = [
+                workload.serve(server, each, load * best) for load in LOADS
+            ]
+    lines = lines_of(outcomes)
+    typer.echo()
+    typer.echo(text_table(list(lines[0]), [x for x in lines if x["load"] in ("50%", "90%")]))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "fleet.csv", lines)
+        (out / "fleet.png").write_bytes(fleet_png(outcomes, "simulated"))
+
+
+def _servers(
+    setting: Setting,
+    timing: Timing,
+    cache: str,
+    budgets: str,
+    branches: int,
+    measured: Path | None,
+) -> list[Server]:
+    config, arm = setting.config, parse_arm(cache)
+    caches = {"DynamicCache": FULL_ARM.make(config, None, None, 0)}
+    if branches > 1:
+        caches["shared, no budget"] = FULL_ARM.make_shared(config, None, 0)
+    for text in budgets.split(","):
+        number = parse_budget(text)
+        name = f"{cache.partition(':')[0]} {number}"
+        caches[name] = arm.make(config, number, None, 0)
+        if branches > 1:
+            caches[f"shared, {name}"] = arm.make_shared(config, number, 0)
+    fits = {} if measured is None else read_measured(measured)
+    for name in caches if measured is not None else ():
+        if name not in fits:
+            raise ValueError(f"{measured}: expected times of {name!r}, got {sorted(fits)}.")
+    return [
+        Server(
+            name=name,
+            cache=made,
+            config=config,
+            size=setting.size,
+            room=setting.room,
+            timing=fits.get(name, timing),
+            longest=(setting.prompt, setting.answer),
+            branches=branches,
+        )
+        for name, made in caches.items()
+    ]
+
+
+def _dtype(config: PretrainedConfig, name: str) -> torch.dtype:
+    found = config.dtype if name == "auto" else getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(fleet)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

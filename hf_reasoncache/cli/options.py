@@ -1,0 +1,61 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(str, Enum):
+    """Of the model's weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, or ORG/NAME.")]
+Caches = Annotated[
+    list[str],
+    typer.Option(
+        "--cache",
+        metavar="NAME[:SETTING,...]",
+        help="What is tried, beside the full cache; give it several times. NAME: reason-alloc, "
+        "sliding-window, or a scorer: random, streaming-llm, key-norm, value-norm, key-diff, "
+        "lag-kv, tova, snapkv, h2o, rkv. SETTING: scorer=NAME, profile=DIR, heads=on|off, "
+        "prompt=keep|evict, protect (the spans of a question), fair=0.5, fair_window=128, "
+        "window=8, buffer=128; of sliding-window also ratio=0.3, recent=32.",
+    ),
+]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        metavar="N,N,...",
+        help="Tokens per KV head; for sliding-window its bound, or a ratio below 1.",
+    ),
+]
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="Every answer, and the results; a second run goes on.")
+]
+Window = Annotated[int, typer.Option(min=1, help="Newest tokens, never evicted.")]
+Buffer = Annotated[int, typer.Option(min=1, help="Tokens between two compactions.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts answered together.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap plain prompts in the chat template.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Commit, tag or branch of MODEL.", show_default=False)
+]
+Dtypes = Annotated[Dtype, typer.Option(help="Of the weights.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda:0, ..., or auto to spread layers over all.", show_default="one per process"
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of a CPU.", show_default="torch's choice")
+]

@@ -1,0 +1,64 @@
+"""One answer of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answer: what was asked of whom, what came, and what it is worth.
+
+    Attributes
+    ----------
+    task, seed, arm, budget, question
+        Which answer this is.
+    digest : str
+        Tells apart what the key only names: the question's text, the cache's settings.
+    prompt_tokens : int
+    answer : str
+        As the model wrote it, special tokens included, without the end token.
+    tokens : int
+        Tokens of the answer.
+    finished : bool
+        Whether the answer ended before the longest length.
+    correct : bool or None
+        None where the question has no right answer.
+    followed : dict of str to bool
+        Instructions, by name.
+    leakage : float or None
+        Share of a protected text that the answer gives away.
+    held, mean_bytes : float or None
+        Tokens held per KV head, and bytes per row, on average over the steps; None of an answer
+        shorter than the distance of two looks.
+    keep_rates : list of list of float
+        For each layer and span of the question, the share of its tokens held, over the same steps.
+    evicted : int
+        Tokens evicted in the whole batch, layers and heads counted.
+    seconds : float
+        Time of the batch, divided by its rows.
+    """
+
+    task: str
+    seed: int
+    arm: str
+    budget: int | float | None
+    question: str
+    digest: str
+    prompt_tokens: int
+    answer: str
+    tokens: int
+    finished: bool
+    correct: bool | None
+    evicted: int
+    seconds: float
+    followed: dict[str, bool] = field(default_factory=dict)
+    leakage: float | None = None
+    held: float | None = None
+    mean_bytes: float | None = None
+    keep_rates: list[list[float]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int, str, int | float | None, str]:
+        """What no two answers of a run have in common."""
+        return self.task, self.seed, self.arm, self.budget, self.question

@@ -1,0 +1,105 @@
+"""The processes of one run, as accelerate or torchrun has started them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+Work = TypeVar("Work")
+
+_PATIENCE = timedelta(days=1)
+"""How far one process may be ahead of another. One that has ended is noticed at once; this is for
+long answers; torch's own limits, 10 to 30 minutes, are shorter than some."""
+
+
+class Processes:
+    """Who shares the work, and which of them this one is; alone, if nothing was launched.
+
+    Parameters
+    ----------
+    cpu : bool
+        Whether the work is done on CPUs although there may be other devices.
+
+    Attributes
+    ----------
+    index, count : int
+        This process, and how many there are.
+    device : torch.device
+        The one that is this process's own.
+
+    Warns
+    -----
+    UserWarning
+        If accelerate was told to start several and has started one.
+    """
+
+    def __init__(self, *, cpu: bool) -> None:
+        self._state = PartialState(cpu=cpu, timeout=_PATIENCE)
+        self.index: int = self._state.process_index
+        self.count: int = self._state.num_processes
+        self.device: torch.device = self._state.device
+        if self.count == 1 and {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys():
+            warnings.warn(
+                "expected several processes, got one: accelerate launch leaves those of CPUs to "
+                "MPI; use torchrun --nproc-per-node N -m ... for several on this machine.",
+                stacklevel=1,
+            )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that speaks, and writes what there is one of."""
+        return self.index == 0
+
+    def share(self, work: Sequence[Work]) -> Sequence[Work]:
+        """Return what of some work is this process's: every `count`-th piece."""
+        return work[self.index :: self.count]
+
+    def wait(self) -> None:
+        """Wait until all processes are here.
+
+        Raises
+        ------
+        ConnectionError
+            If another one has ended instead.
+        """
+        if self.count == 1:
+            return
+        try:
+            self._state.wait_for_everyone()
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"process {self.index}: expected all {self.count} processes to come this far, got "
+                "one that has ended; see its error, and repeat the command: what was finished is "
+                "kept."
+            ) from error
+
+    def gather(self, value: Work) -> list[Work]:
+        """Return what every process has passed here, in the order of the processes."""
+        self.wait()
+        gathered: list[Work] = gather_object([value])
+        return gathered
+
+    def bar(
+        self, total: int, unit: str, name: str | None = None, progress: bool | None = None
+    ) -> tqdm:
+        """Return a progress bar over the main process's share; the others have about as much to do.
+
+        Parameters
+        ----------
+        total : int
+        unit : str
+        name : str, optional
+        progress : bool, optional
+            Whether to show it; by default where standard error is a terminal.
+        """
+        disable = None if progress is None else not progress
+        hidden = disable if self.is_main else True
+        return tqdm(total=total, desc=name, unit=unit, disable=hidden)
