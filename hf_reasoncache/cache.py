@@ -128,7 +128,8 @@ class ReasonCache(Cache):
             )
 
     def report(self) -> CacheReport:
-        """Return what is held now, and what it took."""
+        """Return what is held now, and what it took; of the KV heads that this process holds."""
+        ours = [layer for layer in self.layers if isinstance(layer, PooledLayer)]
         return CacheReport(
             seen=self.get_seq_length(),
             layers=tuple(
@@ -139,6 +140,7 @@ class ReasonCache(Cache):
             other_bytes=sum(
                 storage_bytes(layer) for layer in self.layers if not isinstance(layer, PooledLayer)
             ),
+            shard=ours[0].shard.describe(ours[0].held().shape[1]),
         )
 
     def keep_rates(self, spans: Any) -> torch.Tensor:
@@ -153,7 +155,7 @@ class ReasonCache(Cache):
         -------
         Tensor[L, B, S]
             For each full-attention layer, row and span, the share of its tokens that is held, on
-            average over the KV heads; NaN where a row has fewer spans.
+            average over the KV heads that this process holds; NaN where a row has fewer spans.
 
         Raises
         ------
@@ -175,8 +177,8 @@ class ReasonCache(Cache):
         Returns
         -------
         list[list[list[int]]]
-            For each row, for each KV head, the sorted positions held: columns of the padded
-            sequence as generate counts them. Padding is never listed.
+            For each row, for each KV head that this process holds, the sorted positions held:
+            columns of the padded sequence as generate counts them. Padding is never listed.
 
         Raises
         ------

@@ -45,6 +45,10 @@ class Shard:
         """Whether decisions are made together with other processes."""
         return self.group is not None
 
+    def describe(self, heads: int) -> tuple[int, int, int] | None:
+        """Return first head, `heads` and total; None where this process has all of them."""
+        return None if self.total is None else (self.first, heads, self.total)
+
     def own(self, everyone: torch.Tensor, heads: int) -> torch.Tensor:
         """Return the `heads` heads of this process, of a tensor `[R, H, ...]` of those decided for.
 
@@ -165,8 +169,14 @@ def _group_of(module: torch.nn.Module) -> Any:
 
 
 def _device_of(group: Any, device: torch.device) -> torch.device:
-    """Where tensors of a layer on `device` must lie to be sent: gloo sends from the CPU."""
-    return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+    """Where what lies on `device` must lie to be sent: for gloo on the CPU, for NCCL on a GPU."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    backend = backends.get(device.type)
+    if backend == "gloo":
+        return torch.device("cpu")
+    if backend is not None:
+        return device
+    return torch.device(next(iter(backends)), torch.accelerator.current_device_index())
 
 
 def require_agreement(value: str) -> Agreement:

@@ -168,6 +168,7 @@ def outcome(name, model):
     return {
         "tokens": tokens.tolist(),
         "held": [cache.held_positions(index) for index in ours],
+        "shard": report.shard,
         "evictions": [layer.evictions for layer in report.layers],
         "evicted": [layer.evicted for layer in report.layers],
         "risk": [errors_of(layer.risk) for layer in report.layers],

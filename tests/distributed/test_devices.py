@@ -3,14 +3,12 @@
 With two GPUs see tests/gpu/test_devices.py.
 """
 
-from collections import Counter
-
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from examples.benchmarks.moves import Moves
 from hf_reasoncache.attention import LogicalMask
 from tests.caches import KINDS, exact_cache, make_cache
 from tests.models import build, prompt
@@ -78,19 +76,6 @@ def test_offloaded_weights_change_nothing(kind, moved, here, full):
         assert cache.held_positions(index) == expected.held_positions(index)
 
 
-class Moves(TorchDispatchMode):
-    """Counts tensors that are moved to a device, by shape."""
-
-    def __enter__(self):
-        self.shapes = Counter()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.__name__.startswith("_to_copy") and (kwargs or {}).get("device") is not None:
-            self.shapes[tuple(args[0].shape)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def steps(model, cache, given, count):
     """Yield after the prompt and after each of `count` tokens, which are always the same one."""
     mask = torch.cat([given["attention_mask"], given["attention_mask"][:, -1:].repeat(1, count)], 1)
@@ -117,7 +102,7 @@ def test_a_step_moves_what_the_model_moves(kind, moved):
         next(running)
         with Moves() as moves:
             next(running)
-        counted.append(moves.shapes)
+        counted.append(moves.tensors)
     assert counted[0] == counted[1]
     assert sum(counted[0].values()) > 10  # weights
 
@@ -144,9 +129,9 @@ def test_a_mask_is_moved_when_it_is_needed_and_once():
     mask = LogicalMask("sdpa", {"attention_mask": padding, "q_length": 3, "kv_length": 3})
     with Moves() as moves:
         there = [mask.to("meta", non_blocking=True) for _ in range(3)]
-        assert not moves.shapes
+        assert not moves.tensors
         assert {each.valid.device.type for each in there} == {"meta"}
-        assert moves.shapes == {(2, 3): 1}
+        assert moves.tensors == {("cpu", "meta", (2, 3)): 1}
     assert there[0].valid is there[2].to("meta").valid
     assert mask.valid.device.type == there[0].to("cpu").valid.device.type == "cpu"
 
@@ -157,4 +142,4 @@ def test_a_mask_without_padding_moves_nothing():
     mask = LogicalMask("sdpa", {"attention_mask": padding, "q_length": 1, "kv_length": 3})
     with Moves() as moves:
         assert mask.to("meta").valid is None
-    assert not moves.shapes
+    assert not moves.tensors

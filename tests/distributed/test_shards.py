@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.shards import ALONE, find_shard, in_several_processes
+from hf_reasoncache.shards import ALONE, _device_of, find_shard, in_several_processes
 from tests.models import build
 
 
@@ -81,3 +81,26 @@ def test_a_copy_of_a_cache_stays_in_its_group(world):
     cache = ReasonAllocCache(build("llama").config, budget=40)
     cache.layers[0].shard = find_shard(attention(), 2, 8, "agree")
     assert copy.deepcopy(cache).layers[0].shard is cache.layers[0].shard
+
+
+@pytest.mark.parametrize(
+    ("backends", "lies", "sent"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+        ("cpu:gloo,cuda:gloo", "cuda:1", "cpu"),
+        ("cuda:nccl", "cuda:1", "cuda:1"),
+        ("cuda:nccl", "cpu", "cuda:2"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1"),
+    ],
+)
+def test_a_message_starts_where_the_backend_can_send_it(backends, lies, sent, monkeypatch):
+    """Counts are on the CPU, scores where the layer runs."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 2)
+    assert _device_of(None, torch.device(lies)) == torch.device(sent)
+
+
+def test_the_backends_of_a_group_are_known(world):
+    """That of the test has one for every kind of device."""
+    assert _device_of(dist.group.WORLD, torch.device("cpu")) == torch.device("cpu")

@@ -59,6 +59,8 @@ def test_two_processes_give_what_one_gives(case, ended, one):
     expected = outcome(case, one)
     assert [part["tokens"] for part in parts] == [expected["tokens"]] * RANKS
     assert joined([part["held"] for part in parts]) == expected["held"]
+    assert [part["shard"] for part in parts] == [[0, 2, 4], [2, 2, 4]]
+    assert expected["shard"] is None
     assert [part["evictions"] for part in parts] == [expected["evictions"]] * RANKS
     evicted = [sum(layer) for layer in zip(*(part["evicted"] for part in parts), strict=True)]
     assert evicted == expected["evicted"]

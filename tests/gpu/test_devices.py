@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 from accelerate import dispatch_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from examples.benchmarks.moves import Moves
 from hf_reasoncache.layers.pooled import PooledLayer
 from tests.caches import KINDS, exact_cache, make_cache
 from tests.models import build, prompt
@@ -48,21 +48,10 @@ def test_two_devices_give_what_one_gives(kind, spread, here):
         assert {x.device.index for x in layer.tensors()} == {PLACES[f"model.layers.{index}"]}
 
 
-class Crossings(TorchDispatchMode):
-    """Counts tensors that go from one GPU to the other, by shape."""
-
-    def __enter__(self):
-        self.shapes = Counter()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.__name__.split(".")[0]
-        if name == "_to_copy" or name == "copy_":
-            source = args[1] if name == "copy_" else args[0]
-            if source.is_cuda and out.is_cuda and source.device != out.device:
-                self.shapes[tuple(source.shape)] += 1
-        return out
+def crossings(moves):
+    """What has gone from one GPU to the other."""
+    pairs = moves.tensors.items()
+    return Counter({key: n for key, n in pairs if key[0] != key[1] and "cpu" not in key})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,9 +63,9 @@ def test_a_step_crosses_as_often_as_without_us(kind, spread):
         ids = torch.full((2, 1), 5, device="cuda:0")
         mask = torch.ones(2, cache.get_seq_length() + 1, dtype=torch.long, device="cuda:0")
         mask[1, :7] = 0
-        with Crossings() as crossings, torch.no_grad():
+        with Moves() as moves, torch.no_grad():
             spread(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        found.append(crossings.shapes)
+        found.append(crossings(moves))
     ours, theirs = found
     assert sum(ours.values()) > 0
     assert not ours - theirs
