@@ -188,7 +188,9 @@ class WindowedLayer(EvictingLayer):
         begin = (self.first[rows] + windows.start[rows]).to(slots.device)
         past = (pool.take("positions", slots) < begin[:, None, None]) & (offset >= 0)
         held = past.sum(-1).cpu()
-        if self.policy.keeps_unevenly:
+        guarded = self.policy.risk is not None and self.policy.risk.guard is not None
+        if self.policy.head_budgets or guarded:
+            # Otherwise all heads of a row keep the same number, elsewhere too.
             held = self.shard.gather(held)
         allowed = (windows.limit[rows] - self.policy.recent) * held.shape[1]
         return rows[held.sum(-1) > allowed]

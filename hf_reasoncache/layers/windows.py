@@ -87,11 +87,6 @@ class WindowPolicy:
         return self.kept < self.window or self.prompt_kept < self.window
 
     @property
-    def keeps_unevenly(self) -> bool:
-        """Whether the heads of a row may keep different numbers of tokens."""
-        return self.head_budgets or (self.risk is not None and self.risk.guard is not None)
-
-    @property
     def remedy(self) -> str:
         """How to protect less."""
         return "pass protect_prompt=False" if self.protect_prompt else "protect fewer of its tokens"
