@@ -22,8 +22,8 @@ from hf_reasoncache.arguments import (
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.window_policy import WindowPolicy
 from hf_reasoncache.layers.windowed import WindowedLayer
-from hf_reasoncache.layers.windows import WindowPolicy
 from hf_reasoncache.protection import Fair
 from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import Bidirectional

@@ -18,17 +18,19 @@ import typer
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 
+from examples.fleet.caches import arms
+from examples.fleet.command import run_command
 from examples.fleet.measured import read_measured
 from examples.fleet.report import fleet_png, lines_of
 from examples.fleet.search import MODES, Outcome, Workload, sustained_rate
 from examples.fleet.server import Ceiling, Server, Timing
 from examples.fleet.trace import read_trace
 from examples.tables import write_csv
-from hf_reasoncache.evaluation.arms import FULL_ARM, parse_arm, parse_budget
 from hf_reasoncache.evaluation.table import text_table
 from hf_reasoncache.planning import ModelSize, Setting
 from hf_reasoncache.planning.devices import find_device
 from hf_reasoncache.planning.units import amount, parse_bytes
+from hf_reasoncache.reason_alloc import ReasonAllocCache
 
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 """Shares of its sustained rate at which the latency of a server is shown."""
@@ -50,7 +52,7 @@ def fleet(
         typer.Option(
             min=20,
             help="Of each simulation.",
-            show_default="5 times the rows that fit, 500 at least",
+            show_default="what fills the server 5 times, 20 in static batches",
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -97,13 +99,12 @@ def fleet(
     timing = Ceiling(size, device, config, efficiency, overhead / 1000)
     servers = _servers(setting, timing, cache, budget, branches, measured)
     rows = max(server.capacity(limit) for server in servers)
-    count = requests or max(500, 5 * rows // branches)
-    workload = Workload(lengths, count, branches, limit, known_lengths, seed)
+    workload = Workload(lengths, requests, branches, limit, known_lengths, seed)
     source = f"computed for {device.name}" if measured is None else f"fitted to {measured}"
     typer.echo(
         f"{size.name}: {amount(setting.room)} for rows, at most {rows:,} of them; {branches} per "
-        f"prompt\n{len(lengths):,} lines of trace, answers to {limit:,} tokens; {count:,} requests "
-        f"per simulation, seed {seed}\nstep times {source}; everything below is simulated"
+        f"prompt\n{len(lengths):,} lines of trace, answers to {limit:,} tokens, seed {seed}\n"
+        f"step times {source}; everything below is simulated"
     )
     outcomes: dict[tuple[str, str], list[Outcome]] = {}
     for server in tqdm(servers, desc="servers", unit="server", leave=False):
@@ -113,8 +114,10 @@ def fleet(
                 workload.serve(server, each, load * best) for load in LOADS
             ]
     lines = lines_of(outcomes)
-    typer.echo()
-    typer.echo(text_table(list(lines[0]), [x for x in lines if x["load"] in ("50%", "90%")]))
+    columns = [column for column in lines[0] if column != "batches"]
+    for each in modes:
+        shown = [x for x in lines if x["batches"] == each and x["load"] in ("50%", "90%")]
+        typer.echo(f"\n{each} batches\n{text_table(columns, shown)}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "fleet.csv", lines)
@@ -129,16 +132,15 @@ def _servers(
     branches: int,
     measured: Path | None,
 ) -> list[Server]:
-    config, arm = setting.config, parse_arm(cache)
-    caches = {"DynamicCache": FULL_ARM.make(config, None, None, 0)}
-    if branches > 1:
-        caches["shared, no budget"] = FULL_ARM.make_shared(config, None, 0)
-    for text in budgets.split(","):
-        number = parse_budget(text)
-        name = f"{cache.partition(':')[0]} {number}"
+    config, caches = setting.config, {}
+    if measured is None:
+        # Like DynamicCache, without copying itself at every step.
+        caches["no budget"] = ReasonAllocCache(config, budget=None)
+    for name, (arm, number) in arms(cache, budgets).items():
         caches[name] = arm.make(config, number, None, 0)
         if branches > 1:
-            caches[f"shared, {name}"] = arm.make_shared(config, number, 0)
+            kind = "no budget" if arm.is_full else name
+            caches[f"shared, {kind}"] = arm.make_shared(config, number, 0)
     fits = {} if measured is None else read_measured(measured)
     for name in caches if measured is not None else ():
         if name not in fits:
@@ -159,18 +161,11 @@ def _servers(
 
 
 def _dtype(config: PretrainedConfig, name: str) -> torch.dtype:
-    found = config.dtype if name == "auto" else getattr(torch, name, None)
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {name!r}.")
+    found = config.dtype if name == "auto" else getattr(torch, name)
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(fleet)
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-
-
 if __name__ == "__main__":
-    main()
+    run_command(fleet)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from examples.fleet.command import run_command
 from examples.fleet.trace import synthetic_trace, write_trace
 
 
@@ -20,4 +21,4 @@ def make_trace(
 
 
 if __name__ == "__main__":
-    typer.run(make_trace)
+    run_command(make_trace)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
+from examples.tables import write_csv
+
 COLUMNS = ("cache", "kind", "rows", "tokens", "moved", "seconds")
 
 
@@ -92,6 +94,11 @@ def read_measured(path: Path) -> dict[str, Measured]:
             sample = _sample(f"{path}:{number}", line)
             samples[sample.cache].append(sample)
     return {name: Measured.fit(rows) for name, rows in samples.items()}
+
+
+def write_measured(path: Path, samples: Sequence[Sample]) -> None:
+    """Write a table of measured times."""
+    write_csv(path, [{name: str(value) for name, value in vars(s).items()} for s in samples])
 
 
 def _sample(place: str, line: Mapping[str, str]) -> Sample:

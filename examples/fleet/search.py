@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,9 @@ MODES: dict[str, Callable[[Server, Sequence[Request], int | None], list[Served]]
     "continuous": continuous_batches,
     "static": static_batches,
 }
-_GROWTH = 0.05  # of the arrivals in the second half may be left over in a queue that is bounded
+_BATCHES = {"continuous": 5, "static": 20}  # times that a simulation fills the server
+_FEWEST = 500
+_GROWTH = 0.03
 _PRECISION = 0.02
 
 
@@ -27,8 +28,9 @@ class Workload:
     Attributes
     ----------
     trace : sequence of Lengths
-    count : int
-        Requests of a simulation.
+    count : int or None
+        Requests of a simulation; None takes as many as fill the server 5 times, or 20 times with
+        static batches, of which it has few otherwise.
     branches : int
     limit : int
         Longest answer; longer ones of the trace are cut there.
@@ -38,21 +40,29 @@ class Workload:
     """
 
     trace: Sequence[Lengths]
-    count: int
+    count: int | None
     branches: int
     limit: int
     known_lengths: bool
     seed: int
 
-    def requests(self, rate: float) -> list[Request]:
-        """Draw the requests, arriving at so many per second on average."""
+    def requests(self, rate: float, count: int) -> list[Request]:
+        """Draw requests that arrive at so many per second on average."""
         cut = [Lengths(x.prompt, min(x.answer, self.limit)) for x in self.trace]
-        return poisson_requests(cut, rate, self.count, self.branches, self.seed)
+        return poisson_requests(cut, rate, count, self.branches, self.seed)
+
+    def count_for(self, server: Server, mode: str) -> int:
+        """Requests of a simulation of one server."""
+        if self.count is not None:
+            return self.count
+        full = server.capacity(self.limit) // self.branches
+        return max(_FEWEST, _BATCHES[mode] * full)
 
     def serve(self, server: Server, mode: str, rate: float) -> Outcome:
         """Simulate one rate."""
+        requests = self.requests(rate, self.count_for(server, mode))
         reserved = None if self.known_lengths else self.limit
-        return Outcome(rate, MODES[mode](server, self.requests(rate), reserved))
+        return Outcome(rate, MODES[mode](server, requests, reserved))
 
     def check(self, server: Server) -> None:
         """Raise ValueError unless the longest request fits into an empty server."""
@@ -82,26 +92,24 @@ class Outcome:
 
     def latency(self, share: float) -> float:
         """Quantile of the latencies, in seconds, of all but the first tenth of the requests."""
-        ordered = sorted(self.served, key=lambda each: each.arrival)
-        warm = ordered[len(ordered) // 10 :]
+        warm = self._ordered[len(self.served) // 10 :]
         return float(np.quantile([each.latency for each in warm], share))
 
     @property
     def bounded(self) -> bool:
-        """Whether the queue does not grow: of the requests that come in the second half, at most 5%
-        more wait at its end than at its beginning.
+        """Whether the queue does not grow: the line through the waiting times of the second half
+        rises by at most 0.03 seconds per second.
 
-        Requests in service are not counted; a server fills up at first and then holds as many.
+        A server that is offered `1 + x` times what it can do lets waits rise by `x / (1 + x)`.
         """
-        arrivals = sorted(each.arrival for each in self.served)
-        starts = sorted(each.start for each in self.served)
-        half = len(arrivals) // 2
+        late = self._ordered[len(self.served) // 2 :]
+        times = np.array([[each.arrival, each.start - each.arrival] for each in late])
+        slope = np.polyfit(times[:, 0] - times[0, 0], times[:, 1], 1)[0]
+        return bool(slope <= _GROWTH)
 
-        def waiting(at: float) -> int:
-            return bisect_right(arrivals, at) - bisect_right(starts, at)
-
-        grown = waiting(arrivals[-1]) - waiting(arrivals[half])
-        return grown <= _GROWTH * (len(arrivals) - half)
+    @property
+    def _ordered(self) -> list[Served]:
+        return sorted(self.served, key=lambda each: each.arrival)
 
 
 def sustained_rate(server: Server, mode: str, workload: Workload) -> float:
@@ -117,7 +125,7 @@ def sustained_rate(server: Server, mode: str, workload: Workload) -> float:
     """
     workload.check(server)
     flood = workload.serve(server, mode, 1e12)
-    highest = 2 * workload.count / max(each.end for each in flood.served)
+    highest = 2 * len(flood.served) / max(each.end for each in flood.served)
     lowest = highest / 64
     while not workload.serve(server, mode, lowest).bounded:
         lowest /= 2

@@ -9,12 +9,14 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy.interpolate import RegularGridInterpolator
+from scipy.ndimage import map_coordinates
 from transformers import Cache, PretrainedConfig
 
 from hf_reasoncache.planning import Device, ModelSize, RowWork, prompt_seconds, row_bytes
 
+Floats = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.int64]
+Lengths = Whole | Sequence[int]
 
 _ROUND = 64  # lengths are rounded up to this before bytes are computed: few different ones
 _POINTS = 33  # lengths of a prompt, and of an answer, at which the work of a row is computed
@@ -131,7 +133,19 @@ class Server:
             self._reading[prompt, requests] = self.timing.prompts(prompt, requests)
         return self._reading[prompt, requests]
 
-    def step_seconds(self, prompts: Whole, generated: Whole, requests: Sequence[int]) -> float:
+    def moved(self, prompts: Lengths, generated: Lengths) -> tuple[float, float]:
+        """Bytes of keys and values, and operations of attention, of some rows in one step; without
+        what branches share.
+        """
+        tables, spacing = self._tables
+        # Places in the tables, whose first entry is for one token.
+        places = (np.array([prompts, generated]) - 1) / spacing
+        moved, flops = (map_coordinates(table, places, order=1).sum() for table in tables)
+        return float(moved), float(flops)
+
+    def step_seconds(
+        self, prompts: Lengths, generated: Lengths, requests: Sequence[int], copies: int = 1
+    ) -> float:
         """Seconds of a step.
 
         Parameters
@@ -139,28 +153,34 @@ class Server:
         prompts, generated : integers, one of each per row
             Tokens of the row's prompt, and tokens written already.
         requests : sequence of int
-            Prompts of the requests that these rows belong to, each once.
+            Prompts of the requests that these rows belong to, each once; of interest where branches
+            share theirs.
+        copies : int
+            Rows that are like each of these.
         """
-        moved, flops = self._tables(np.stack([prompts, generated], axis=-1)).sum(axis=0)
-        moved += self._shared_token * sum(requests)
-        return self.timing.step(len(prompts), float(moved), float(flops))
+        moved, flops = self.moved(prompts, generated)
+        shared = self._shared_token * sum(requests)
+        return self.timing.step(copies * len(prompts), copies * moved + shared, copies * flops)
 
     @cached_property
     def _shared_token(self) -> float:
         return self.work(1, 1).shared
 
     @cached_property
-    def _tables(self) -> RegularGridInterpolator:
-        """Bytes and operations by the tokens of prompt and answer, linear in between."""
-        grid = tuple(_grid(longest) for longest in self.longest)
-        values = np.empty((*map(len, grid), 2))
-        for i, prompt in enumerate(grid[0]):
-            for j, generated in enumerate(grid[1]):
-                work = self.work(int(prompt), int(generated))
-                values[i, j] = work.own, work.flops
-        return RegularGridInterpolator(grid, values)
-
-
-def _grid(longest: int) -> Whole:
-    """From 1 to `longest`, and at least two places."""
-    return np.unique(np.linspace(1, max(longest, 2), min(_POINTS, max(longest, 2))).astype(int))
+    def _tables(self) -> tuple[Floats, Floats]:
+        """Bytes and operations of a row `[2, P, A]`, by the tokens of prompt and answer, and how
+        many tokens `[2, 1]` lie between two entries.
+        """
+        spacing = [max(1, -(-(longest - 1) // (_POINTS - 1))) for longest in self.longest]
+        counts = [
+            2 + (longest - 2) // step for longest, step in zip(self.longest, spacing, strict=True)
+        ]
+        tables = np.empty((2, *counts))
+        for prompt, generated in np.ndindex(*counts):
+            work = self.work(
+                # The last entry may lie beyond what comes, and beyond what a budget can hold.
+                min(1 + prompt * spacing[0], self.longest[0]),
+                min(1 + generated * spacing[1], self.longest[1]),
+            )
+            tables[:, prompt, generated] = work.own, work.flops
+        return tables, np.array(spacing, dtype=float)[:, None]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.fleet.server import Server, Whole
+from examples.fleet.server import Lengths, Server, Whole
 from examples.fleet.trace import Request
 
 _STRIDE = 32  # steps that are timed by their first and their last one
@@ -55,10 +55,9 @@ def decode_seconds(server: Server, prompt: int, answers: Sequence[Sequence[int]]
     while written < lengths.max():
         open_ = lengths > written
         steps = min(int(lengths[open_].min()) - written, _STRIDE)
-        rows = np.flatnonzero(open_)
-        groups = [prompt] * len(np.unique(owner[rows])) if server.shares else []
-        prompts, done = np.full(len(rows), prompt), np.full(len(rows), written)
-        now += _seconds(server, prompts, done, groups, steps)
+        groups = [prompt] * len(np.unique(owner[open_])) if server.shares else []
+        done = np.array([written])
+        now += _seconds(server, [prompt], done, groups, steps, copies=int(open_.sum()))
         written += steps
         ends[lengths == written] = now
     return [float(ends[owner == number].max()) for number in range(len(answers))]
@@ -185,13 +184,19 @@ class _Rows:
 
 
 def _seconds(
-    server: Server, prompts: Whole, written: Whole, groups: Sequence[int], steps: int
+    server: Server,
+    prompts: Lengths,
+    written: Whole,
+    groups: Sequence[int],
+    steps: int,
+    copies: int = 1,
 ) -> float:
     """Seconds of so many steps: their first and their last one stand for those between."""
-    first = server.step_seconds(prompts, written, groups)
+    first = server.step_seconds(prompts, written, groups, copies)
     if steps == 1:
         return first
-    return steps * (first + server.step_seconds(prompts, written + steps - 1, groups)) / 2
+    last = server.step_seconds(prompts, written + steps - 1, groups, copies)
+    return steps * (first + last) / 2
 
 
 def _most(request: Request, limit: int | None) -> int:

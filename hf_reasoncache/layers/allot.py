@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hf_reasoncache.budgets.heads import head_budgets
-from hf_reasoncache.layers.windows import WindowPolicy
+from hf_reasoncache.layers.window_policy import WindowPolicy
 from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.shards import Shard
 

@@ -11,7 +11,8 @@ from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.selection import Occasion, gather_held
 from hf_reasoncache.layers.token2chunk import token2chunk
-from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
+from hf_reasoncache.layers.window_policy import WindowPolicy
+from hf_reasoncache.layers.windows import RowWindows
 from hf_reasoncache.risk.guard import Weigh
 from hf_reasoncache.scorers.base import HeldTokens
 
@@ -188,9 +189,7 @@ class WindowedLayer(EvictingLayer):
         begin = (self.first[rows] + windows.start[rows]).to(slots.device)
         past = (pool.take("positions", slots) < begin[:, None, None]) & (offset >= 0)
         held = past.sum(-1).cpu()
-        guarded = self.policy.risk is not None and self.policy.risk.guard is not None
-        if self.policy.head_budgets or guarded:
-            # Otherwise all heads of a row keep the same number, elsewhere too.
+        if self.policy.keeps_unevenly:
             held = self.shard.gather(held)
         allowed = (windows.limit[rows] - self.policy.recent) * held.shape[1]
         return rows[held.sum(-1) > allowed]
