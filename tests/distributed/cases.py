@@ -27,7 +27,7 @@ DEMAND = (3.0, 1.0, 1.0, 2.0)
 def inputs(rows=2, tokens=32):
     """Left-padded prompts of random digits and letters."""
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(4, 200, (rows, tokens), generator=generator)
+    ids = torch.randint(4, 90, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(1, rows):
         ids[row, : 5 * row], mask[row, : 5 * row] = 0, 0
@@ -158,11 +158,13 @@ LOCAL = {
     "alloc local random": generate(alloc(tensor_parallel="local", scorer=Random(), **LOOSE)),
 }
 """Each process decides for its own heads."""
+HYBRID = {"hybrid": generate(alloc(**LOOSE))}
+"""With layers of transformers between ours: another model."""
 
 
 def outcome(name, model):
     """What a case gives, as plain numbers; of the heads of this process."""
-    tokens, cache = (CASES | LOCAL)[name](model)
+    tokens, cache = (CASES | LOCAL | HYBRID)[name](model)
     ours = [index for index, layer in enumerate(cache.layers) if isinstance(layer, PooledLayer)]
     report = cache.report()
     return {

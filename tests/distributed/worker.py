@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 
 import hf_reasoncache  # noqa: F401  (registers the attention)
 from hf_reasoncache.shards import Shard
-from tests.distributed.cases import CASES, LOCAL, alloc, generate, outcome
+from tests.distributed.cases import CASES, HYBRID, LOCAL, alloc, generate, outcome
 
 
 def load(name, **arguments):
@@ -27,13 +27,18 @@ def load(name, **arguments):
 
 
 def run_cases(model, folder):
-    """Write what all cases give; then process 1 ends while 0 waits for it in an eviction."""
+    """Write what all cases give, of this model and of one in the folder.
+
+    Then process 1 ends while 0 waits for it in an eviction.
+    """
     rank, gather, found = dist.get_rank(), Shard.gather, {}
-    for case in CASES | LOCAL:
+    models = dict.fromkeys(CASES | LOCAL, model)
+    models |= dict.fromkeys(HYBRID, load(Path(folder, "hybrid"), tp_plan="auto"))
+    for case, chosen in models.items():
         told = []
         Shard.gather = lambda self, own, told=told: told.append(0) or gather(self, own)
         try:
-            found[case] = outcome(case, model)
+            found[case] = outcome(case, chosen)
             found[case]["told"] = len(told)
         except Exception:
             found[case] = {"error": traceback.format_exc()}
