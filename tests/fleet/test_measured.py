@@ -105,7 +105,8 @@ def test_a_prediction_counts_the_forwards_of_a_run(
     for fit in read_measured(table).values():
         assert fit.of_step == pytest.approx((1, 0, 0), abs=1e-6)
         assert fit.step(5, 1e6, 0.0) == pytest.approx(1) == fit.prompts(50, 3)
-    validate(prompts=files[1], measured=table, memory="1.5MB", out=out, **common)
+    given = common | {"rows": "1,2,4"}
+    validate(prompts=files[1], measured=files[0], memory="1.5MB", out=out, **given)
     lines = read_csv(out)
     assert [line["cache"] for line in lines] == ["DynamicCache", "snapkv 128"]
     for line in lines:
@@ -116,5 +117,6 @@ def test_a_prediction_counts_the_forwards_of_a_run(
         assert 0 < int(line["memory"].rstrip("%")) <= 100
     printed = capsys.readouterr().out
     assert "CPU time of one process, 1 threads" in printed
-    with pytest.raises(ValueError, match="expected times of 'snapkv 96', got"):
-        validate(prompts=files[1], measured=table, memory="9MB", **common | {"budget": "96"})
+    for rows, message in (("1,x", "--rows: expected whole numbers"), ("9", "at least 9 prompts")):
+        with pytest.raises(ValueError, match=message):
+            measure(prompts=files[0], out=table, rows=rows, **common)
