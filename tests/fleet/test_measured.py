@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def test_a_fit_finds_what_made_the_times(tmp_path: Path) -> None:
     noisy = Measured.fit(samples(noise=0.03))
     assert noisy.step(8, 8e5, 0.0) == pytest.approx(np.dot(STEP, (1, 8, 8e5)), rel=0.05)
     assert noisy.prompts(100, 8) == pytest.approx(exact.prompts(100, 8), rel=0.05)
+    # Times that are often half as long and seldom three times: the mean is what adds up.
+    generator = np.random.default_rng(1)
+    rough = [
+        replace(each, seconds=each.seconds * factor)
+        for each in samples() * 200
+        for factor in [3.0 if generator.random() < 0.2 else 0.5]
+    ]
+    assert Measured.fit(rough).step(4, 4e5, 0.0) == pytest.approx(exact.step(4, 4e5, 0.0), rel=0.05)
     write_measured(tmp_path / "t.csv", samples())
     assert read_measured(tmp_path / "t.csv") == {"a": exact}
 
