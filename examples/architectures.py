@@ -241,7 +241,7 @@ def describe(layers: str) -> str:
 def page(findings: Sequence[Finding]) -> str:
     """The lists of docs/models.md."""
     groups: dict[str, list[str]] = {}
-    order = sorted(findings, key=lambda each: (OUTCOMES.index(each.outcome), each.layers))
+    order = sorted(findings, key=lambda each: (OUTCOMES.index(each.outcome), len(each.layers)))
     for each in order:
         title = {
             WORKS: f"Works, {describe(each.layers)}",

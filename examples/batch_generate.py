@@ -25,7 +25,7 @@ from examples.batching.worker import Worker
 from examples.benchmarks.machine import Machine
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.settings import differences, plain, versions
-from hf_reasoncache.cli.loading import load_model, processes_of
+from hf_reasoncache.cli.loading import load_model
 from hf_reasoncache.cli.options import (
     Buffer,
     Chat,
@@ -41,6 +41,7 @@ from hf_reasoncache.cli.options import (
 from hf_reasoncache.evaluation.arms import parse_arm, parse_budget
 from hf_reasoncache.evaluation.journal import Journal
 from hf_reasoncache.planning.units import parse_bytes
+from hf_reasoncache.processes import Processes
 
 
 def write_answers(
@@ -139,7 +140,7 @@ def main(
         raise ValueError(f"--budget: expected {wanted}, got {budget}.")
     limits = Limits(parse_bytes(memory), batch_size, look_ahead)
     loaded = load_model(model, revision, dtype, device, threads)
-    processes = processes_of(loaded[0])
+    processes = Processes.of(loaded[0].device)
     usual = loaded[0].generation_config
     sampling = Sampling.of(usual) if temperature is None else Sampling(temperature)
     sampling = sampling.changed(top_k=top_k, top_p=top_p)

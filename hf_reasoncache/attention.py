@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_reasoncache.geometry import head_shape
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
+from hf_reasoncache.layers.guarded import GuardedLayer
+from hf_reasoncache.shards import ALONE, Shard, find_shard, in_several_processes
 
 BASES = {
     "reasoncache": "sdpa",
@@ -42,20 +45,43 @@ class LogicalMask:
         Name of the base implementation.
     arguments : dict
         What transformers passed to the mask function.
+    device : torch.device or None
+        Where the layers run that it is for; None for where the arguments are.
+    made : dict
+        What was built, by name and device; shared by the masks for all devices. They do not refer
+        to each other: in a cycle, a dense mask of a long prompt would stay until it is found.
     """
 
     base: str
     arguments: dict[str, Any]
+    device: torch.device | None = None
+    made: dict[tuple[str, torch.device | None], Any] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def dense(self) -> Any:
         """The base implementation's mask over all tokens seen."""
+        return self._made("dense", self._build_dense)
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """BoolTensor[B, T]: which new tokens are real; None when all are."""
+        valid: torch.Tensor | None = self._made("valid", self._build_valid)
+        return valid
+
+    def _made(self, name: str, build: Callable[[], Any]) -> Any:
+        """What `build` answers, on this mask's device; built and moved once in a forward."""
+        if (name, None) not in self.made:
+            self.made[name, None] = build()
+        if (name, self.device) not in self.made:
+            source = self.made[name, None]
+            self.made[name, self.device] = None if source is None else source.to(self.device)
+        return self.made[name, self.device]
+
+    def _build_dense(self) -> Any:
         arguments = self.arguments | {"kv_length": int(self.arguments["kv_length"])}
         return ALL_MASK_ATTENTION_FUNCTIONS[self.base](**arguments)
 
-    @cached_property
-    def valid(self) -> torch.Tensor | None:
-        """BoolTensor[B, T]: which new tokens are real; None when all are."""
+    def _build_valid(self) -> torch.Tensor | None:
         padding, steps = self.arguments["attention_mask"], self.arguments["q_length"]
         if padding is None:
             return None
@@ -67,11 +93,12 @@ class LogicalMask:
         """Whether the pattern is causality and padding only."""
         return not self.arguments.get("use_vmap", False)
 
-    def to(self, *args: Any, **kwargs: Any) -> LogicalMask:
-        """Move to another device (accelerate does this to every argument of a layer)."""
-        padding = self.arguments["attention_mask"]
-        moved = None if padding is None else padding.to(*args, **kwargs)
-        return LogicalMask(self.base, self.arguments | {"attention_mask": moved})
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> LogicalMask:
+        """Return the mask for layers on a device (accelerate moves every argument of a layer).
+
+        Nothing is moved before a layer asks for it, and then once for all layers on that device.
+        """
+        return replace(self, device=torch.device(device))
 
     def __getitem__(self, index: Any) -> LogicalMask:
         """Return the mask itself: models slice off rows that a cache of static size would add."""
@@ -153,6 +180,7 @@ def attention_function(
     tokens = (query.detach(), keys.detach(), values.detach())
     chunk = Chunk(*tokens, attention_mask.valid, settings)
     if layer.rows is None:
+        layer.shard = _shard(module, layer, keys.shape[1])
         result = _run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
         layer.store_first(chunk)
         return result
@@ -162,6 +190,14 @@ def attention_function(
             "model-specific mask pattern over several tokens; feed such a prompt in one forward."
         )
     return layer.attend(chunk), None
+
+
+def _shard(module: Any, layer: GuardedLayer, heads: int) -> Shard:
+    """Which of the layer's KV heads are the `heads` that this process has computed."""
+    if not in_several_processes():
+        return ALONE
+    decoder = module.config.get_text_config(decoder=True)
+    return find_shard(module, heads, head_shape(decoder, layer.index)[0], layer.agreement)
 
 
 def _scaling(kwargs: dict[str, Any], query: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ from hf_reasoncache.layers.keep_rates import keep_rates
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
+from hf_reasoncache.shards import Agreement, require_agreement
 
 
 class ReasonCache(Cache):
@@ -29,6 +30,9 @@ class ReasonCache(Cache):
     make_layer : Callable[[int, int, int], PooledLayer]
         Makes a layer from its index in the model, its rank among the full-attention layers, and
         their number.
+    tensor_parallel : {"agree", "local"}
+        Whether processes that hold other KV heads of a layer decide together with this one what is
+        evicted, or each for its own heads.
     offloading : bool
         Must be False.
 
@@ -43,8 +47,10 @@ class ReasonCache(Cache):
         config: PretrainedConfig,
         make_layer: Callable[[int, int, int], PooledLayer],
         *,
+        tensor_parallel: Agreement = "agree",
         offloading: bool = False,
     ) -> None:
+        self.tensor_parallel = require_agreement(tensor_parallel)
         if offloading:
             raise ValueError(
                 "offloading=True: expected the pools to stay on their layers' devices, got a "
@@ -53,7 +59,8 @@ class ReasonCache(Cache):
         layers = supported_layers(config)
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         for rank, index in enumerate(ours):
-            layers[index] = make_layer(index, rank, len(ours))
+            layer = layers[index] = make_layer(index, rank, len(ours))
+            layer.agreement = self.tensor_parallel
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
         self._blank = {
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
@@ -121,7 +128,8 @@ class ReasonCache(Cache):
             )
 
     def report(self) -> CacheReport:
-        """Return what is held now, and what it took."""
+        """Return what is held now, and what it took; of the KV heads that this process holds."""
+        ours = [layer for layer in self.layers if isinstance(layer, PooledLayer)]
         return CacheReport(
             seen=self.get_seq_length(),
             layers=tuple(
@@ -132,6 +140,7 @@ class ReasonCache(Cache):
             other_bytes=sum(
                 storage_bytes(layer) for layer in self.layers if not isinstance(layer, PooledLayer)
             ),
+            shard=ours[0].shard.describe(ours[0].held().shape[1]),
         )
 
     def keep_rates(self, spans: Any) -> torch.Tensor:
@@ -146,7 +155,7 @@ class ReasonCache(Cache):
         -------
         Tensor[L, B, S]
             For each full-attention layer, row and span, the share of its tokens that is held, on
-            average over the KV heads; NaN where a row has fewer spans.
+            average over the KV heads that this process holds; NaN where a row has fewer spans.
 
         Raises
         ------
@@ -168,8 +177,8 @@ class ReasonCache(Cache):
         Returns
         -------
         list[list[list[int]]]
-            For each row, for each KV head, the sorted positions held: columns of the padded
-            sequence as generate counts them. Padding is never listed.
+            For each row, for each KV head that this process holds, the sorted positions held:
+            columns of the padded sequence as generate counts them. Padding is never listed.
 
         Raises
         ------

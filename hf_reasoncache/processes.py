@@ -53,6 +53,11 @@ class Processes:
                 stacklevel=1,
             )
 
+    @staticmethod
+    def of(device: torch.device) -> Processes:
+        """Return those that work on devices like this one."""
+        return Processes(cpu=device.type == "cpu")
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that speaks, and writes what there is one of."""

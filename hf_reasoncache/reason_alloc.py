@@ -24,6 +24,7 @@ from hf_reasoncache.protection import Fair
 from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
+from hf_reasoncache.shards import Agreement
 
 
 class ReasonAllocCache(ReasonCache):
@@ -72,6 +73,10 @@ class ReasonAllocCache(ReasonCache):
         Columns of the prompt, padding included. Needed only with assisted decoding, whose first
         forward brings the first draft together with the prompt: without it, the accepted part of
         that draft is protected as well.
+    tensor_parallel : {"agree", "local"}
+        Under tensor parallelism, where each process has some KV heads of a layer: whether they
+        decide together what is evicted, by a small message at an eviction, and get the tokens of
+        one process; or each by itself, its heads sharing their part of the layer's budget.
     offloading : bool
         Not supported.
 
@@ -124,6 +129,7 @@ class ReasonAllocCache(ReasonCache):
         max_risk: float | Guard | None = None,
         probes: Probes | None = None,
         prompt_length: int | None = None,
+        tensor_parallel: Agreement = "agree",
         offloading: bool = False,
     ) -> None:
         scorer = require_scorer(RKV() if scorer is None else scorer)
@@ -159,4 +165,4 @@ class ReasonAllocCache(ReasonCache):
             )
             return BudgetedLayer(index, rank, policy)
 
-        super().__init__(config, make_layer, offloading=offloading)
+        super().__init__(config, make_layer, tensor_parallel=tensor_parallel, offloading=offloading)

@@ -140,12 +140,17 @@ class CacheReport:
         Bytes held by layers that are transformers' own (sliding windows and the like).
     branches : BranchReport or None
         Of a `SharedBranchCache`.
+    shard : tuple of int or None
+        First KV head that is reported on, number of such heads, and KV heads of a layer, where this
+        process has only some of them (tensor parallelism). Bytes and tokens are those of this
+        process.
     """
 
     seen: int
     layers: tuple[LayerReport, ...]
     other_bytes: int
     branches: BranchReport | None = None
+    shard: tuple[int, int, int] | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -208,11 +213,18 @@ class CacheReport:
         logs = [layer.probes for layer in self.layers if layer.probes is not None]
         return RiskLog.join(logs) if logs else None
 
+    def _lines_of_shard(self) -> list[str]:
+        if self.shard is None:
+            return []
+        first, heads, total = self.shard
+        last = first + heads - 1
+        return [f"of this process only: KV heads {first} to {last} of {total} in each layer"]
+
     def _lines_of_probes(self) -> list[str]:
         errors = self.probe_errors
         if errors is None or not errors.numel():
             return []
-        middle, most = errors.quantile(torch.tensor([0.5, 0.9])).tolist()
+        middle, most = errors.quantile(torch.tensor([0.5, 0.9], device="cpu")).tolist()
         kept = sum(layer.shadow_bytes for layer in self.layers)
         return [
             f"probes: outputs of heads differed from those of all tokens by {middle:.1%} (median),",
@@ -227,7 +239,7 @@ class CacheReport:
             return ["risk: no eviction was measured yet"]
         layer = max((each for each in self.layers if each.risk), key=_worst)
         head = int(layer.risk.error.amax(0).argmax()) if layer.risk else 0
-        middle, most = errors.quantile(torch.tensor([0.5, 0.9])).tolist()
+        middle, most = errors.quantile(torch.tensor([0.5, 0.9], device="cpu")).tolist()
         return [
             f"risk: an eviction moved a head's output by {middle:.1%} (median), {most:.1%} (90%),",
             f"      {float(errors.max()):.1%} (worst: layer {layer.index}, head {head}) for the "
@@ -241,6 +253,7 @@ class CacheReport:
             f"seen {self.seen} tokens, hold {self.mean_held:.1f} per KV head on average",
             f"keys and values {self.kv_bytes:,} bytes, all storages {self.total_bytes:,} bytes",
             f"attention to the pools by {self.backend}",
+            *self._lines_of_shard(),
             f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
             *(() if self.branches is None else self.branches.lines()),
         ]

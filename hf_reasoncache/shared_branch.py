@@ -19,6 +19,7 @@ from hf_reasoncache.layers.parking import Parked, Parking
 from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
 from hf_reasoncache.layers.twins import Twins
 from hf_reasoncache.report import BranchReport, CacheReport
+from hf_reasoncache.shards import Agreement
 
 
 class SharedBranchCache(ReasonCache):
@@ -93,7 +94,8 @@ class SharedBranchCache(ReasonCache):
                 return BranchedLayer(twins, index)
             return branching_form(compressed.layers[index], twins)
 
-        super().__init__(config, make_layer, offloading=offloading)
+        agreement: Agreement = "agree" if compressed is None else compressed.tensor_parallel
+        super().__init__(config, make_layer, tensor_parallel=agreement, offloading=offloading)
 
     def reserve(self, tokens: int) -> None:
         """Allocate room for so many own tokens of each branch at once, where all are kept.
@@ -135,7 +137,9 @@ class SharedBranchCache(ReasonCache):
         require_int("copies", copies, low=1)
         rows = self._rows()
         self._require_row(row)
-        source = torch.cat([torch.arange(rows), torch.full((copies,), row)])
+        source = torch.cat(
+            [torch.arange(rows, device="cpu"), torch.full((copies,), row, device="cpu")]
+        )
         rigid = {type(x).__name__ for x in self.layers if not hasattr(x, "batch_select_indices")}
         if rigid:
             raise ValueError(f"fork: expected layers whose rows can be repeated, got {rigid}.")
@@ -171,14 +175,15 @@ class SharedBranchCache(ReasonCache):
         if self._rows() == 1:
             raise ValueError("park: expected another row to stay in the batch, got the only one.")
         for layer in layers:
-            layer.freeze(torch.tensor([row]))
+            layer.freeze(torch.tensor([row], device="cpu"))
         parked = Parked(
             score=float(score),
             first=int(layers[0].first[row]),
             end=self.get_seq_length(),
             _paths=[layer.trunk.paths[row] for layer in layers],
         )
-        self.batch_select_indices(torch.tensor([i for i in range(self._rows()) if i != row]))
+        others = [other for other in range(self._rows()) if other != row]
+        self.batch_select_indices(torch.tensor(others, device="cpu"))
         self._parking.branches.append(parked)
         self._hold_bound()
         return parked

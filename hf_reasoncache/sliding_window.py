@@ -22,12 +22,13 @@ from hf_reasoncache.arguments import (
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.window_policy import WindowPolicy
 from hf_reasoncache.layers.windowed import WindowedLayer
-from hf_reasoncache.layers.windows import WindowPolicy
 from hf_reasoncache.protection import Fair
 from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import Bidirectional
 from hf_reasoncache.scorers.base import Scorer
+from hf_reasoncache.shards import Agreement
 
 
 class SlidingWindowCompressCache(ReasonCache):
@@ -82,6 +83,8 @@ class SlidingWindowCompressCache(ReasonCache):
     prompt_length : int, optional
         Columns of the prompt, padding included. Needed only with assisted decoding, whose first
         forward brings the first draft together with the prompt.
+    tensor_parallel : {"agree", "local"}
+        See `ReasonAllocCache`.
     offloading : bool
         Not supported.
 
@@ -130,6 +133,7 @@ class SlidingWindowCompressCache(ReasonCache):
         profile: Profile | None = None,
         head_budgets: bool = False,
         prompt_length: int | None = None,
+        tensor_parallel: Agreement = "agree",
         offloading: bool = False,
     ) -> None:
         require_int("window", window, low=2)
@@ -179,7 +183,7 @@ class SlidingWindowCompressCache(ReasonCache):
             )
             return WindowedLayer(index, policy)
 
-        super().__init__(config, make_layer, offloading=offloading)
+        super().__init__(config, make_layer, tensor_parallel=tensor_parallel, offloading=offloading)
 
 
 def _of_layer(

@@ -27,13 +27,14 @@ CACHES = {"cache", "reason_alloc", "sliding_window", "shared_branch"}
 PARTS: dict[str, set[str]] = {
     "budgets": set(),
     "protection": {"budgets"},
-    "risk": {"triton_ops"},
+    "risk": {"shards", "triton_ops"},
     "scorers": {"triton_ops"},
     "geometry": set(),
+    "shards": set(),
     "version": set(),
     "processes": set(),
-    "layers": {"scorers", "budgets", "protection", "risk", "triton_ops"},
-    "attention": {"layers", "triton_ops"},
+    "layers": {"scorers", "budgets", "protection", "risk", "shards", "triton_ops"},
+    "attention": {"geometry", "layers", "shards", "triton_ops"},
     "report": {"layers", "protection", "risk", "triton_ops"},
     "arguments": {"scorers", "budgets", "protection", "risk", "calibration.profile"},
     "graphs": CACHES | {"layers", "triton_ops"},
@@ -54,7 +55,7 @@ for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = {"attention", "layers", "scorers", "budgets", "protection", "risk"}
-    PARTS[_cache] |= {"report", "arguments", "geometry", "calibration.profile"} | CACHES
+    PARTS[_cache] |= {"report", "arguments", "geometry", "shards", "calibration.profile"} | CACHES
 # "cli" and the package's own __init__ may import every part; only "__main__" imports "cli".
 PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
 PARTS["__main__"] = {"cli"}

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from examples import batch_generate
 from examples.batching import worker
 from examples.batching.lines import Line
-from examples.batching.packing import Limits, batch_bytes, pack
+from examples.batching.packing import Job, Limits, batch_bytes, pack
 from examples.batching.sampling import OwnStreams, Sampling
 from examples.harness import load
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
@@ -154,14 +154,14 @@ def test_the_bound_holds_where_prompts_are_shared_and_where_not(
 
 def test_lines_have_settings_of_their_own(run, prompts: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in prompts.read_text().splitlines()][:3]
-    rows[1] |= {"temperature": 1.5, "seed": 5}
+    rows[1] |= {"temperature": 1.5, "seed": 5, "id": 17}
     rows[2] |= {"temperature": 1.5, "top_k": 1}
     answers, _ = run(prompts=write(tmp_path / "q.jsonl", rows))
     greedy, _ = run("greedy", limit=3)
     assert [a["text"] == b["text"] for a, b in zip(answers, greedy, strict=True)] == [
         *(True, False, True)
     ]
-    assert [each["seed"] for each in answers] == [0, 5, 0]
+    assert [(each["id"], each["seed"]) for each in answers] == [("p0", 0), (17, 5), ("p2", 0)]
 
 
 def test_a_run_that_was_killed_goes_on_with_other_limits(
@@ -275,13 +275,13 @@ def test_a_models_own_sampling_is_taken_or_refused() -> None:
     samples=st.integers(1, 5),
     memory=st.integers(60, 400),
     rows=st.integers(1, 6),
-    look_ahead=st.integers(1, 12),
+    look_ahead=st.sampled_from((1, 3, 60)),
 )
 def test_batches_hold_every_answer_once_within_the_limits(
     lengths: list[int], samples: int, memory: int, rows: int, look_ahead: int
 ) -> None:
     lines = [
-        Line(Question(str(n), "x"), (0,) * length, 30 - n, Sampling(0.0), 0, {}, f"line {n}")
+        Line(Question(str(n), "x"), (0,) * length, 30 - n % 7, Sampling(0.0), 0, {}, f"line {n}")
         for n, length in enumerate(lengths)
     ]
 
@@ -292,8 +292,13 @@ def test_batches_hold_every_answer_once_within_the_limits(
     batches = pack([(line, range(samples)) for line in lines], row_bytes, limits)
     made = [(job.line.id, sample) for batch in batches for job in batch for sample in job.samples]
     assert sorted(made) == sorted((line.id, n) for line in lines for n in range(samples))
-    for batch in batches:
+    for batch, after in zip(batches, [*batches[1:], None], strict=True):
         assert batch_bytes(batch, row_bytes) <= memory
-        assert sum(len(job.samples) for job in batch) <= rows
+        count = sum(len(job.samples) for job in batch)
+        assert count <= rows
+        if look_ahead >= samples * len(lines) and after is not None:
+            # One window, and the next answer would not have fitted.
+            more = [*batch, Job(after[0].line, after[0].samples[:1])]
+            assert count == rows or batch_bytes(more, row_bytes) > memory
     with pytest.raises(ValueError, match="line 0: expected an answer of 30 tokens to a prompt"):
         pack([(lines[0], [0])], row_bytes, Limits(30, rows, look_ahead))

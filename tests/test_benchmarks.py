@@ -5,7 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from examples.benchmarks import batch_memory, branches, cpu_decode, step_latency
+from examples.benchmarks import (
+    batch_memory,
+    branches,
+    cpu_decode,
+    devices,
+    step_latency,
+    tensor_parallel,
+)
 
 ARMS = (
     "DynamicCache + sdpa",
@@ -111,6 +118,30 @@ def test_branches_leave_out_what_does_not_fit():
     text = "\n".join(lines)
     assert text.count("needs 0.0 GB, --memory is 0.0001") == 2
     assert "left out above 10 tokens in all rows" in text
+
+
+def test_processes_that_share_a_model_are_counted(tmp_path, capsys):
+    """Here one process, which tells nobody anything; with two it is run by hand."""
+    table = tmp_path / "table.csv"
+    arguments = ["--quick", "--tasks", "walk", "--only", "ReasonAlloc, agree"]
+    tensor_parallel.main([*arguments, "--output", str(table)])
+    (row,) = csv.DictReader(table.open())
+    assert int(row["compactions"]) > 0
+    assert row["messages"] == "0" and row["ms each"] == "-"
+    printed = capsys.readouterr().out
+    assert "1 processes, 1 problems" in printed
+    assert max(map(len, printed.splitlines()[:6])) <= 80
+
+
+def test_offloaded_weights_are_counted(capsys):
+    devices.main(["--steps", "4"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Cache" in line]
+    assert len(lines) >= 12
+    assert all(line.endswith("same") and len(line) <= 80 for line in lines)
+    of = {line[:22].strip(): set() for line in lines}
+    for line in lines:
+        of[line[:22].strip()].add(tuple(line.split()[-3:]))
+    assert all(len(numbers) == 1 for numbers in of.values()), of
 
 
 def test_caches_answer_the_same_prompts_at_one_bound(tmp_path, capsys, monkeypatch):

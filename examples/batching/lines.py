@@ -56,7 +56,8 @@ class Completion:
         ours = dict(vars(self))
         if self.token_ids is None:
             del ours["token_ids"]
-        return line.fields | ours
+        # An id that is a number stays one.
+        return line.fields | ours | {"id": line.fields.get("id", self.id)}
 
 
 _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")

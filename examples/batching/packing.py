@@ -51,8 +51,8 @@ def pack(
     """Cut answers into batches.
 
     The lines of a look-ahead window are sorted, longest prompts first; a batch takes neighbours, of
-    the same sampling, until one more would exceed a limit. Every row counts as the longest of its
-    batch, because that is what a padded cache holds.
+    the same sampling, until one more answer would exceed a limit. Every row counts as the longest
+    of its batch, because that is what a padded cache holds.
 
     Parameters
     ----------
@@ -99,24 +99,36 @@ def _order(job: Job) -> tuple[str, int, int]:
 
 
 def _cut(jobs: Iterable[Job], row_bytes: RowBytes, limits: Limits) -> Iterable[list[Job]]:
-    """Cut jobs, longest prompts first, wherever one more would exceed a limit."""
+    """Cut jobs, longest prompts first, wherever one more answer would exceed a limit."""
     batch: list[Job] = []
     rows = size = new = 0
-    for job in jobs:
-        rows += len(job.samples)
-        if batch and job.line.max_new_tokens <= new:
-            # The first has the longest prompt. Not all are summed up anew: files are long.
-            size += _job_bytes(job, len(batch[0].line.ids), new, row_bytes)
+    waiting = list(jobs)[::-1]
+    while waiting:
+        job = waiting.pop()
+        for taken in range(len(job.samples), 0, -1):
+            part = Job(job.line, job.samples[:taken])
+            more = _grown(batch, size, new, part, row_bytes)
+            if not batch or (rows + taken <= limits.rows and more <= limits.memory):
+                batch.append(part)
+                rows, size, new = rows + taken, more, max(new, job.line.max_new_tokens)
+                break
         else:
-            size = batch_bytes([*batch, job], row_bytes)
-        if batch and (rows > limits.rows or size > limits.memory):
+            taken = 0
+        if taken < len(job.samples):
+            # The others read the prompt again, in the next batch.
+            waiting.append(Job(job.line, job.samples[taken:]))
             yield batch
-            batch, rows, new = [], len(job.samples), 0
-            size = batch_bytes([job], row_bytes)
-        batch.append(job)
-        new = max(new, job.line.max_new_tokens)
+            batch, rows, size, new = [], 0, 0, 0
     if batch:
         yield batch
+
+
+def _grown(batch: Sequence[Job], size: int, new: int, job: Job, row_bytes: RowBytes) -> int:
+    """Bytes of a batch of `size` bytes and answers up to `new` tokens with one more job."""
+    if job.line.max_new_tokens > new:
+        return batch_bytes([*batch, job], row_bytes)
+    # The first has the longest prompt. Not all are summed up anew: files are long.
+    return size + _job_bytes(job, len(batch[0].line.ids), new, row_bytes)
 
 
 def _parts(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory, processes_of
+from hf_reasoncache.cli.loading import load_model, new_directory
 from hf_reasoncache.cli.options import (
     BatchSize,
     Budgets,
@@ -29,6 +29,7 @@ from hf_reasoncache.evaluation import Limits, Settings, audit, load_suite, parse
 from hf_reasoncache.evaluation.audit_report import verdict_table, write_report
 from hf_reasoncache.evaluation.harness import facts
 from hf_reasoncache.evaluation.table import text_table
+from hf_reasoncache.processes import Processes
 
 EXCEEDED = 2
 """Exit status where a limit is exceeded; 1 is an error."""
@@ -85,7 +86,7 @@ def audit_command(
     loaded = load_model(model, revision, dtype, device, threads)
     path = new_directory(out) / "answers.jsonl"
     found = audit(*loaded, read, arms, parse_budgets(budgets), path, settings)
-    if not processes_of(loaded[0]).is_main:
+    if not Processes.of(loaded[0].device).is_main:
         return
     violations = limits.violations(found)
     about = {"cases": len(read.cases), **facts(loaded[0], settings)}

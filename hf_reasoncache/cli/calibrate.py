@@ -16,7 +16,7 @@ from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
-from hf_reasoncache.cli.loading import load_model, processes_of
+from hf_reasoncache.cli.loading import load_model
 from hf_reasoncache.cli.options import (
     BatchSize,
     Chat,
@@ -27,6 +27,7 @@ from hf_reasoncache.cli.options import (
     Revision,
     Threads,
 )
+from hf_reasoncache.processes import Processes
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -181,7 +182,7 @@ def calibrate(
         resume=resume,
         say=lambda line: typer.echo(line, err=True),
     )
-    if processes_of(loaded[0]).is_main:
+    if Processes.of(loaded[0].device).is_main:
         typer.echo(out)
         if push_to is not None:
             typer.echo(profile.push_to_hub(push_to))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory, processes_of
+from hf_reasoncache.cli.loading import load_model, new_directory
 from hf_reasoncache.cli.loading import seeds as parse_seeds
 from hf_reasoncache.cli.options import (
     BatchSize,
@@ -32,6 +32,7 @@ from hf_reasoncache.evaluation import Plan, Settings, evaluate, load_task, parse
 from hf_reasoncache.evaluation import baseline as make_baseline
 from hf_reasoncache.evaluation.plot import results_png
 from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
+from hf_reasoncache.processes import Processes
 
 
 def evaluate_command(
@@ -90,7 +91,7 @@ def evaluate_command(
         settings,
         say=lambda line: typer.echo(line, err=True),
     )
-    if not processes_of(loaded[0]).is_main:
+    if not Processes.of(loaded[0].device).is_main:
         return
     rows = tabulate(records, control.name if control else None)
     columns, lines = cells(rows)

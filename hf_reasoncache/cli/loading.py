@@ -39,11 +39,6 @@ def load_model(
     return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
 
 
-def processes_of(model: PreTrainedModel) -> Processes:
-    """Return the processes that share the work of a model."""
-    return Processes(cpu=model.device.type == "cpu")
-
-
 def budgets(text: str) -> list[Budget]:
     """Numbers with commas between them."""
     return [parse_budget(part) for part in text.split(",") if part.strip()]

@@ -53,10 +53,10 @@ class Branching(PooledLayer):
     def store_first(self, chunk: Chunk) -> None:
         """See `GuardedLayer.store_first`; each different prompt is stored once."""
         batch, heads, _, _ = chunk.keys.shape
-        self.first = torch.full((batch,), -1)
+        self.first = torch.full((batch,), -1, device="cpu")
         self._place_first(self.seen - chunk.steps, chunk.valid)
         self.trunk = Trunk(((),) * batch)
-        self._make_pool(torch.zeros(batch, heads, dtype=torch.long), chunk)
+        self._make_pool(torch.zeros(batch, heads, dtype=torch.long, device="cpu"), chunk)
         self._share(chunk)
 
     def attend(self, chunk: Chunk) -> torch.Tensor:
@@ -77,11 +77,11 @@ class Branching(PooledLayer):
     def _share(self, chunk: Chunk) -> None:
         """Store a chunk of the prompt, once for all rows that have it in common."""
         paths = self.trunk.paths
-        groups = torch.tensor([paths.index(path) for path in paths])
+        groups = torch.tensor([paths.index(path) for path in paths], device="cpu")
         columns = torch.arange(self.seen - chunk.steps, self.seen, device=chunk.keys.device)
         made: dict[int, Segment] = {}
         parts: list[Segment | None] = []
-        for row, first in enumerate(self.twins.of(chunk, self.index, groups).tolist()):
+        for row, first in enumerate(self.twins.of(chunk, self.index, groups, self.shard).tolist()):
             if first == row:
                 real = slice(None) if chunk.valid is None else chunk.valid[row]
                 made[row] = Segment(
@@ -134,7 +134,7 @@ class Branching(PooledLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies beside each other."""
         if self.rows is not None:
-            self.fork(torch.arange(self.rows).repeat_interleave(repeats))
+            self.fork(torch.arange(self.rows, device="cpu").repeat_interleave(repeats))
 
     # --------------------------------------------------------------------------------------- report
 
@@ -228,9 +228,9 @@ class BranchedLayer(Branching):
     def unfreeze(self, path: Path, first: int) -> None:
         """Add a row, behind the last one, that reads `path` and has no tokens of its own yet."""
         pool = self._require_pool()
-        rows = torch.arange(len(pool.length) + 1) % len(pool.length)
+        rows = torch.arange(len(pool.length) + 1, device="cpu") % len(pool.length)
         pool.select_rows(rows)
-        pool.length = pool.length.index_fill(0, torch.tensor([len(rows) - 1]), 0)
+        pool.length = pool.length.index_fill(0, torch.tensor([len(rows) - 1], device="cpu"), 0)
         self.trunk = Trunk((*self.trunk.paths, path))
-        self.first = torch.cat([self.first, torch.tensor([first])])
+        self.first = torch.cat([self.first, torch.tensor([first], device="cpu")])
         self._tail = 0

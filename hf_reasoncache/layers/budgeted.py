@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from hf_reasoncache.layers.agreed_budgets import AgreedBudgets
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.held_positions import AllPositions
@@ -16,7 +17,7 @@ from hf_reasoncache.layers.row_budgets import RowBudgets
 from hf_reasoncache.layers.selection import Occasion, gather_held, incoming_held, rank
 from hf_reasoncache.scorers.base import HeldTokens
 
-_NO_ROWS = torch.zeros(0, dtype=torch.long)
+_NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 
 
 class BudgetedLayer(EvictingLayer):
@@ -43,17 +44,17 @@ class BudgetedLayer(EvictingLayer):
 
     def _store_cut(self, chunk: Chunk) -> None:
         batch, heads, steps, _ = chunk.keys.shape
-        self.first = torch.full((batch,), -1)
+        self.first = torch.full((batch,), -1, device="cpu")
         self._place_first(self.seen - steps, chunk.valid)
         self._remember(chunk)
         keep, notes = chunk.real_tokens(), {}
         self._allocate_for(keep[..., : self._end_of_prompt()].sum(-1).cpu())
-        over = keep.sum(-1).cpu() > self._require_budgets().capacity
-        rows = over.any(-1).nonzero()[:, 0]
+        rows = self._require_budgets().full(keep.sum(-1).cpu(), 0)
         if rows.numel():
             self._attended = AllPositions((batch, heads, steps), chunk.valid)
             occasion = self._occasion(rows, self.seen)
             held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
+            held = replace(held, first_head=self.shard.first)
             chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))
             keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, column, chosen)
             if held.notes is not None:
@@ -69,7 +70,7 @@ class BudgetedLayer(EvictingLayer):
     def _allocate(self) -> None:
         """See `EvictingLayer._allocate`."""
         pool = self._require_pool()
-        slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
+        slots, offset = pool.slots(torch.arange(pool.length.shape[0], device="cpu"))
         in_prompt = (pool.fields["positions"][slots] < self._end_of_prompt()) & (offset >= 0)
         self._allocate_for(in_prompt.sum(-1).cpu())
 
@@ -81,12 +82,19 @@ class BudgetedLayer(EvictingLayer):
         if protection is not None:
             floor = torch.maximum(floor, protection.count)
         budgets = RowBudgets.equal(self.policy, self.rank, floor, prompt.shape[1])
-        self.budgets = replace(budgets, protection=protection)
+        budgets = replace(budgets, protection=protection)
+        self.budgets = (
+            AgreedBudgets.of(budgets, self.shard, self.budgets) if self.shard.agrees else budgets
+        )
 
     def _require_budgets(self) -> RowBudgets:
         if self.budgets is None:
             raise ValueError(f"layer {self.index}: expected budgets, got a layer without a prompt.")
         return self.budgets
+
+    def _recount(self) -> None:
+        """See `EvictingLayer._recount`."""
+        self.budgets = self._require_budgets().recount(self._require_pool().length)
 
     def _capacity(self, length: torch.Tensor) -> torch.Tensor:
         """See `EvictingLayer._capacity`."""
@@ -94,12 +102,11 @@ class BudgetedLayer(EvictingLayer):
 
     def _due(self, columns: int, steps: int) -> torch.Tensor:
         """Rows with a head that has no room for `steps` more tokens."""
-        pool = self._require_pool()
-        if 0 < steps <= pool.least_free:
+        pool, budgets = self._require_pool(), self._require_budgets()
+        if 0 < steps <= pool.least_free - budgets.lead:
             # Between two forwards every head has the capacity it should have.
             return _NO_ROWS
-        over = pool.length + steps > self._require_budgets().capacity
-        return over.any(-1).nonzero()[:, 0]
+        return budgets.full(pool.length, steps)
 
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Compact `rows` to their budgets, when `columns` columns have been stored."""
@@ -107,6 +114,7 @@ class BudgetedLayer(EvictingLayer):
             return
         pool, occasion = self._require_pool(), self._occasion(rows, columns)
         held, slots, offset, at = gather_held(pool, occasion)
+        held = replace(held, first_head=self.shard.first)
         keep = self._choose(occasion, held, at)
         self._store_notes(held, slots)
         pool.compact(rows, slots, offset, keep)
@@ -132,6 +140,7 @@ class BudgetedLayer(EvictingLayer):
         where = (occasion.rows, occasion.columns)
         scale = partial(self._scale, *where, held.positions, partial(getattr, held))
         keep = self._decide(*where, select, budgets.bounds(occasion.rows), scale)
+        self.budgets = budgets.after(occasion.rows, held.valid, keep)
         self.evictions += occasion.rows.numel()
         self.evicted += int((held.valid & ~keep).sum())
         return keep

@@ -46,10 +46,7 @@ class BudgetedBranch(CompressedBranch, BudgetedLayer):
     def _allocate_for(self, prompt: torch.Tensor) -> None:
         elsewhere = self.trunk.lengths
         super()._allocate_for(prompt + elsewhere[:, None])
-        whole = self._require_budgets()
-        self.budgets = replace(
-            whole, heads=whole.heads - elsewhere[:, None], floor=whole.floor - elsewhere
-        )
+        self.budgets = self._require_budgets().without(elsewhere)
 
 
 class WindowedBranch(CompressedBranch, WindowedLayer):

@@ -75,6 +75,9 @@ class EvictingLayer(WatchedLayer):
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Do what is due in `rows` when `columns` columns have been stored."""
 
+    def _recount(self) -> None:
+        """Take note that heads have lost tokens otherwise than by an eviction."""
+
     # ---------------------------------------------------------------------------------- one forward
 
     def _begin(self, steps: int) -> None:
@@ -116,8 +119,12 @@ class EvictingLayer(WatchedLayer):
     def store_first(self, chunk: Chunk) -> None:
         """See `GuardedLayer.store_first`; a long prompt is cut here."""
         batch, heads, steps, _ = chunk.keys.shape
-        self.first = torch.full((batch,), -1)
-        stored = torch.full((batch,), steps) if chunk.valid is None else chunk.valid.sum(-1).cpu()
+        self.first = torch.full((batch,), -1, device="cpu")
+        stored = (
+            torch.full((batch,), steps, device="cpu")
+            if chunk.valid is None
+            else chunk.valid.sum(-1).cpu()
+        )
         room = stored[:, None].expand(batch, heads).contiguous()
         self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
         if self.recording:
@@ -236,6 +243,8 @@ class EvictingLayer(WatchedLayer):
             super()._crop(columns)
             self._log.crop(columns)
             self._prompt_columns = min(self._prompt_columns, self.seen)
+            if self.budgets is not None:
+                self._recount()
             return
         self.seen -= columns
         for name, value in draft.state.items():

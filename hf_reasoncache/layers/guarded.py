@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
+from hf_reasoncache.shards import ALONE, Agreement, Shard
 
 
 class GuardedLayer(CacheLayerMixin):
@@ -26,6 +27,10 @@ class GuardedLayer(CacheLayerMixin):
         Columns of the padded sequence seen so far.
     recording : bool
         Whether every forward may be cropped (assisted decoding).
+    shard : Shard
+        Which KV heads of the layer are here; set with the first forward.
+    agreement : {"agree", "local"}
+        Whether processes with other heads of the layer decide together with this one.
     """
 
     is_compileable = False
@@ -36,6 +41,8 @@ class GuardedLayer(CacheLayerMixin):
         super().__init__()
         self.index = index
         self.recording = False
+        self.shard: Shard = ALONE
+        self.agreement: Agreement = "agree"
         self._clear()
 
     def _clear(self) -> None:
@@ -158,12 +165,12 @@ class GuardedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows of `indices` (positions or a mask)."""
         if self.rows is not None:
-            self.select_rows(torch.arange(self.rows)[indices.cpu()])
+            self.select_rows(torch.arange(self.rows, device="cpu")[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies beside each other."""
         if self.rows is not None:
-            self.select_rows(torch.arange(self.rows).repeat_interleave(repeats))
+            self.select_rows(torch.arange(self.rows, device="cpu").repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything, storage included."""

@@ -200,7 +200,7 @@ class RaggedPool:
         """
         device = self.fields["positions"].device
         length, start = self.length[rows], self.layout.start[rows]
-        offset = torch.arange(max(int(length.max()), 0)).expand(*length.shape, -1)
+        offset = torch.arange(max(int(length.max()), 0), device="cpu").expand(*length.shape, -1)
         offset = offset.masked_fill(offset >= length[..., None], -1)
         # A head without any capacity has its start at the end of the storage.
         slots = (start[..., None] + offset.clamp_min(0)).clamp_max(max(self.layout.slots - 1, 0))
@@ -232,7 +232,7 @@ class RaggedPool:
 
         Right only when no compaction came in between: a compaction moves the newest tokens.
         """
-        slots, offset = self.slots(torch.arange(self.length.shape[0]))
+        slots, offset = self.slots(torch.arange(self.length.shape[0], device="cpu"))
         self.length = (self.length - count).clamp_min(0)
         self._clear(slots[offset >= self.length.to(offset.device)[..., None]])
 
@@ -246,7 +246,7 @@ class RaggedPool:
         rows : LongTensor[B'], optional
             Row of this pool that each new row copies; the same rows by default.
         """
-        rows = torch.arange(self.length.shape[0]) if rows is None else rows
+        rows = torch.arange(self.length.shape[0], device="cpu") if rows is None else rows
         slots, offset = self.slots(rows)
         old, used = self.fields, offset >= 0
         layout = RaggedLayout(capacity)

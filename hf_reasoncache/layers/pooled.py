@@ -47,7 +47,7 @@ class PooledLayer(GuardedLayer):
     def _clear(self) -> None:
         super()._clear()
         self.pool: RaggedPool | None = None
-        self.first = torch.zeros(0, dtype=torch.long)
+        self.first = torch.zeros(0, dtype=torch.long, device="cpu")
         self.clock: torch.Tensor | None = None
         self._placed = False
         # Newest columns that every head is known to hold in its last slots, where a crop finds
@@ -67,8 +67,8 @@ class PooledLayer(GuardedLayer):
     def store_first(self, chunk: Chunk) -> None:
         """See `GuardedLayer.store_first`."""
         batch, heads, steps, _ = chunk.keys.shape
-        self.first = torch.full((batch,), -1)
-        room = torch.full((batch, heads), steps + FIRST_ROOM)
+        self.first = torch.full((batch,), -1, device="cpu")
+        room = torch.full((batch, heads), steps + FIRST_ROOM, device="cpu")
         self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
         self._append(chunk, self.seen)
 
@@ -175,7 +175,7 @@ class PooledLayer(GuardedLayer):
             pool.drop_newest(columns)
             self._tail -= columns
         else:
-            rows = torch.arange(pool.length.shape[0])
+            rows = torch.arange(pool.length.shape[0], device="cpu")
             slots, offset = pool.slots(rows)
             keep = (pool.fields["positions"][slots] < self.seen) & (offset >= 0)
             pool.compact(rows, slots, offset, keep)
@@ -191,7 +191,7 @@ class PooledLayer(GuardedLayer):
 
     def held(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: tokens held, on the CPU."""
-        return torch.zeros(0, 0) if self.pool is None else self.pool.length
+        return torch.zeros(0, 0, device="cpu") if self.pool is None else self.pool.length
 
     def kv_tensors(self) -> Iterator[torch.Tensor]:
         """Yield all keys and values."""

@@ -54,7 +54,9 @@ class RowBudgets:
         ValueError
             If the budget cannot hold the prompt and the window.
         """
-        per_head = torch.tensor([policy.layer_budget(rank, count) for count in prompt.tolist()])
+        per_head = torch.tensor(
+            [policy.layer_budget(rank, count) for count in prompt.tolist()], device="cpu"
+        )
         return RowBudgets(
             policy=policy,
             heads=per_head[:, None].expand(-1, heads).contiguous(),
@@ -76,6 +78,34 @@ class RowBudgets:
         least = self.floor[rows, None].expand_as(heads)
         return heads, least, heads + buffer - max(1, buffer // 4)
 
+    @property
+    def lead(self) -> int:
+        """How many more free slots heads here may have than the fullest head elsewhere."""
+        return 0
+
+    def after(self, rows: torch.Tensor, valid: torch.Tensor, keep: torch.Tensor) -> RowBudgets:
+        """Take note that `rows` kept `keep` of the tokens `valid`, BoolTensor[R, H_kv, N]."""
+        return self
+
+    def recount(self, length: torch.Tensor) -> RowBudgets:
+        """Take note that the heads hold `length` tokens, LongTensor[B, H_kv]."""
+        return self
+
+    def full(self, length: torch.Tensor, steps: int) -> torch.Tensor:
+        """Rows with a head that has no room for `steps` more tokens.
+
+        Parameters
+        ----------
+        length : LongTensor[B, H_kv]
+            Tokens held, on the CPU.
+        steps : int
+        """
+        return (length + steps > self.capacity).any(-1).nonzero()[:, 0]
+
+    def without(self, tokens: torch.Tensor) -> RowBudgets:
+        """Leave out what every head holds elsewhere, LongTensor[B]."""
+        return replace(self, heads=self.heads - tokens[:, None], floor=self.floor - tokens)
+
     def resplit(
         self, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor, columns: int
     ) -> RowBudgets:
@@ -94,19 +124,24 @@ class RowBudgets:
         stale = old_enough.nonzero()[:, 0]
         if not self.policy.head_budgets or not stale.numel():
             return self
-        chosen, at = rows[stale], stale.to(scores.device)
-        total = self.heads[chosen].sum(-1)
+        at = stale.to(scores.device)
+        return self._split(rows[stale], scores[at], valid[at], columns)
+
+    def _split(
+        self, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor, columns: int
+    ) -> RowBudgets:
+        """Re-allocate the heads of `rows`; arguments as in `resplit`."""
         split = head_budgets(
-            scores[at],
-            valid[at],
-            total,
-            floor=self.floor[chosen],
+            scores,
+            valid,
+            self.heads[rows].sum(-1),
+            floor=self.floor[rows],
             comparable=self.policy.scorer.comparable,
         ).cpu()
         return replace(
             self,
-            heads=self.heads.index_put((chosen,), split),
-            last_split=self.last_split.index_fill(0, chosen, columns),
+            heads=self.heads.index_put((rows,), split),
+            last_split=self.last_split.index_fill(0, rows, columns),
         )
 
     def select_rows(self, rows: torch.Tensor) -> RowBudgets:

@@ -46,7 +46,7 @@ class Segment:
     @cached_property
     def layout(self) -> RaggedLayout:
         """The segment as a pool of one row."""
-        return RaggedLayout(torch.full((1, self.keys.shape[0]), self.tokens))
+        return RaggedLayout(torch.full((1, self.keys.shape[0]), self.tokens, device="cpu"))
 
     @cached_property
     def device_length(self) -> torch.Tensor:
@@ -130,7 +130,9 @@ class Trunk:
     @cached_property
     def lengths(self) -> torch.Tensor:
         """LongTensor[B]: tokens per head that each row reads here."""
-        return torch.tensor([sum(part.tokens for part in path) for path in self.paths])
+        return torch.tensor(
+            [sum(part.tokens for part in path) for path in self.paths], device="cpu"
+        )
 
     @cached_property
     def levels(self) -> tuple[tuple[tuple[Segment, torch.Tensor], ...], ...]:
@@ -165,7 +167,7 @@ class Trunk:
             values=part.values.flatten(0, 1),
             layout=part.layout,
             length=part.layout.capacity,
-            owner=torch.zeros(len(self.paths), dtype=torch.long),
+            owner=torch.zeros(len(self.paths), dtype=torch.long, device="cpu"),
         )
 
     def columns(self) -> list[list[int]]:

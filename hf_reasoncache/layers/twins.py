@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.shards import Shard
 
 
 class Twins:
@@ -21,9 +22,9 @@ class Twins:
 
     def __init__(self) -> None:
         self._layer: int | None = None
-        self._first_like: torch.Tensor = torch.zeros(0, dtype=torch.long)
+        self._first_like: torch.Tensor = torch.zeros(0, dtype=torch.long, device="cpu")
 
-    def of(self, chunk: Chunk, layer: int, groups: torch.Tensor) -> torch.Tensor:
+    def of(self, chunk: Chunk, layer: int, groups: torch.Tensor, shard: Shard) -> torch.Tensor:
         """Return for each row the first row that brings the same tokens.
 
         Parameters
@@ -33,6 +34,8 @@ class Twins:
             Index of the layer that asks; the lowest one decides for all.
         groups : LongTensor[B]
             Rows that differ here are different already.
+        shard : Shard
+            Heads in other processes must be alike too.
 
         Returns
         -------
@@ -40,7 +43,9 @@ class Twins:
             On the CPU.
         """
         if self._layer is None or layer <= self._layer:
-            self._layer, self._first_like = layer, _first_like(chunk, groups)
+            found = shard.gather(_first_like(chunk, groups)[:, None])
+            same = (found[:, None] == found).all(-1)
+            self._layer, self._first_like = layer, same.int().argmax(-1)
         return self._first_like
 
 
@@ -55,7 +60,7 @@ def _first_like(chunk: Chunk, groups: torch.Tensor) -> torch.Tensor:
                 break
         else:
             firsts.append(row)
-    return torch.tensor(found)
+    return torch.tensor(found, device="cpu")
 
 
 def _same_tokens(chunk: Chunk, one: int, other: int) -> bool:

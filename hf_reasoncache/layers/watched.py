@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -114,6 +115,8 @@ class WatchedLayer(PooledLayer):
         select: Select,
         bounds: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         scale: Callable[[], Weigh],
+        *,
+        guarded: bool = True,
     ) -> torch.Tensor:
         """Choose what stays, and take note of what that costs if the policy has it measured.
 
@@ -127,14 +130,18 @@ class WatchedLayer(PooledLayer):
             Tokens that a head is to keep, and the least and the most that a guard may give it.
         scale : Callable
             Makes what weighs choices.
+        guarded : bool
+            False leaves a guard out.
 
         Returns
         -------
         BoolTensor[R, H_kv, N]
         """
-        if self.policy.risk is None:
+        risk = self.policy.risk
+        if risk is None:
             return select(bounds[0])
-        keep, damage = self.policy.risk.choose(select, scale(), *bounds)
+        risk = risk if guarded else replace(risk, guard=None)
+        keep, damage = risk.choose(select, scale(), *bounds, self.shard)
         self.risk = self.risk.add(rows, columns, damage)
         return keep
 
@@ -148,13 +155,13 @@ class WatchedLayer(PooledLayer):
     def _follow(self, chunk: Chunk, probes: Probes) -> None:
         if not self._shadowed:
             self._shadowed = True
-            self.shadow = probes.shadow(self.index, chunk.keys.shape[1])
+            self.shadow = probes.shadow(self.index, chunk.keys.shape[1], self.shard)
         if self.shadow is None:
             return
         self.shadow.append(chunk.keys, chunk.values, chunk.valid)
         if chunk.steps == 1 and self.shadow.is_due():
             pool = self._require_pool()
-            slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
+            slots, offset = pool.slots(torch.arange(pool.length.shape[0], device="cpu"))
             columns = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1)
             self.shadow.probe(chunk.query, columns, chunk.settings)
 

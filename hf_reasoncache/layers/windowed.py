@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from hf_reasoncache.budgets.heads import head_budgets
+from hf_reasoncache.layers.allot import Allot, by_demand, equal
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.selection import Occasion, gather_held
 from hf_reasoncache.layers.token2chunk import token2chunk
-from hf_reasoncache.layers.windows import RowWindows, WindowPolicy
+from hf_reasoncache.layers.window_policy import WindowPolicy
+from hf_reasoncache.layers.windows import RowWindows
 from hf_reasoncache.risk.guard import Weigh
 from hf_reasoncache.scorers.base import HeldTokens
 
-_NO_ROWS = torch.zeros(0, dtype=torch.long)
-
-Allot = Callable[[HeldTokens, torch.Tensor, torch.Tensor], torch.Tensor]
+_NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 
 
 class WindowedLayer(EvictingLayer):
@@ -158,33 +156,12 @@ class WindowedLayer(EvictingLayer):
         low, high, kept = windows.start[rows], windows.end[rows], windows.kept(rows)
         self.budgets = windows.advance(rows)
         if bool((kept < high - low).any()):
-            self._shrink(rows, columns, low, high, high, self._allot(kept), relent=True)
-
-    def _allot(self, kept: torch.Tensor) -> Allot:
-        """Give every head of a row the same, or heads by demand the same in total."""
-
-        def equal(held: HeldTokens, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
-            return kept[:, None].expand(-1, scores.shape[1])
-
-        def by_demand(held: HeldTokens, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
-            heads, count = scores.shape[1], held.count.amin(-1).tolist()
-            floor = forced.sum(-1).amax(-1).tolist()
-            scores = scores.masked_fill(forced, torch.inf).masked_fill(~held.valid, -torch.inf)
-            split = [
-                # No head can keep more than it holds.
-                head_budgets(
-                    scores[row : row + 1],
-                    held.valid[row : row + 1],
-                    heads * each,
-                    floor=floor[row],
-                    high=max(1.0, min(2.0, count[row] / max(each, 1))),
-                    comparable=self.policy.scorer.comparable,
-                )
-                for row, each in enumerate(kept.tolist())
-            ]
-            return torch.cat(split)
-
-        return by_demand if self.policy.head_budgets else equal
+            allot = (
+                by_demand(self.policy, kept, self.shard)
+                if self.policy.head_budgets
+                else equal(kept)
+            )
+            self._shrink(rows, columns, low, high, high, allot, relent=True)
 
     def _hold_bound(self, rows: torch.Tensor, columns: int) -> None:
         """Compress the oldest windows of `rows` again, as the newest queries see them."""
@@ -211,8 +188,11 @@ class WindowedLayer(EvictingLayer):
         slots, offset = pool.slots(rows)
         begin = (self.first[rows] + windows.start[rows]).to(slots.device)
         past = (pool.take("positions", slots) < begin[:, None, None]) & (offset >= 0)
-        allowed = (windows.limit[rows] - self.policy.recent) * past.shape[1]
-        return rows[past.flatten(1).sum(-1).cpu() > allowed]
+        held = past.sum(-1).cpu()
+        if self.policy.keeps_unevenly:
+            held = self.shard.gather(held)
+        allowed = (windows.limit[rows] - self.policy.recent) * held.shape[1]
+        return rows[held.sum(-1) > allowed]
 
     def _shrink(
         self,
@@ -235,7 +215,13 @@ class WindowedLayer(EvictingLayer):
         if not held.keys.shape[2]:
             return
         queries, asked = self._queries(rows, columns, low, now, pool.length.shape[1])
-        held = replace(held, length=now.to(asked.device), queries=queries, query_positions=asked)
+        held = replace(
+            held,
+            length=now.to(asked.device),
+            queries=queries,
+            query_positions=asked,
+            first_head=self.shard.first,
+        )
         scores = self.policy.scorer.score(held)
         protection, forced = self._require_windows().protection, torch.zeros_like(held.valid)
         if protection is not None:
@@ -264,7 +250,8 @@ class WindowedLayer(EvictingLayer):
 
         spare = (held.count.cpu() - budgets.cpu()).clamp_min(0) * 3 // 4 * relent
         bounds = (budgets.cpu(), forced.sum(-1).cpu(), budgets.cpu() + spare)
-        keep = self._decide(rows, columns, select, bounds, scale)
+        # Without room to relent, a guard could only measure in vain.
+        keep = self._decide(rows, columns, select, bounds, scale, guarded=relent)
         self._store_notes(held, slots)
         lost = held.valid & ~keep
         pool.compact(rows, everything, place, staying(keep))
@@ -284,7 +271,7 @@ class WindowedLayer(EvictingLayer):
         """
         log, device = self._log.last(rows), self._require_pool().fields["positions"].device
         wanted = min(self.policy.scorer.queries, self.policy.window)
-        asked = now[:, None] + torch.arange(-wanted, 0)
+        asked = now[:, None] + torch.arange(-wanted, 0, device="cpu")
         if log is None or not wanted:
             return None, torch.full_like(asked, -1).to(device)
         place = self.first[rows][:, None] + asked - (columns - log.shape[2])

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from hf_reasoncache.layers.windows import WindowPolicy
+from hf_reasoncache.layers.window_policy import WindowPolicy
 from hf_reasoncache.scorers.key_norm import KeyNorm
 
 _ANY = KeyNorm()

@@ -94,7 +94,7 @@ class RowProtection:
         """LongTensor[B]: tokens of the whitelist."""
         if self.settings.keep is None:
             return torch.zeros_like(self.prompt)
-        return torch.tensor(self.settings.keep.counts)[self.keep]
+        return torch.tensor(self.settings.keep.counts, device="cpu")[self.keep]
 
     @cached_property
     def _edges(self) -> torch.Tensor:
@@ -165,7 +165,7 @@ class RowProtection:
         length = positions.flatten(1).amax(-1).cpu() + 1
         after = int(((length - prompt).clamp_min(0) + fair.window - 1).amax()) // fair.window
         end = torch.maximum(prompt, length)[:, None]
-        generated = prompt[:, None] + torch.arange(after + 1) * fair.window
+        generated = prompt[:, None] + torch.arange(after + 1, device="cpu") * fair.window
         begins = torch.cat([cuts, prompt[:, None]], -1).minimum(prompt[:, None])
         lengths = torch.cat([begins.diff(), generated.minimum(end).diff()], -1)
 
@@ -182,13 +182,15 @@ class RowProtection:
 
 
 def _sources(spans: Spans | None, rows: int) -> torch.Tensor:
-    return torch.tensor([0] * rows if spans is None else spans.sources(rows))
+    return torch.tensor([0] * rows if spans is None else spans.sources(rows), device="cpu")
 
 
 def _filled(lists: list[list[int]]) -> torch.Tensor:
     """LongTensor of lists of different length, the rest behind every position."""
     longest = max(map(len, lists))
-    return torch.tensor([[*each, *[_NEVER] * (longest - len(each))] for each in lists]).long()
+    return torch.tensor(
+        [[*each, *[_NEVER] * (longest - len(each))] for each in lists], device="cpu"
+    ).long()
 
 
 def _place(edges: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

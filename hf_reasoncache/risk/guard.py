@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from hf_reasoncache.risk.damage import Damage
+from hf_reasoncache.shards import ALONE, Shard
 
 Action = Literal["shrink", "abstain", "move"]
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -66,6 +67,7 @@ class Guard:
         budgets: torch.Tensor,
         least: torch.Tensor,
         most: torch.Tensor,
+        shard: Shard = ALONE,
     ) -> tuple[torch.Tensor, Damage]:
         """Choose what stays.
 
@@ -77,6 +79,8 @@ class Guard:
             Measures the damage of several choices.
         budgets, least, most : LongTensor[R, H]
             Tokens that a head is to keep, and bounds that hold whatever happens; on the CPU.
+        shard : Shard
+            Where other processes have heads of the layer, "move" takes those in.
 
         Returns
         -------
@@ -87,14 +91,15 @@ class Guard:
         keep = select(budgets)
         damage = weigh([keep])[0]
         over = (damage.error > self.limit).cpu()
-        if not bool(over.any()):
-            return keep, damage
         budgets, most = torch.broadcast_tensors(budgets.cpu(), most.cpu())
         unit = (most - budgets).clamp_min(0) // STEPS
-        down = 0
-        if self.action == "move":
+        down, anywhere, moves = 0, over, self.action == "move"
+        if moves:
             # One step of one head is one step of another.
-            down, unit = STEPS - 1, unit.amin(-1, keepdim=True).expand_as(unit)
+            units, anywhere = shard.gather(torch.stack([unit, over.long()], -1)).unbind(-1)
+            down, unit = STEPS - 1, units.amin(-1, keepdim=True).expand_as(unit)
+        if not bool(anywhere.any()):
+            return keep, damage
         if self.action == "abstain":
             chosen = most.where(over, budgets)
         else:
@@ -102,9 +107,11 @@ class Guard:
             steps = range(-down, STEPS + 1)
             ladder = [torch.maximum(budgets + step * unit, least) for step in steps]
             errors = torch.stack([d.error for d in weigh([select(x) for x in ladder])], -1).cpu()
-            if self.action == "move":
+            if moves:
                 lowest = -((budgets - least) // unit.clamp_min(1)).clamp_max(down)
-                level = self._moved(errors, lowest, down)
+                told = shard.gather(torch.cat([errors, lowest[..., None].to(errors.dtype)], -1))
+                level = self._moved(told[..., :-1], told[..., -1].long(), down)
+                level = shard.own(level, lowest.shape[1])
                 chosen = budgets + level * unit
             else:
                 level = self._raised(errors)

@@ -75,7 +75,7 @@ class RiskLog:
     def latest(self) -> torch.Tensor:
         """Tensor[H]: largest error over the rows of the newest eviction; NaN without one."""
         if not len(self):
-            return torch.full((self.error.shape[1],), torch.nan)
+            return torch.full((self.error.shape[1],), torch.nan, device="cpu")
         return self.error[self.columns == self.columns.max()].amax(0)
 
     @staticmethod
@@ -86,5 +86,5 @@ class RiskLog:
     def quantile(self, share: float) -> torch.Tensor:
         """Tensor[H]: the error that `share` of a head's evictions do not exceed; NaN without."""
         if not len(self):
-            return torch.full((self.error.shape[1],), torch.nan)
+            return torch.full((self.error.shape[1],), torch.nan, device="cpu")
         return self.error.quantile(share, dim=0)

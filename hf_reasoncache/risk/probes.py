@@ -16,6 +16,7 @@ import torch
 
 from hf_reasoncache.risk.damage import eviction_damage
 from hf_reasoncache.risk.log import RiskLog
+from hf_reasoncache.shards import ALONE, Shard
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,17 @@ class Probes:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"probes: expected {name} as an integer >= {low}, got {value!r}.")
 
-    def shadow(self, layer: int, heads: int) -> Shadow | None:
-        """Begin the shadow of a layer with `heads` KV heads; None where none of them was drawn."""
+    def shadow(self, layer: int, heads: int, shard: Shard = ALONE) -> Shadow | None:
+        """Begin the shadow of a layer of which `heads` KV heads are here, or None.
+
+        None where none of them was drawn. Which ones are does not depend on where heads are.
+        """
         drawn = random.Random(f"{self.seed}/{layer}")
-        chosen = [head for head in range(heads) if drawn.random() < self.heads]
+        total = shard.total or heads
+        chosen = [head for head in range(total) if drawn.random() < self.heads]
         phase = drawn.randrange(self.interval)
-        return Shadow(self.interval, phase, torch.tensor(chosen)) if chosen else None
+        here = [head - shard.first for head in chosen if 0 <= head - shard.first < heads]
+        return Shadow(self.interval, phase, torch.tensor(here, device="cpu")) if here else None
 
 
 class Shadow:
@@ -88,7 +94,7 @@ class Shadow:
             False for padding.
         """
         if valid is None:
-            valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
+            valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device="cpu")
         own = self.heads.to(keys.device)
         keys, values = (x.index_select(1, own).cpu() for x in (keys, values))
         self._chunks.append((keys, values, valid.cpu()))
@@ -117,23 +123,27 @@ class Shadow:
         keys, values, valid = self._chunks[0]
         rows, total = valid.shape
         own = columns.cpu()[:, self.heads]
-        held = torch.zeros(rows, len(self.heads), total + 1, dtype=torch.bool)
+        held = torch.zeros(rows, len(self.heads), total + 1, dtype=torch.bool, device="cpu")
         held.scatter_(-1, own.where(own >= 0, total), True)
-        at = torch.arange(total).where(valid, -1)[:, None].expand(-1, len(self.heads), -1)
+        at = (
+            torch.arange(total, device="cpu")
+            .where(valid, -1)[:, None]
+            .expand(-1, len(self.heads), -1)
+        )
         grouped = query.cpu().unflatten(1, (columns.shape[1], -1))
         sinks = settings.get("s_aux")
         if sinks is not None:
             sinks = sinks.detach().cpu().view(columns.shape[1], -1)[self.heads].flatten()
         [damage] = eviction_damage(
             grouped[:, self.heads],
-            torch.full((rows, 1), total - 1),
+            torch.full((rows, 1), total - 1, device="cpu"),
             keys,
             values,
             at,
             [held[..., :total]],
             **(settings | {"s_aux": sinks}),
         )
-        self.log = self.log.add(torch.arange(rows), total, damage)
+        self.log = self.log.add(torch.arange(rows, device="cpu"), total, damage)
 
     def crop(self, columns: int) -> None:
         """Forget all after the first `columns` columns, their probes too."""

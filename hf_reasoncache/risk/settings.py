@@ -8,6 +8,7 @@ import torch
 
 from hf_reasoncache.risk.damage import Damage
 from hf_reasoncache.risk.guard import Guard, Select, Weigh
+from hf_reasoncache.shards import ALONE, Shard
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Risk:
         budgets: torch.Tensor,
         least: torch.Tensor,
         most: torch.Tensor,
+        shard: Shard = ALONE,
     ) -> tuple[torch.Tensor, Damage]:
         """Choose what stays, and measure it; see `Guard.choose`."""
         if self.guard is not None:
-            return self.guard.choose(select, weigh, budgets, least, most)
+            return self.guard.choose(select, weigh, budgets, least, most, shard)
         keep = select(budgets)
         return keep, weigh([keep])[0]

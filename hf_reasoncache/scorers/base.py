@@ -51,6 +51,9 @@ class HeldTokens:
         eviction; 0 for tokens that came since, and for filler. Only for scorers with `keeps_notes`.
     load_values : Callable
         Gathers the values; use `values`.
+    first_head : int
+        Number of the first head among the heads of the layer, not 0 where another process has some
+        of them.
     """
 
     keys: torch.Tensor
@@ -64,6 +67,7 @@ class HeldTokens:
     query_positions: torch.Tensor | None = None
     mass: torch.Tensor | None = None
     notes: torch.Tensor | None = None
+    first_head: int = 0
 
     @cached_property
     def values(self) -> torch.Tensor:

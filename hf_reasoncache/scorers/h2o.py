@@ -11,6 +11,10 @@ import torch
 from hf_reasoncache.scorers._checks import share
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 
+_RECENT = 2.0**32
+"""Above all mass, also that of heads that are not here: a head gets at most as much as the number
+of queries times the query group."""
+
 
 @dataclass(frozen=True)
 class H2O(Scorer):
@@ -24,8 +28,8 @@ class H2O(Scorer):
     Attributes
     ----------
     recent_ratio : float
-        Share in [0, 1] of a head's held tokens, rounded up, that scores above all others of the
-        row, the newest highest. 0 leaves recency to the layer's observation window.
+        Share in [0, 1] of a head's held tokens, rounded up, that scores above all others of any
+        head, the newest highest. 0 leaves recency to the layer's observation window.
     mass_decay : float
         Factor in (0, 1] on the accumulated attention at every new query; 1 is the paper's sum.
     average : bool
@@ -61,10 +65,7 @@ class H2O(Scorer):
         recent = (held.count * self.recent_ratio).ceil().long()
         place = torch.arange(mass.shape[-1], device=mass.device)
         is_recent = (place >= (held.count - recent).unsqueeze(-1)) & held.valid
-        # Above the largest mass of the row, not of the head, so that recency outranks attention in
-        # a comparison of heads too.
-        top = mass.flatten(1).amax(-1)[:, None, None] + 1.0
-        return torch.where(is_recent, top * (1.0 + held.recency), mass)
+        return torch.where(is_recent, _RECENT * (1.0 + held.recency), mass)
 
     def _queries_seen(self, held: HeldTokens) -> torch.Tensor:
         """Decayed number of queries since each token came, its own included: `[R, H, N]`."""

@@ -34,7 +34,8 @@ class Random(Scorer):
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Return uniform numbers in [0, 1)."""
-        head = torch.arange(held.positions.shape[1], device=held.positions.device)
+        heads, device = held.positions.shape[1], held.positions.device
+        head = torch.arange(held.first_head, held.first_head + heads, device=device)
         state = _mix(torch.full_like(head, self.seed & _MASK))
         state = _mix(state ^ held.layer)
         state = _mix(state ^ head)[None, :, None]

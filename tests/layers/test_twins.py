@@ -5,6 +5,7 @@ import torch
 
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.twins import Twins
+from hf_reasoncache.shards import ALONE, Shard
 
 SIZE = (6, 2, 5, 8)
 
@@ -20,7 +21,7 @@ def chunk_of(change, dtype=torch.float32):
 
 
 def first_like(change, groups=(0,) * 6, dtype=torch.float32):
-    return Twins().of(chunk_of(change, dtype), 0, torch.tensor(groups)).tolist()
+    return Twins().of(chunk_of(change, dtype), 0, torch.tensor(groups), ALONE).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -56,6 +57,18 @@ def test_rows_that_differ_already_stay_apart_and_need_not_be_neighbours():
 def test_the_lowest_layer_decides_for_all():
     twins, groups = Twins(), torch.zeros(6, dtype=torch.long)
     equal, other = chunk_of(lambda *_: None), chunk_of(lambda keys, *_: keys[1].neg_())
-    assert twins.of(equal, 1, groups).tolist() == [0, 0, 0, 3, 3, 3]
-    assert twins.of(other, 2, groups).tolist() == [0, 0, 0, 3, 3, 3]
-    assert twins.of(other, 1, groups).tolist() == [0, 1, 0, 3, 3, 3]
+    assert twins.of(equal, 1, groups, ALONE).tolist() == [0, 0, 0, 3, 3, 3]
+    assert twins.of(other, 2, groups, ALONE).tolist() == [0, 0, 0, 3, 3, 3]
+    assert twins.of(other, 1, groups, ALONE).tolist() == [0, 1, 0, 3, 3, 3]
+
+
+def test_rows_are_twins_if_every_process_says_so():
+    """Other processes hold other heads; here one of them sees rows 0 and 1 apart, and 2 like 1."""
+
+    class Elsewhere(Shard):
+        def gather(self, own):
+            return torch.cat([own, torch.tensor([[0], [1], [1], [3], [3], [5]])], 1)
+
+    groups = torch.zeros(6, dtype=torch.long)
+    found = Twins().of(chunk_of(lambda *_: None), 0, groups, Elsewhere())
+    assert found.tolist() == [0, 1, 1, 3, 3, 5]

@@ -164,7 +164,7 @@ def test_branches_with_reserved_room() -> None:
     bound=st.none() | st.integers(40, 100),
 )
 def test_windows_of_any_size(prompt, generated, window, ratio, recent, protect, bound) -> None:
-    """Without a bound the plan is exact; with one it knows the allocation but for moves."""
+    """Without a bound the plan is exact; with one it is less than a window off."""
     ratio = max(ratio, 1 / window)
     assume(round(ratio * window) < window)
     if bound is not None:
@@ -173,7 +173,8 @@ def test_windows_of_any_size(prompt, generated, window, ratio, recent, protect, 
     cache = make("window", "llama", **settings, max_budget=bound, scorer=KeyNorm())
     planned = plan(cache, "llama", prompt, generated)
     run(build_once("llama"), cache, prompt, generated)
-    if bound is None:
-        assert planned.own == held(cache)
-    else:
-        assert planned.own == pytest.approx(held(cache), rel=0.02)
+    layers = cache.report().layers
+    slots = sum(sum(layer.capacity[0]) for layer in layers)
+    heads = sum(len(layer.capacity[0]) for layer in layers)
+    slack = 0 if bound is None else window * heads * held(cache) / slots
+    assert abs(planned.own - held(cache)) <= slack

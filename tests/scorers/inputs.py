@@ -63,6 +63,21 @@ def row_alone(held: HeldTokens, row: int) -> HeldTokens:
     )
 
 
+def heads_alone(held: HeldTokens, heads: slice) -> HeldTokens:
+    """Cut some heads out, as a process has them that holds no others."""
+    assert held.queries is not None and held.mass is not None
+    return replace(
+        held,
+        keys=held.keys[:, heads],
+        positions=held.positions[:, heads],
+        valid=held.valid[:, heads],
+        load_values=lambda: held.values[:, heads],
+        queries=held.queries[:, heads],
+        mass=held.mass[:, heads],
+        first_head=heads.start,
+    )
+
+
 @dataclass
 class Head:
     """One head without filler, in float64: what the papers' formulas talk about."""

@@ -23,7 +23,7 @@ from hf_reasoncache.scorers import (
     ValueNorm,
 )
 from tests.scorers import formulas
-from tests.scorers.inputs import head_of, held_tokens, row_alone
+from tests.scorers.inputs import head_of, heads_alone, held_tokens, row_alone
 
 # A scorer, and its formula for one head; None where the formula is tested on its own below.
 MATRIX = {
@@ -119,6 +119,16 @@ def test_other_rows_do_not_matter(scorer):
         load_values=lambda: torch.cat([held.values[:1], other.values[1:]]),
     )
     assert torch.equal(scorer.score(mixed)[0], scorer.score(held)[0])
+
+
+@SCORERS
+def test_a_head_scores_as_without_the_other_heads(scorer):
+    """Under tensor parallelism they are in other processes."""
+    held = held_tokens(COUNTS, LENGTHS)
+    some = heads_alone(held, slice(1, 3))
+    torch.testing.assert_close(
+        scorer.score(held)[:, 1:3][some.valid], scorer.score(some)[some.valid], rtol=1e-5, atol=1e-7
+    )
 
 
 @SCORERS

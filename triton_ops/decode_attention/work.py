@@ -155,6 +155,7 @@ def _prefix_work(prefix: SharedPrefix, tiles: int, device: torch.device) -> Pref
 
 def _enumerate(per_head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Head and number within the head of each of `per_head` chunks."""
-    head = torch.arange(per_head.numel()).repeat_interleave(per_head)
+    device = per_head.device
+    head = torch.arange(per_head.numel(), device=device).repeat_interleave(per_head)
     first = per_head.cumsum(0) - per_head
-    return head, torch.arange(head.numel()) - first[head]
+    return head, torch.arange(head.numel(), device=device) - first[head]

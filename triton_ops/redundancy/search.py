@@ -137,7 +137,8 @@ def _near(cosine: torch.Tensor, threshold: float) -> torch.Tensor:
     if cosine.dtype != torch.bfloat16:
         return cosine.gt_(threshold)
     # Positive numbers are in order as their bits are, and negative ones have negative bits.
-    bound = int(torch.tensor(threshold - _SLACK, dtype=cosine.dtype).view(torch.int16)) - 1
+    least = torch.tensor(threshold - _SLACK, dtype=cosine.dtype, device="cpu")
+    bound = int(least.view(torch.int16)) - 1
     return cosine.view(torch.int16).clamp_(bound, bound + 1).sub_(bound)
 
 

@@ -1,0 +1,105 @@
+"""Budgets of a layer whose heads are spread over several processes, as if one had them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from hf_reasoncache.layers.row_budgets import RowBudgets
+from hf_reasoncache.shards import Shard
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AgreedBudgets(RowBudgets):
+    """What all heads of a layer may hold and do hold, the same in every process.
+
+    New tokens come to all heads of a row at once, so between two evictions every process knows how
+    much the others hold. Heads are shared out anew from the scores of all of them, one message; how
+    much stays is then known, except if a guard may keep more, which takes another.
+
+    Attributes
+    ----------
+    shard : Shard
+    everyone : LongTensor[B, H]
+        Tokens after a compaction, of all heads of the layer; `heads` are those of this process.
+    behind : LongTensor[B, H]
+        How many tokens fewer than the first head of this process each head of the layer holds.
+    """
+
+    shard: Shard
+    everyone: torch.Tensor
+    behind: torch.Tensor
+
+    @staticmethod
+    def of(budgets: RowBudgets, shard: Shard, before: RowBudgets | None) -> AgreedBudgets:
+        """Give the budget that all heads here have to all heads of the layer.
+
+        Parameters
+        ----------
+        budgets : RowBudgets
+        shard : Shard
+        before : RowBudgets or None
+            What it replaces; without any, all heads hold the same number of tokens.
+        """
+        everyone = budgets.heads[:, :1].repeat(1, shard.total or 1)
+        behind = torch.zeros_like(everyone)
+        if isinstance(before, AgreedBudgets):
+            behind = before.behind
+        return AgreedBudgets(**vars(budgets), shard=shard, everyone=everyone, behind=behind)
+
+    @cached_property
+    def lead(self) -> int:
+        """See `RowBudgets.lead`; rows apart, of which the largest."""
+        free = self.everyone + self.behind
+        own = self.shard.own(free, self.heads.shape[1])
+        return int((own.amin(-1) - free.amin(-1)).max())
+
+    def full(self, length: torch.Tensor, steps: int) -> torch.Tensor:
+        """See `RowBudgets.full`; a head in another process counts like one here."""
+        everyone = length[:, :1] - self.behind
+        over = everyone + steps > self.everyone + self.policy.buffer
+        return over.any(-1).nonzero()[:, 0]
+
+    def without(self, tokens: torch.Tensor) -> AgreedBudgets:
+        """See `RowBudgets.without`."""
+        return replace(self._sharing(self.everyone - tokens[:, None]), floor=self.floor - tokens)
+
+    def select_rows(self, rows: torch.Tensor) -> AgreedBudgets:
+        """See `RowBudgets.select_rows`."""
+        chosen: AgreedBudgets = super().select_rows(rows)  # type: ignore[assignment]
+        return replace(chosen, everyone=self.everyone[rows], behind=self.behind[rows])
+
+    def after(self, rows: torch.Tensor, valid: torch.Tensor, keep: torch.Tensor) -> AgreedBudgets:
+        """See `RowBudgets.after`."""
+        own = keep.sum(-1).cpu()
+        risk = self.policy.risk
+        if risk is None or risk.guard is None:
+            held = valid.sum(-1).cpu()[:, :1] - self.behind[rows]
+            kept = torch.minimum(held, self.everyone[rows])
+        else:
+            kept = self.shard.gather(own)
+        return replace(self, behind=self.behind.index_put((rows,), own[:, :1] - kept))
+
+    def recount(self, length: torch.Tensor) -> AgreedBudgets:
+        """See `RowBudgets.recount`; the processes tell each other."""
+        return replace(self, behind=length[:, :1] - self.shard.gather(length))
+
+    def _split(
+        self, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor, columns: int
+    ) -> AgreedBudgets:
+        """See `RowBudgets._split`; all processes compute the same from the scores of all heads."""
+        held = valid.sum(-1).cpu()[:, :1] - self.behind[rows]
+        # As wide as the fullest head of any process needs; filler comes last and scores nothing.
+        spare = int(held.max()) - scores.shape[-1]
+        own = scores.masked_fill(~valid, -torch.inf)
+        found = self.shard.gather(torch.nn.functional.pad(own, (0, spare), value=-torch.inf))
+        whole = RowBudgets(self.policy, self.everyone, self.floor, self.last_split)
+        split = whole._split(rows, found, found > -torch.inf, columns)
+        return replace(self._sharing(split.heads), last_split=split.last_split)
+
+    def _sharing(self, everyone: torch.Tensor) -> AgreedBudgets:
+        """The same with other budgets for all heads of the layer."""
+        own = self.shard.own(everyone, self.heads.shape[1]).contiguous()
+        return replace(self, everyone=everyone, heads=own)

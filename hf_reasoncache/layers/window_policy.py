@@ -1,0 +1,127 @@
+"""The settings by which a layer compresses windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.protection import Protection
+from hf_reasoncache.risk import Probes, Risk
+from hf_reasoncache.scorers.base import Scorer
+
+_SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
+
+Slots = TypeVar("Slots", int, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class WindowPolicy:
+    """The settings by which one layer compresses its windows.
+
+    Attributes
+    ----------
+    window : int
+        Tokens of a window.
+    kept : int
+        Tokens per head that stay of a whole window of generated text, on average over the heads.
+    mean_kept : int
+        `kept` on average over the layers, for which `max_budget` must have room.
+    prompt_kept : int
+        `kept` of a window of the prompt; only used when the prompt is not protected.
+    recent : int
+        Newest tokens that are in no window yet.
+    chunk_share : float
+        Share of the kept tokens that fill gaps, see `token2chunk`.
+    scorer : Scorer
+    head_budgets : bool
+        Whether the heads share what is kept of a window by demand instead of equally.
+    protect_prompt : bool
+        Whether the prompt is never in a window.
+    prompt_length : int or None
+        Columns of the prompt; None takes the forwards before the first single-token one.
+    phase : int
+        Windows end at positions that leave this remainder when divided by `window`. Another phase
+        in every layer spreads the work over the steps.
+    max_budget : int or None
+        Tokens per head that stay after a compaction, on average over the layers.
+    demand : tuple of float or None
+        Demand of each layer, by which the layers share `max_budget`.
+    rule : BudgetRule
+        How demand becomes the bounds of the layers.
+    rank : int
+        Index of this layer in `demand`.
+    protection : Protection or None
+        Whitelist and fair eviction; None costs nothing.
+    risk : Risk or None
+        What is measured of an eviction's cost; None costs nothing.
+    probes : Probes or None
+        Which heads have a shadow; None costs nothing.
+    """
+
+    window: int
+    kept: int
+    mean_kept: int
+    prompt_kept: int
+    recent: int
+    chunk_share: float
+    scorer: Scorer
+    head_budgets: bool
+    protect_prompt: bool
+    prompt_length: int | None = None
+    phase: int = 0
+    max_budget: int | None = None
+    demand: tuple[float, ...] | None = None
+    rule: BudgetRule = field(default_factory=BudgetRule)
+    rank: int = 0
+    protection: Protection | None = None
+    risk: Risk | None = None
+    probes: Probes | None = None
+
+    @property
+    def may_evict(self) -> bool:
+        """False where all of a window stays: the cache is meant to be exact."""
+        return self.kept < self.window or self.prompt_kept < self.window
+
+    @property
+    def keeps_unevenly(self) -> bool:
+        """Whether the heads of a row may keep different numbers of tokens."""
+        return self.head_budgets or (self.risk is not None and self.risk.guard is not None)
+
+    @property
+    def remedy(self) -> str:
+        """How to protect less."""
+        return "pass protect_prompt=False" if self.protect_prompt else "protect fewer of its tokens"
+
+    def limit(self, prompt_tokens: int) -> int | None:
+        """Tokens per head that stay after a compaction of a row with `prompt_tokens` protected
+        tokens of its prompt; None without a bound.
+
+        Raises
+        ------
+        ValueError
+            If the bound cannot hold the prompt, the recent tokens and a compressed window.
+        """
+        if self.max_budget is None:
+            return None
+        floor = prompt_tokens + self.recent + self.mean_kept
+        if floor > self.max_budget:
+            raise ValueError(
+                f"max_budget too small: expected max_budget >= {floor} ({prompt_tokens} protected "
+                f"prompt tokens, {self.recent} recent ones and {self.mean_kept} of a window), got "
+                f"max_budget={self.max_budget}. Raise it, shorten the prompt, or {self.remedy}."
+            )
+        if self.demand is None:
+            return self.max_budget
+        return self.rule.layer_budgets(self.demand, self.max_budget, floor=floor)[self.rank]
+
+    def spare(self, longest: int) -> int:
+        """Slots beyond the next compaction for a pool whose longest head has `longest` tokens."""
+        return max(self.kept, longest // _SPARE)
+
+    def rounded(self, slots: Slots) -> Slots:
+        """Round up, to few different capacities."""
+        step = max(1, self.window // 4)
+        return (slots + step - 1) // step * step
