@@ -140,7 +140,7 @@ def main(
         raise ValueError(f"--budget: expected {wanted}, got {budget}.")
     limits = Limits(parse_bytes(memory), batch_size, look_ahead)
     loaded = load_model(model, revision, dtype, device, threads)
-    processes = Processes.of(loaded[0].device)
+    processes = Processes.of(loaded[0])
     usual = loaded[0].generation_config
     sampling = Sampling.of(usual) if temperature is None else Sampling(temperature)
     sampling = sampling.changed(top_k=top_k, top_p=top_p)

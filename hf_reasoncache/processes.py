@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -54,9 +54,21 @@ class Processes:
             )
 
     @staticmethod
-    def of(device: torch.device) -> Processes:
-        """Return those that work on devices like this one."""
-        return Processes(cpu=device.type == "cpu")
+    def of(model: Any) -> Processes:
+        """Return those that work with a model like this one, each with a whole one.
+
+        Raises
+        ------
+        ValueError
+            If the processes hold shards of one model: they cannot answer different prompts.
+        """
+        shards = getattr(model, "tp_size", None) or 1
+        if shards > 1:
+            raise ValueError(
+                f"expected a whole model in each process, got one of {shards} shards (tp_plan); "
+                "load it without tp_plan to share prompts between processes."
+            )
+        return Processes(cpu=model.device.type == "cpu")
 
     @property
     def is_main(self) -> bool:

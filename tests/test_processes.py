@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,3 +156,9 @@ def test_a_launch_that_starts_one_process_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.warns(UserWarning, match="expected several processes, got one"):
         assert Processes(cpu=True).count == 1
+
+
+def test_shards_of_a_model_do_not_share_prompts() -> None:
+    sharded = SimpleNamespace(tp_size=2, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="a whole model in each process, got one of 2 shards"):
+        Processes.of(sharded)

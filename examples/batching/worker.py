@@ -55,8 +55,8 @@ class Made:
 class Worker:
     """Answers batches, each with a new cache.
 
-    A prompt is read once, whatever the number of its samples, and rows that have ended leave the
-    batch. Where the arm never evicts prompts, samples also share the memory of theirs.
+    A prompt is read once for all its samples in a batch, and rows that have ended leave the batch.
+    Where the arm never evicts prompts, samples also share the memory of theirs.
 
     Parameters
     ----------

@@ -94,7 +94,7 @@ class _Run:
             self.seen, self.held_out = settings.tune.split(len(self.ids))
         self.geometry = Geometry.of(model.config)
         self.fingerprint = fingerprint(model)
-        self.processes = Processes.of(model.device)
+        self.processes = Processes.of(model)
         self.checkpoint = Checkpoint(directory.with_name(f"{directory.name}.partial"))
 
     def profile(self, resume: bool) -> BudgetProfile:

@@ -86,7 +86,7 @@ def audit_command(
     loaded = load_model(model, revision, dtype, device, threads)
     path = new_directory(out) / "answers.jsonl"
     found = audit(*loaded, read, arms, parse_budgets(budgets), path, settings)
-    if not Processes.of(loaded[0].device).is_main:
+    if not Processes.of(loaded[0]).is_main:
         return
     violations = limits.violations(found)
     about = {"cases": len(read.cases), **facts(loaded[0], settings)}

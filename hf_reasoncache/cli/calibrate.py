@@ -182,7 +182,7 @@ def calibrate(
         resume=resume,
         say=lambda line: typer.echo(line, err=True),
     )
-    if Processes.of(loaded[0].device).is_main:
+    if Processes.of(loaded[0]).is_main:
         typer.echo(out)
         if push_to is not None:
             typer.echo(profile.push_to_hub(push_to))

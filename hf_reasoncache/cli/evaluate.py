@@ -91,7 +91,7 @@ def evaluate_command(
         settings,
         say=lambda line: typer.echo(line, err=True),
     )
-    if not Processes.of(loaded[0].device).is_main:
+    if not Processes.of(loaded[0]).is_main:
         return
     rows = tabulate(records, control.name if control else None)
     columns, lines = cells(rows)

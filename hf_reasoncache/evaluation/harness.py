@@ -69,7 +69,7 @@ def evaluate(
     """
     settings = settings or Settings()
     runner = _Runner(model, tokenizer, settings)
-    processes = Processes.of(model.device)
+    processes = Processes.of(model)
     attention = model.config._attn_implementation
     about = {"fingerprint": fingerprint(model), **facts(model, settings)}
     with Journal(path, Record, about, processes) as journal:
