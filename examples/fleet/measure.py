@@ -106,6 +106,24 @@ def load_lines(
     return read_lines(prompts, tokenizer, Defaults(max_new_tokens, Sampling(0.0), 0, False), limit)
 
 
+def sizes_of(text: str) -> list[int]:
+    """Read sizes of batches with commas between them."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"--rows: expected whole numbers >= 1 with commas, got {text!r}.")
+    return sizes
+
+
+def first_jobs(lines: Sequence[Line], sizes: Sequence[int]) -> list[list[Job]]:
+    """Batches of the first prompts, of each size."""
+    if max(sizes) > len(lines):
+        raise ValueError(f"expected at least {max(sizes)} prompts to measure, got {len(lines)}.")
+    return [[Job(line, (0,)) for line in lines[:size]] for size in sizes]
+
+
 def measure(
     model: Model,
     prompts: Annotated[Path, typer.Option(help="JSON lines, as for examples.batch_generate.")],
@@ -122,18 +140,13 @@ def measure(
     loaded = load_model(model, None, dtype, "cpu", threads)
     lines = load_lines(prompts, loaded[1], max_new_tokens)
     longest = max(len(line.ids) for line in lines), max_new_tokens
-    sizes = [int(text) for text in rows.split(",")]
-    if max(sizes) > len(lines):
-        raise ValueError(f"--prompts: expected at least {max(sizes)}, got {len(lines)}.")
+    batches = first_jobs(lines, sizes_of(rows))
     samples = []
     for name, (arm, number) in arms(cache, budget).items():
         worker = Worker(*loaded, arm, number, samples=1, chat=False, token_ids=False)
         server = server_of(name, arm, number, loaded[0], longest)
-        found = []
         # The first batch also pays for allocators and code that loads late.
-        for size in [sizes[0], *sizes]:
-            jobs = [Job(line, (0,)) for line in lines[:size]]
-            found = [*found, Timed.run(worker, jobs, wall)]
+        found = [Timed.run(worker, jobs, wall) for jobs in [batches[0], *batches]]
         mine = [sample for timed in found[1:] for sample in timed.samples(server)]
         fit = Measured.fit(mine)
         per_step, per_row, per_byte = fit.of_step

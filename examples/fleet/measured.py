@@ -13,6 +13,8 @@ from scipy.optimize import nnls
 
 from examples.tables import write_csv
 
+_ROUNDS = 10  # of reweighing, which settles after three or four
+
 COLUMNS = ("cache", "kind", "rows", "tokens", "moved", "seconds")
 
 
@@ -58,7 +60,8 @@ class Measured:
 
     @staticmethod
     def fit(samples: Sequence[Sample]) -> Measured:
-        """Fit by least squares of the relative errors, so that short and long steps count alike.
+        """Fit by least squares of errors relative to the fit, so that short and long steps count
+        alike.
 
         Raises
         ------
@@ -125,9 +128,14 @@ def _fitted(kind: str, rows: Sequence[tuple[float, ...]]) -> tuple[float, float,
     if len(rows) < 3:
         raise ValueError(f"expected at least 3 measured times of a {kind}, got {len(rows)}.")
     table = np.array(rows)
-    relative = table[:, :-1] / table[:, -1:]
+    given, seconds = table[:, :-1], table[:, -1]
     # Columns of one size, or the solver takes bytes for nothing.
-    scale = relative.max(axis=0)
-    found, _ = nnls(relative / scale, np.ones(len(table)))
+    scale = given.max(axis=0)
+    found, expected = np.zeros(3), seconds.mean() * np.ones(len(table))
+    # Weighed by what is expected: a weight that is itself measured would favour whatever happened
+    # to be fast, and predict too little.
+    for _ in range(_ROUNDS):
+        found, _ = nnls(given / scale / expected[:, None], seconds / expected)
+        expected = np.maximum(given / scale @ found, 1e-3 * seconds.mean())
     first, second, third = (found / scale).tolist()
     return first, second, third

@@ -1,10 +1,11 @@
-"""Predict how long a real run of the batch generator takes, then run it, and compare.
+"""Predict how long a real run of the batch generator takes, and compare.
 
-    python -m examples.fleet.validate MODEL --measured steps.csv --prompts OTHER --budget 96 \
-        --memory 4MB --out docs/results/fleet_validation.csv
+    python -m examples.fleet.validate MODEL --measured FILE --prompts OTHER --budget 96 \
+        --memory 4MB --out fleet_validation.csv
 
-The prediction knows the table of `examples.fleet.measure` and the lengths of prompts and answers,
-as a trace has them. It has seen neither these prompts nor these batches.
+The prediction knows the step times of other prompts in other batches, and the lengths of prompts
+and answers, as a trace has them. Measured and predicted batches take turns, because a machine that
+others use too is not equally fast all the time.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from examples.batching.worker import Made, Worker
 from examples.benchmarks.machine import Machine
 from examples.fleet.caches import arms
 from examples.fleet.command import run_command
-from examples.fleet.measure import load_lines, server_of
-from examples.fleet.measured import read_measured
+from examples.fleet.measure import Timed, first_jobs, load_lines, server_of, sizes_of
+from examples.fleet.measured import Measured
 from examples.fleet.server import Server
 from examples.fleet.simulator import decode_seconds
 from examples.tables import write_csv
@@ -79,11 +80,12 @@ def line_of(name: str, batches: list[Compared]) -> dict[str, str]:
 
 def validate(
     model: Model,
-    measured: Annotated[Path, typer.Option(help="What examples.fleet.measure wrote.")],
-    prompts: Annotated[Path, typer.Option(help="JSON lines, other ones than were measured.")],
+    measured: Annotated[Path, typer.Option(help="JSON lines: prompts whose steps are measured.")],
+    prompts: Annotated[Path, typer.Option(help="JSON lines: prompts whose batches are predicted.")],
     budget: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens per KV head.")],
     memory: Annotated[str, typer.Option(help="Bound on the bytes of a batch's cache.")],
     cache: Annotated[str, typer.Option(help="As for hf-reasoncache evaluate.")] = "reason-alloc",
+    rows: Annotated[str, typer.Option(metavar="N,N,...", help="Measured sizes.")] = "1,4,16",
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 512,
     wall: Annotated[bool, typer.Option(help="Count wall time instead of CPU time.")] = False,
     dtype: Dtypes = Dtype.auto,
@@ -91,23 +93,27 @@ def validate(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="A CSV file.")] = None,
 ) -> None:
     """Run the batch generator on prompts and compare its times with predicted ones."""
-    fits, bound = read_measured(measured), parse_bytes(memory)
+    bound, sizes = parse_bytes(memory), sizes_of(rows)
     loaded = load_model(model, None, dtype, "cpu", threads)
     machine = Machine.here(0)
+    known = first_jobs(load_lines(measured, loaded[1], max_new_tokens), sizes)
     lines = load_lines(prompts, loaded[1], max_new_tokens)
     longest = max(len(line.ids) for line in lines), max_new_tokens
     table = []
     for name, (arm, number) in arms(cache, budget).items():
-        if name not in fits:
-            raise ValueError(f"{measured}: expected times of {name!r}, got {sorted(fits)}.")
         worker = Worker(*loaded, arm, number, samples=1, chat=False, token_ids=False)
-        server = server_of(name, arm, number, loaded[0], longest, fits[name], bound)
-        wanted = [(line, [0]) for line in lines]
-        batches = pack(wanted, worker.row_bytes, Limits(bound, 256, 1024))
-        found = [
-            compare(server, batch, worker.run(batch, lambda rows: None), wall, bound)
-            for batch in tqdm(batches, desc=name, unit="batch", leave=False)
-        ]
+        server = server_of(name, arm, number, loaded[0], longest)
+        batches = pack([(line, [0]) for line in lines], worker.row_bytes, Limits(bound, 256, 1024))
+        # The first batch also pays for allocators and code that loads late.
+        Timed.run(worker, known[0], wall)
+        samples, made = [], []
+        turns = max(len(batches), len(known))
+        for turn in tqdm(range(turns), desc=name, unit="batch", leave=False):
+            samples += Timed.run(worker, known[turn % len(known)], wall).samples(server)
+            if turn < len(batches):
+                made.append(worker.run(batches[turn], lambda rows: None))
+        server.timing = Measured.fit(samples)
+        found = [compare(server, *pair, wall, bound) for pair in zip(batches, made, strict=True)]
         table.append(line_of(name, found))
     typer.echo(f"{machine}\n{'wall' if wall else 'CPU'} time of one process, {threads} threads")
     typer.echo(text_table(list(table[0]), table))

@@ -161,7 +161,7 @@ def test_branches_with_reserved_room() -> None:
     ratio=st.floats(0.1, 0.9),
     recent=st.integers(1, 12),
     protect=st.booleans(),
-    bound=st.none() | st.integers(0, 60),
+    bound=st.none() | st.integers(40, 100),
 )
 def test_windows_of_any_size(prompt, generated, window, ratio, recent, protect, bound) -> None:
     """Without a bound the plan is exact; with one it is less than a window off."""
