@@ -23,6 +23,7 @@ from examples.batching.sampling import Sampling
 from examples.batching.work import generate
 from examples.batching.worker import Worker
 from examples.benchmarks.machine import Machine
+from examples.command import run_command
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.settings import differences, plain, versions
 from hf_reasoncache.cli.loading import load_model
@@ -209,13 +210,8 @@ def _complete(out: Path, about: Path, settings: dict[str, Any]) -> bool:
 
 
 def command() -> None:
-    """Run the command line; what the user can mend is one line on stderr and exit status 1."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    """Run the command line."""
+    run_command(main)
 
 
 if __name__ == "__main__":

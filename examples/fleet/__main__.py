@@ -18,8 +18,8 @@ import typer
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 
+from examples.command import run_command
 from examples.fleet.caches import arms
-from examples.fleet.command import run_command
 from examples.fleet.measured import read_measured
 from examples.fleet.report import fleet_png, lines_of
 from examples.fleet.search import MODES, Outcome, Workload, sustained_rate

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from examples.fleet.command import run_command
+from examples.command import run_command
 from examples.fleet.trace import synthetic_trace, write_trace
 
 

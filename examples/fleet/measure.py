@@ -23,8 +23,8 @@ from examples.batching.lines import Defaults, Line, read_lines
 from examples.batching.packing import Job
 from examples.batching.sampling import Sampling
 from examples.batching.worker import Made, Worker
+from examples.command import run_command
 from examples.fleet.caches import arms
-from examples.fleet.command import run_command
 from examples.fleet.measured import Measured, Sample, write_measured
 from examples.fleet.server import Server
 from hf_reasoncache.cli.loading import load_model

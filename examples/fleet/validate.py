@@ -22,8 +22,8 @@ from tqdm import tqdm
 from examples.batching.packing import Job, Limits, pack
 from examples.batching.worker import Made, Worker
 from examples.benchmarks.machine import Machine
+from examples.command import run_command
 from examples.fleet.caches import arms
-from examples.fleet.command import run_command
 from examples.fleet.measure import Timed, first_jobs, load_lines, server_of, sizes_of
 from examples.fleet.measured import Measured
 from examples.fleet.server import Server

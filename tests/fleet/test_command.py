@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.command import run_command
 from examples.fleet.__main__ import fleet
-from examples.fleet.command import run_command
 from examples.tables import read_csv
 
 TINY = Path(__file__).parents[2] / "examples/tiny_reasoner/llama"
