@@ -24,7 +24,7 @@ from examples.fleet.measured import read_measured
 from examples.fleet.report import fleet_png, lines_of
 from examples.fleet.search import MODES, Outcome, Workload, sustained_rate
 from examples.fleet.server import Ceiling, Server, Timing
-from examples.fleet.trace import read_trace
+from examples.fleet.trace import rate_of, read_trace
 from examples.tables import write_csv
 from hf_reasoncache.evaluation.table import text_table
 from hf_reasoncache.planning import ModelSize, Setting
@@ -37,7 +37,10 @@ LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 
 def fleet(
-    trace: Annotated[Path, typer.Option(help="CSV or JSON lines: prompt_tokens, answer_tokens.")],
+    trace: Annotated[
+        Path,
+        typer.Option(help="CSV or JSON lines: prompt_tokens, answer_tokens, perhaps arrival (s)."),
+    ],
     model: Annotated[str, typer.Option(help="A directory or ORG/NAME; only its config is read.")],
     budget: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens per KV head.")],
     memory: Annotated[
@@ -69,6 +72,12 @@ def fleet(
             "--known-lengths", help="Set memory aside for each answer's true length instead."
         ),
     ] = False,
+    recorded: Annotated[
+        bool,
+        typer.Option(
+            "--recorded", help="Requests come as the trace's arrival column says, scaled to a rate."
+        ),
+    ] = False,
     efficiency: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the device's limits reached.")
     ] = 1.0,
@@ -87,6 +96,9 @@ def fleet(
         raise ValueError(f"--mode: expected continuous, static or both, got {mode!r}.")
     config = AutoConfig.from_pretrained(model)
     lengths = read_trace(trace)
+    if recorded and requests is not None:
+        raise ValueError("--requests: expected none with --recorded, which takes all of the trace.")
+    own = rate_of(lengths) if recorded else None
     limit = max_new_tokens or max(each.answer for each in lengths)
     longest = max(each.prompt for each in lengths)
     device = find_device(gpu)
@@ -99,7 +111,8 @@ def fleet(
     timing = Ceiling(size, device, config, efficiency, overhead / 1000)
     servers = _servers(setting, timing, cache, budget, branches, measured)
     rows = max(server.capacity(limit) for server in servers)
-    workload = Workload(lengths, requests, branches, limit, known_lengths, seed)
+    count = len(lengths) if recorded else requests
+    workload = Workload(lengths, count, branches, limit, known_lengths, seed, recorded)
     source = f"computed for {device.name}" if measured is None else f"fitted to {measured}"
     typer.echo(
         f"{size.name}: {amount(setting.room)} for rows, at most {rows:,} of them; {branches} per "
@@ -110,13 +123,23 @@ def fleet(
     for server in tqdm(servers, desc="servers", unit="server", leave=False):
         for each in modes:
             best = sustained_rate(server, each, workload)
+            rates = {load * best for load in LOADS}
+            if own is not None and own < best:
+                rates.add(own)
             outcomes[server.name, each] = [
-                workload.serve(server, each, load * best) for load in LOADS
+                workload.serve(server, each, rate) for rate in sorted(rates)
             ]
     lines = lines_of(outcomes)
     columns = [column for column in lines[0] if column != "batches"]
+    if own is not None:
+        typer.echo(f"the trace itself: {own:.3g} requests/s")
     for each in modes:
-        shown = [x for x in lines if x["batches"] == each and x["load"] in ("50%", "90%")]
+        told = {f"{own:.3g}"} if own is not None else set()
+        shown = [
+            x
+            for x in lines
+            if x["batches"] == each and (x["load"] in ("50%", "90%") or x["rate/s"] in told)
+        ]
         typer.echo(f"\n{each} batches\n{text_table(columns, shown)}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

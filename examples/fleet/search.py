@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from examples.fleet.server import Server
 from examples.fleet.simulator import Served, continuous_batches, static_batches
-from examples.fleet.trace import Lengths, Request, poisson_requests
+from examples.fleet.trace import (
+    Lengths,
+    Request,
+    poisson_requests,
+    rate_of,
+    recorded_requests,
+)
 
 MODES: dict[str, Callable[[Server, Sequence[Request], int | None], list[Served]]] = {
     "continuous": continuous_batches,
@@ -37,6 +43,9 @@ class Workload:
     known_lengths : bool
         Whether memory is set aside for the true length of an answer instead of the limit.
     seed : int
+    recorded : bool
+        Whether the trace's requests come as they came, sped up or slowed down to a rate, instead of
+        independently of each other.
     """
 
     trace: Sequence[Lengths]
@@ -45,10 +54,13 @@ class Workload:
     limit: int
     known_lengths: bool
     seed: int
+    recorded: bool = False
 
     def requests(self, rate: float, count: int) -> list[Request]:
-        """Draw requests that arrive at so many per second on average."""
-        cut = [Lengths(x.prompt, min(x.answer, self.limit)) for x in self.trace]
+        """Return requests that arrive at so many per second on average."""
+        cut = [replace(x, answer=min(x.answer, self.limit)) for x in self.trace]
+        if self.recorded:
+            return recorded_requests(cut, self.branches, rate / rate_of(cut))
         return poisson_requests(cut, rate, count, self.branches, self.seed)
 
     def count_for(self, server: Server, mode: str) -> int:

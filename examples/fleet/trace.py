@@ -128,16 +128,24 @@ def poisson_requests(
     ]
 
 
-def recorded_requests(trace: Sequence[Lengths], branches: int, speed: float = 1.0) -> list[Request]:
-    """Return the trace's requests at its own times, `speed` times as fast.
+def rate_of(trace: Sequence[Lengths]) -> float:
+    """Return how many requests per second a trace has by its own times.
 
     Raises
     ------
     ValueError
-        If the trace has no times.
+        If it has none, or they do not differ.
     """
-    if any(each.arrival is None for each in trace):
+    times = [each.arrival for each in trace if each.arrival is not None]
+    if len(times) < len(trace):
         raise ValueError(f"expected a trace with the column {ARRIVAL}, got one without.")
+    if min(times) == max(times):
+        raise ValueError(f"{ARRIVAL}: expected times that differ, got {times[0]:g} everywhere.")
+    return (len(times) - 1) / (max(times) - min(times))
+
+
+def recorded_requests(trace: Sequence[Lengths], branches: int, speed: float = 1.0) -> list[Request]:
+    """Return the requests of a trace that has times, `speed` times as fast."""
     ordered = sorted(trace, key=lambda each: each.arrival or 0.0)
     return [
         Request((each.arrival or 0.0) / speed, each.prompt, (each.answer,) * branches)

@@ -69,9 +69,27 @@ def test_branches(run) -> None:
         assert f"\n{name} " in out
 
 
+def test_a_recorded_trace(run, tmp_path: Path) -> None:
+    """Requests that come ten at a time wait longer than one by one, at about the same rate."""
+    waits = {}
+    for name, gap, rate in (("even", 1, "1"), ("bursts", 10, "1.18")):
+        lines = "".join(f"60,{100 + n % 7},{gap * (n // gap)}\n" for n in range(60))
+        trace = tmp_path / f"{name}.csv"
+        trace.write_text(f"prompt_tokens,answer_tokens,arrival\n{lines}")
+        arguments = ("--trace", trace, "--recorded", "--mode", "continuous", "--overhead", 5)
+        status, out, _ = run(*arguments, "--out", tmp_path / name)
+        assert status == 0 and all(len(line) <= 80 for line in out.splitlines())
+        assert f"the trace itself: {rate} requests/s" in out
+        found = read_csv(tmp_path / name / "fleet.csv")
+        (own,) = (x for x in found if (x["cache"], x["rate/s"]) == ("reason-alloc 96", rate))
+        waits[name] = float(own["p99 s"])
+    assert waits["bursts"] > waits["even"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--recorded"], "--requests: expected none with --recorded"),
         (["--mode", "dynamic"], "--mode: expected continuous, static or both"),
         (["--memory", "1MB"], "memory: expected more than"),
         (["--memory", "2.5MB"], "to fit into"),

@@ -8,6 +8,7 @@ import pytest
 from examples.fleet.trace import (
     Lengths,
     poisson_requests,
+    rate_of,
     read_trace,
     recorded_requests,
     synthetic_trace,
@@ -69,9 +70,12 @@ def test_bad_traces(tmp_path: Path, name: str, text: str, message: str) -> None:
         read_trace(tmp_path / name)
 
 
-def test_a_trace_without_times() -> None:
+def test_the_rate_of_a_trace() -> None:
+    assert rate_of([Lengths(1, 2, 9.0), Lengths(1, 2, 3.0), Lengths(1, 2, 5.0)]) == 2 / 6
     with pytest.raises(ValueError, match="expected a trace with the column arrival"):
-        recorded_requests([Lengths(1, 2)], 1)
+        rate_of([Lengths(1, 2)])
+    with pytest.raises(ValueError, match="arrival: expected times that differ, got 3 everywhere"):
+        rate_of([Lengths(1, 2, 3.0), Lengths(1, 2, 3.0)])
 
 
 def test_requests_at_a_rate() -> None:
