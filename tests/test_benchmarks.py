@@ -145,12 +145,12 @@ def test_offloaded_weights_are_counted(capsys):
 
 
 def test_caches_answer_the_same_prompts_at_one_bound(tmp_path, capsys, monkeypatch):
-    whole, problems = batch_memory.trials(2), batch_memory.make_problems
+    whole, problems = batch_memory.trials(2), batch_memory.in_turn
     chosen = [trial for trial in whole if trial.name in ("full", "random, 96") or trial.samples > 1]
     monkeypatch.setattr(batch_memory, "trials", lambda samples: chosen)
     monkeypatch.setattr(
         batch_memory,
-        "make_problems",
+        "in_turn",
         lambda *given: [replace(each, max_new_tokens=9) for each in problems(*given)],
     )
     page, table = tmp_path / "page.md", tmp_path / "x.csv"

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from examples import batch_generate
 from examples.tables import insert, markdown, write_csv
-from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems, read_answer
+from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, read_answer
+from examples.tiny_reasoner.prompts import in_turn
 from hf_reasoncache.cli.options import Dtype
 from hf_reasoncache.evaluation import Share
 
@@ -67,13 +68,11 @@ def trials(samples: int) -> list[Trial]:
 
 def write_prompts(path: Path, count: int) -> None:
     """Write prompts with their answers."""
-    batches = [make_problems(task, count, SEED, FAMILY) for task in TASKS]
     with path.open("w") as file:
-        for problems in zip(*batches, strict=True):
-            for problem in problems:
-                new = problem.max_new_tokens
-                row = {"prompt": problem.prompt, "answer": problem.answer, "max_new_tokens": new}
-                file.write(json.dumps(row) + "\n")
+        for problem in in_turn(TASKS, count, SEED, FAMILY):
+            new = problem.max_new_tokens
+            row = {"prompt": problem.prompt, "answer": problem.answer, "max_new_tokens": new}
+            file.write(json.dumps(row) + "\n")
 
 
 def run(trial: Trial, prompts: Path, memory: str, folder: Path) -> dict[str, Any]:

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
-from . import DEFAULT_FAMILY, DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems
+from . import DEFAULT_FAMILY, DEVELOPMENT_SEEDS, MODELS, TASKS, Problem, make_problems
 
 #: No other choice uses these problems.
 SEED = DEVELOPMENT_SEEDS[200]
+
+
+def in_turn(tasks: Sequence[str], count: int, seed: int, family: str) -> list[Problem]:
+    """Problems of each task, so that every share of them has every task."""
+    batches = [make_problems(task, count, seed, family) for task in tasks]
+    return [problem for problems in zip(*batches, strict=True) for problem in problems]
 
 
 def main() -> None:
@@ -22,14 +29,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8, help="problems of each task")
     parser.add_argument("--seed", type=int, default=SEED)
     arguments = parser.parse_args()
-    batches = [
-        make_problems(task, arguments.count, arguments.seed, arguments.family)
-        for task in arguments.tasks
-    ]
-    # In turn, so that every share of the prompts has every task.
-    for problems in zip(*batches, strict=True):
-        for problem in problems:
-            print(json.dumps({"prompt": problem.prompt, "answer": problem.answer}))
+    chosen = (arguments.tasks, arguments.count, arguments.seed, arguments.family)
+    for problem in in_turn(*chosen):
+        print(json.dumps({"prompt": problem.prompt, "answer": problem.answer}))
 
 
 if __name__ == "__main__":
