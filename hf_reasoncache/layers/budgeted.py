@@ -54,7 +54,6 @@ class BudgetedLayer(EvictingLayer):
             self._attended = AllPositions((batch, heads, steps), chunk.valid)
             occasion = self._occasion(rows, self.seen)
             held, column = incoming_held(chunk, occasion, keeps_notes="notes" in self.statistics)
-            held = replace(held, first_head=self.shard.first)
             chosen = self._choose(occasion, held, column.masked_fill(~held.valid, -1))
             keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, column, chosen)
             if held.notes is not None:
@@ -114,7 +113,6 @@ class BudgetedLayer(EvictingLayer):
             return
         pool, occasion = self._require_pool(), self._occasion(rows, columns)
         held, slots, offset, at = gather_held(pool, occasion)
-        held = replace(held, first_head=self.shard.first)
         keep = self._choose(occasion, held, at)
         self._store_notes(held, slots)
         pool.compact(rows, slots, offset, keep)
@@ -125,7 +123,8 @@ class BudgetedLayer(EvictingLayer):
         queries, wanted = self._log.last(), self.policy.scorer.queries
         if self.log_size > wanted and queries is not None:
             queries = queries[:, :, -wanted:] if wanted else None
-        return Occasion(rows, self.first[rows], columns, queries, self._scaling, self.index)
+        asked = (columns, queries, self._scaling, self.index, self.shard.first)
+        return Occasion(rows, self.first[rows], *asked)
 
     def _choose(self, occasion: Occasion, held: HeldTokens, at: torch.Tensor) -> torch.Tensor:
         """Choose what stays of `held`, which lies in columns `at`; count what goes."""

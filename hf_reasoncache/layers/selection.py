@@ -30,7 +30,7 @@ class Occasion:
         Columns of the padded sequence seen so far.
     queries : Tensor[B, H_q, A, D] or None
         The queries of the newest `A` columns, all rows of the batch.
-    scaling, layer
+    scaling, layer, first_head
         See `HeldTokens`.
     """
 
@@ -40,6 +40,7 @@ class Occasion:
     queries: torch.Tensor | None
     scaling: float
     layer: int
+    first_head: int = 0
 
 
 def gather_held(
@@ -148,6 +149,7 @@ def _held_tokens(
         length=columns - start,
         scaling=occasion.scaling,
         layer=occasion.layer,
+        first_head=occasion.first_head,
         load_values=lambda: clean("values"),
         queries=grouped,
         query_positions=asked_at,

@@ -210,7 +210,8 @@ class WindowedLayer(EvictingLayer):
         With `relent`, a guard may keep more than `allot` says.
         """
         pool, first = self._require_pool(), self.first[rows]
-        occasion = Occasion(rows, first, columns, None, self._scaling, self.index)
+        where = (self._scaling, self.index, self.shard.first)
+        occasion = Occasion(rows, first, columns, None, *where)
         held, slots, offset, _ = gather_held(pool, occasion, (first + low, first + high))
         if not held.keys.shape[2]:
             return
@@ -220,7 +221,6 @@ class WindowedLayer(EvictingLayer):
             length=now.to(asked.device),
             queries=queries,
             query_positions=asked,
-            first_head=self.shard.first,
         )
         scores = self.policy.scorer.score(held)
         protection, forced = self._require_windows().protection, torch.zeros_like(held.valid)
