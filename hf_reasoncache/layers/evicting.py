@@ -242,6 +242,9 @@ class EvictingLayer(WatchedLayer):
         if draft is None or columns > draft.chunk.steps:
             super()._crop(columns)
             self._log.crop(columns)
+            if "notes" in self.statistics:
+                # They may be about tokens whose positions other tokens are going to take.
+                self._require_pool().fields["notes"].zero_()
             self._prompt_columns = min(self._prompt_columns, self.seen)
             if self.budgets is not None:
                 self._recount()

@@ -48,7 +48,8 @@ class HeldTokens:
         `needs_mass`.
     notes : IntTensor[R, H_kv, N] or None
         One number per token that the scorer may write to, in place, and finds again at the next
-        eviction; 0 for tokens that came since, and for filler. Only for scorers with `keeps_notes`.
+        eviction; 0 for tokens that came since, for filler, and for all after a crop. Only for
+        scorers with `keeps_notes`.
     load_values : Callable
         Gathers the values; use `values`.
     first_head : int

@@ -1,6 +1,7 @@
 """What once went wrong: each of these was a bug that a user could have met."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from transformers import DynamicCache
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from tests.contract.test_attention import fake_flash, sliding_first  # noqa: F401
-from tests.contract.test_lifecycle import new_cache, tensors_reachable_from, tokens
-from tests.models import build, prompt
+from tests.contract.test_lifecycle import new_cache, start, tensors_reachable_from, tokens
+from tests.models import VOCABULARY, build, prompt
+from triton_ops.redundancy import search
 
 HUGE = 10**30
 
@@ -169,3 +171,27 @@ def test_assisted_decoding_allocates_the_budget_once():
     tokens(model, cache, inputs, prompt_lookup_num_tokens=4, max_new_tokens=60)
     hook.remove()
     assert len(set(sizes)) <= 3
+
+
+def test_a_crop_over_an_eviction_forgets_which_key_repeats_which(monkeypatch):
+    """Other tokens took the positions that R-KV's notes were about."""
+    differences = []
+
+    class Checked(RKV):
+        def score(self, held):
+            scores = super().score(held)
+            differences.append(scores - super().score(dataclasses.replace(held, notes=None)))
+            return scores
+
+    # Nothing is known about what lies in the first block.
+    monkeypatch.setattr(search, "BLOCK", 4)
+    driver, logits = start(build("llama"), scorer=Checked(threshold=0.7))
+    driver.greedy(logits, 43)
+    driver.cache.crop(-20)
+    driver.seen -= 20
+    differences.clear()
+    others = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    for token in others.split(1, dim=1):
+        driver(token)
+    assert differences
+    assert max(float(difference.abs().max()) for difference in differences) < 1e-6
