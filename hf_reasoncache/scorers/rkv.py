@@ -10,7 +10,7 @@ import torch
 from hf_reasoncache.scorers._checks import at_least, odd, share
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 from hf_reasoncache.scorers.pooling import pool
-from triton_ops.redundancy import NONE, UNSEEN, redundancy
+from triton_ops.redundancy import GONE, NONE, UNSEEN, redundancy
 from triton_ops.window_scores import window_scores
 
 
@@ -89,9 +89,10 @@ def _notes(repeat: torch.Tensor, held: HeldTokens) -> torch.Tensor:
 
 
 def _places(notes: torch.Tensor, held: HeldTokens) -> torch.Tensor:
-    """Turn notes into places among the held tokens; `UNSEEN` where the repeat is gone."""
+    """Turn notes into places among the held tokens; `GONE` where the repeat is not."""
     positions = held.positions.masked_fill(~held.valid, torch.iinfo(torch.long).max)
     wanted = notes.long() - 2
     place = torch.searchsorted(positions, wanted).clamp(max=positions.shape[-1] - 1)
     found = positions.gather(-1, place) == wanted
-    return place.where(found, UNSEEN).masked_fill(notes == 1, NONE)
+    place = place.where(found, GONE).masked_fill(notes == 1, NONE)
+    return place.masked_fill(notes == 0, UNSEEN)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.triton_ops.redundancy_cases import by_definition, keys_with, prefix
-from triton_ops.redundancy import NONE, UNSEEN, redundancy, reference, search
+from triton_ops.redundancy import GONE, NONE, UNSEEN, neighbours, redundancy, reference, search
 
 
 def mean_of(keys, valid, **settings):
@@ -101,7 +104,7 @@ def test_a_search_goes_on_from_an_earlier_one(counts, new, lost, common, seed):
     known = repeat.where(before, UNSEEN)
     # Some keys lose what they knew: their repeat was evicted.
     forgotten = torch.rand(known.shape, generator=generator) < lost
-    known = known.masked_fill(forgotten & (known != NONE), UNSEEN)
+    known = known.masked_fill(forgotten & (known >= 0), GONE)
     expected, searched = redundancy(keys, after), redundancy(keys, after, known=known)
     assert torch.equal(searched[1], expected[1])
     torch.testing.assert_close(searched[0], expected[0], rtol=0, atol=1e-14)
@@ -117,22 +120,54 @@ def test_what_is_known_is_not_computed_again():
 
 
 @pytest.mark.parametrize("common", [0.0, 0.6, 0.8, 1.5])
-@pytest.mark.parametrize("threshold", [0.05, 0.5, 0.97])
-def test_a_screen_in_bfloat16_changes_nothing(monkeypatch, common, threshold):
-    """The screen may only decide what the exact cosines would."""
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5, 0.97, 1.0])
+def test_the_sign_of_a_product_in_bfloat16_decides_as_float64_does(monkeypatch, common, threshold):
     keys = keys_with(common, (2, 2, 300, 16), torch.float32)
     # Cosines as close to the threshold as can be: some over it, some not.
     keys[0, 0, ::3] = keys[0, 0, :1]
     keys[0, 0, 1::3] = nearly(keys[0, 0, 0], threshold, len(keys[0, 0, 1::3]))
+    # Norms of many sizes, and one without any.
+    keys *= torch.randint(-30, 31, (2, 2, 300, 1)).float().exp2()
+    keys[1, 0, 7] = 0.0
+    keys = keys.bfloat16()
     valid = prefix([[300, 290], [130, 1]], 300)
-    monkeypatch.setattr(search, "_capabilities", dict)
-    exact = redundancy(keys, valid, threshold=threshold)
-    monkeypatch.setattr(search, "_capabilities", lambda: {"avx512_bf16": True})
-    with Sizes() as sizes:
-        screened = redundancy(keys, valid, threshold=threshold)
+    with by_sign(monkeypatch) as sizes:
+        _, repeat = redundancy(keys, valid, threshold=threshold)
     assert torch.bfloat16 in sizes.products
-    assert torch.equal(screened[1], exact[1])
-    torch.testing.assert_close(screened[0], exact[0], rtol=0, atol=1e-6)
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    cosine = (unit @ unit.mT).masked_fill(torch.eye(300, dtype=torch.bool), -2.0)
+    cosine = cosine.masked_fill(~(valid[..., None] & valid[..., None, :]), -2.0)
+    found = torch.cat([torch.ones_like(cosine[..., :1]), cosine], -1)
+    found = found.gather(-1, repeat[..., None] + 1)[..., 0]
+    # What float32 could not tell apart either.
+    rounding = 2e-6
+    assert (found > threshold - rounding).all()
+    newer = torch.arange(300) > repeat[..., None]
+    assert not ((cosine > threshold + rounding) & newer).any()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_norms_whose_products_leave_the_range_are_compared_in_float32(monkeypatch, scale):
+    keys = keys_with(0.6, (1, 2, 200, 16), torch.float32).bfloat16()
+    valid = prefix([[200, 150]], 200)
+    with by_sign(monkeypatch) as sizes:
+        expected = redundancy(keys, valid)
+        assert sizes.products == {torch.bfloat16}
+    extreme = keys.clone()
+    extreme[..., 3, :] *= 2.0 ** round(math.log2(scale))
+    with by_sign(monkeypatch) as sizes:
+        found = redundancy(extreme, valid)
+        assert sizes.products == {torch.float32}
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6)
+
+
+@contextmanager
+def by_sign(monkeypatch):
+    """Compare in bfloat16 whatever the CPU can do, and record the products."""
+    monkeypatch.setattr(neighbours, "_capabilities", lambda: {"avx512_bf16": True})
+    with Sizes() as sizes:
+        yield sizes
 
 
 def nearly(key, cosine, count):
@@ -177,7 +212,7 @@ class Sizes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel())
-            if func is torch.ops.aten.bmm.default and result.shape[-1] > 1:
+            if func is torch.ops.aten.bmm.default and min(result.shape[-2:]) > 1:
                 self.cosines += result.numel()
                 self.products.add(result.dtype)
         return result

@@ -6,9 +6,9 @@ import torch
 
 from triton_ops.backend import uses_triton
 from triton_ops.redundancy import reference
-from triton_ops.redundancy.places import NONE, UNSEEN
+from triton_ops.redundancy.places import GONE, NONE, UNSEEN
 
-__all__ = ["NONE", "UNSEEN", "redundancy"]
+__all__ = ["GONE", "NONE", "UNSEEN", "redundancy"]
 
 
 def redundancy(
@@ -38,8 +38,9 @@ def redundancy(
         Cosine in [0, 1] above which a neighbour counts as a repeat.
     known : LongTensor[R, H, N], optional
         What an earlier call answered for these keys, as places among the present ones: `r(i)`, or
-        `NONE`. `UNSEEN` for keys that it did not see and for those whose repeat is gone. Keys after
-        the last one that is not `UNSEEN` must be the only new ones. Saves work, changes nothing.
+        `NONE`; `GONE` for those whose repeat is gone, `UNSEEN` for keys that it did not see. Keys
+        after the last one that is not `UNSEEN` must be the only new ones. Saves work, changes
+        nothing.
 
     Returns
     -------

@@ -69,8 +69,8 @@ def search_kernel(
     held = tl.load(valid + base + row, mask=inside, other=0) != 0
     scale = tl.load(inverse + base + row, mask=inside, other=0.0)
     match = tl.load(known + base + row, mask=held, other=UNSEEN).to(tl.int32)
-    oldest = tl.where(match != UNSEEN, tl.load(compared + head), 0)
-    match = tl.where(match != UNSEEN, match, NONE)
+    oldest = tl.where(match >= NONE, tl.load(compared + head), 0)
+    match = tl.where(match >= NONE, match, NONE)
     tile = tl.cdiv(tokens, BLOCK_N) - 1
     open_rows = held & (oldest < tokens)
     while (tile >= 0) & (tl.max(open_rows.to(tl.int32), 0) > 0):

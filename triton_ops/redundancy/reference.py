@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from triton_ops.redundancy.neighbours import Neighbours, whole_rows
 from triton_ops.redundancy.places import NONE
 from triton_ops.redundancy.search import BLOCK, most_recent_repeats
 
@@ -60,14 +61,19 @@ def _of_heads(
     """`redundancy` of a few heads `[S, N, D]`, whose scratch is all that lives at once."""
     few = keys.shape[1] <= FEW
     dtype = torch.promote_types(keys.dtype, torch.float64 if few else torch.float32)
-    unit = keys.to(dtype)
     if not bool(held.all()):
-        unit = unit.where(held[..., None], 0.0)
-    norm = unit.norm(dim=-1, keepdim=True)
-    unit = unit / norm.clamp(min=torch.finfo(dtype).tiny)
-    repeat, exempted = most_recent_repeats(unit, held, known, threshold)
+        keys = keys.where(held[..., None], 0.0)
+    full = keys.to(dtype)
+    norm = full.norm(dim=-1, keepdim=True)
+    inverse = norm.clamp(min=torch.finfo(dtype).tiny).reciprocal()
+    neighbours = Neighbours.of(keys, full, norm, inverse, threshold)
+    repeat = most_recent_repeats(neighbours, held, known)
+    exempt = repeat.clamp(min=0)
+    # Products of keys first, norms afterwards: dividing all keys would be one more pass over them.
+    cosine = whole_rows(full, exempt).mul_(full).sum(-1) * inverse[..., 0]
+    cosine = (cosine * inverse[..., 0].gather(1, exempt)).where(repeat != NONE, 0.0)
     # sum_i c[i, j] = u_j . (sum_i u_i), less the diagonal, which is 1, or 0 for a zero key.
-    total = torch.linalg.vecdot(unit, unit.sum(1, keepdim=True)) - (norm > 0).to(dtype).squeeze(-1)
-    total.scatter_add_(1, repeat.clamp(min=0), -exempted)
+    total = (full @ (inverse.mT @ full).mT * inverse - (norm > 0).to(dtype)).squeeze(-1)
+    total.scatter_add_(1, exempt, -cosine)
     mean = total / held.sum(-1, keepdim=True).clamp(min=1)
     return mean.where(held, 0.0).to(torch.promote_types(keys.dtype, torch.float32)), repeat

@@ -53,12 +53,12 @@ def _of_heads(
     logits = logits.view(rows, heads, group_size, window, -1)
     if group == "max":
         logits = logits.amax(2, keepdim=True)
-    if bool(seen.all()):
-        probabilities = logits.softmax(-1)
-    else:
+    if not bool(seen.all()):
         # The smallest finite number instead of -inf: a query that sees nothing yields numbers, not
         # NaN, and the second fill turns them into the zeros they should be.
-        probabilities = logits.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
+        logits = logits.masked_fill_(~seen, torch.finfo(dtype).min)
+    probabilities = logits.softmax(-1)
+    if not bool(seen.any(-1).all()):
         probabilities = probabilities.masked_fill_(~seen, 0.0)
     lines = probabilities.shape[2]
     weights = present.to(dtype) / (lines * present.sum(-1, keepdim=True).clamp(min=1))
