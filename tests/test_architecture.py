@@ -64,7 +64,7 @@ PARTS["__main__"] = {"cli"}
 LIBRARIES: dict[str, set[str]] = {
     "triton_ops": {"torch", "triton"},
     "hf_reasoncache": {"torch"},
-    "hf_reasoncache.budgets.robustify": {"torch", "numpy"},
+    "hf_reasoncache.budgets": {"torch", "numpy"},
     "hf_reasoncache.attention": {"torch", "transformers"},
     "hf_reasoncache.geometry": {"transformers"},
     "hf_reasoncache.arguments": {"transformers"},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 from hf_reasoncache.budgets.layers import expect_bounds
 from hf_reasoncache.budgets.ranking import kth_largest
-from hf_reasoncache.budgets.robustify import robustify
+from hf_reasoncache.budgets.robustify import Integers, split
 
 Comparable = Literal["length", "raw"]
 
@@ -84,29 +85,29 @@ def head_budgets(
     rows, heads, _ = scores.shape
     budget = _per_row("total", total, rows)
     least = _per_row("floor", floor, rows)
-    if bool((least * heads > budget).any() or (least < 0).any()):
+    if ((least * heads > budget) | (least < 0)).any():
         raise ValueError(
             "head_budgets expects 0 <= floor * heads <= total in every row, got floor = "
             f"{least.tolist()}, heads = {heads} and total = {budget.tolist()}; raise the budget, "
             "or protect fewer tokens."
         )
-    demand = _reaching(scores, valid, budget, comparable).cpu()
-    mean = budget.double() / heads
+    demand = _reaching(scores, valid, torch.from_numpy(budget), comparable).cpu().numpy()
+    mean = budget / heads
     # The mean's own integers keep bounds of 1 solvable when the heads do not divide the total.
-    lower = torch.minimum((low * mean - 1e-9).ceil(), mean.floor()).long()
-    upper = torch.maximum((high * mean + 1e-9).floor(), mean.ceil()).long()
-    lower = torch.maximum(lower, least)
-    exact = robustify(demand, budget, exponent=exponent, low=lower[:, None], high=upper[:, None])
-    return _on_lattice(exact, budget, lower, upper).to(scores.device)
+    lower = np.minimum(np.ceil(low * mean - 1e-9), np.floor(mean)).astype(np.int64)
+    upper = np.maximum(np.floor(high * mean + 1e-9), np.ceil(mean)).astype(np.int64)
+    lower = np.maximum(lower, least)
+    exact = split(demand, budget, exponent=exponent, low=lower[:, None], high=upper[:, None])
+    return torch.from_numpy(_on_lattice(exact, budget, lower, upper)).to(scores.device)
 
 
-def _per_row(name: str, value: int | torch.Tensor, rows: int) -> torch.Tensor:
-    tensor = torch.as_tensor(value, dtype=torch.long, device="cpu")
-    if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.shape[0] != rows):
+def _per_row(name: str, value: int | torch.Tensor, rows: int) -> Integers:
+    array = np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value, dtype=np.int64)
+    if array.ndim > 1 or (array.ndim == 1 and len(array) != rows):
         raise ValueError(
-            f"head_budgets expects {name} as an integer or as [{rows}], got {list(tensor.shape)}."
+            f"head_budgets expects {name} as an integer or as [{rows}], got {list(array.shape)}."
         )
-    return tensor.expand(rows)
+    return np.full(rows, array)
 
 
 def _reaching(
@@ -124,24 +125,21 @@ def _reaching(
     return ((utility >= bar) & valid).sum(-1)
 
 
-def _on_lattice(
-    budgets: torch.Tensor, total: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor
-) -> torch.Tensor:
+def _on_lattice(budgets: Integers, total: Integers, lower: Integers, upper: Integers) -> Integers:
     """Move budgets `[R, H]` to `lower + k * unit`, but for one head per row; keep the sum."""
     heads = budgets.shape[1]
     spare = total - heads * lower
-    unit = (spare // heads // 2).clamp(min=1)
+    unit = np.maximum(spare // heads // 2, 1)
     steps = (upper - lower) // unit
     # Some head must have room for the remainder besides its units.
     fits = heads * steps >= spare // unit + (spare % unit > 0)
-    unit = unit.where(fits, 1)
+    unit = np.where(fits, unit, 1)
     count, remainder = spare // unit, spare % unit
     above = budgets - lower[:, None]
-    level = (
-        robustify(above, count, exponent=1.0, low=0, high=((upper - lower) // unit)[:, None])
-        * unit[:, None]
-    )
+    steps = (upper - lower) // unit
+    level = split(above, count, exponent=1.0, low=np.zeros(1), high=steps[:, None])
+    level *= unit[:, None]
     room = level + remainder[:, None] <= (upper - lower)[:, None]
-    shortfall = (above - level).masked_fill(~room, -torch.iinfo(torch.long).max)
-    level.scatter_add_(1, shortfall.argmax(-1, keepdim=True), remainder[:, None])
+    shortfall = np.where(room, above - level, -np.iinfo(np.int64).max)
+    level[np.arange(len(level)), shortfall.argmax(-1)] += remainder
     return lower[:, None] + level

@@ -12,6 +12,7 @@ import torch
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Integers: TypeAlias = npt.NDArray[np.int64]
+Numbers: TypeAlias = Array | Integers
 
 # No entry weighs less than this share of the largest: entries without demand then split evenly what
 # is left once all others are at their upper bound, and a row without any demand comes out uniform.
@@ -75,36 +76,47 @@ def robustify(
         If a demand is negative or not finite, there is none, the exponent is negative, the sizes do
         not fit, or the bounds leave no solution.
     """
-    array = _array(demand)
-    if array.ndim == 0 or array.shape[-1] == 0:
-        raise ValueError(
-            "robustify expects at least one demand, got none; pass one per layer or head."
-        )
-    if not (math.isfinite(exponent) and exponent >= 0.0):
-        raise ValueError(f"robustify expects an exponent >= 0, got {exponent}; the paper uses 0.5.")
-    if not ((array >= 0.0) & np.isfinite(array)).all():
-        raise ValueError(
-            f"robustify expects finite demand >= 0, got {array.tolist()}; repair the measurement."
-        )
-    budget, lower, upper = _broadcast(array, _array(total), _array(low), _array(high))
-    largest = array.max(-1, keepdims=True)
-    share = np.maximum((array / np.where(largest > 0.0, largest, 1.0)) ** exponent, _LEAST)
-    integers = _largest_remainder(_fill(share, budget, lower, upper), budget)
+    arrays = (_array(demand), _array(total), _array(low), _array(high))
+    integers = split(*arrays[:2], exponent=exponent, low=arrays[2], high=arrays[3])
     if isinstance(demand, torch.Tensor):
         return torch.from_numpy(integers).to(demand.device)
     return integers.tolist()
 
 
+def split(
+    demand: Numbers, total: Numbers, *, exponent: float, low: Numbers, high: Numbers
+) -> Integers:
+    """`robustify` of arrays.
+
+    NumPy takes a third of torch's time for operations on a handful of numbers, and there are a
+    hundred of them, once per layer and eviction.
+    """
+    if demand.ndim == 0 or demand.shape[-1] == 0:
+        raise ValueError(
+            "robustify expects at least one demand, got none; pass one per layer or head."
+        )
+    if not (math.isfinite(exponent) and exponent >= 0.0):
+        raise ValueError(f"robustify expects an exponent >= 0, got {exponent}; the paper uses 0.5.")
+    if not ((demand >= 0.0) & np.isfinite(demand)).all():
+        raise ValueError(
+            f"robustify expects finite demand >= 0, got {demand.tolist()}; repair the measurement."
+        )
+    budget, lower, upper = _broadcast(demand, total, low, high)
+    largest = demand.max(-1, keepdims=True)
+    share = np.maximum((demand / np.where(largest > 0.0, largest, 1.0)) ** exponent, _LEAST)
+    return _largest_remainder(_fill(share, budget, lower, upper), budget)
+
+
 def _array(value: float | Sequence[float] | torch.Tensor) -> Array:
-    # NumPy takes a third of torch's time for operations on a handful of numbers, and there are a
-    # hundred of them, once per layer and eviction.
     return np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value, dtype=np.float64)
 
 
-def _broadcast(demand: Array, total: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
+def _broadcast(
+    demand: Numbers, total: Numbers, low: Numbers, high: Numbers
+) -> tuple[Array, Array, Array]:
     """Return total `[..., 1]`, low and high `[..., n]` in whole numbers that admit a solution."""
     try:
-        budget = np.broadcast_to(total, demand.shape[:-1])[..., None]
+        budget = np.broadcast_to(total.astype(np.float64), demand.shape[:-1])[..., None]
         lower = np.broadcast_to(np.ceil(low - _SLACK) + 0.0, demand.shape)
         upper = np.broadcast_to(np.floor(high + _SLACK), demand.shape)
     except ValueError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_reasoncache.budgets.ranking import kth_largest
+from hf_reasoncache.budgets.ranking import kth_largest, lowest_first
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.layers.pool import RaggedPool
@@ -68,7 +68,7 @@ def gather_held(
     slots, offset = pool.slots(occasion.rows)
     at = pool.take("positions", slots).long().masked_fill(offset < 0, -1)
     if span is None:
-        order = at.masked_fill(offset < 0, occasion.columns + 1).argsort(dim=-1, stable=True)
+        order = lowest_first(at.masked_fill(offset < 0, occasion.columns + 1))
     else:
         low, high = (column.to(at.device)[:, None, None] for column in span)
         inside = (at >= low) & (at < high)
