@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -89,12 +90,14 @@ def test_without_a_lattice_it_is_r_of_the_pooled_counts(comparable, seed):
 
 
 @given(seed=st.integers(0, 9999))
+@hypothesis.example(seed=6322)  # One head gets what three others, at their upper bound, lose.
 def test_the_lattice_stays_near_r(seed):
     scores, valid = example(seed, 1, 8, 400)
     budgets = head_budgets(scores, valid, 8 * 128, comparable="raw")
     demand = reaching(scores[0], valid[0], 8 * 128, "raw")
     exact = robustify(torch.tensor([demand]), 8 * 128, exponent=0.5, low=32, high=256)
-    assert (budgets - exact).abs().max() < 2 * (128 - 32) // 2
+    unit = (128 - 32) // 2
+    assert (budgets - exact).abs().max() <= 2 * unit
 
 
 @given(**PROBLEMS)
