@@ -76,8 +76,8 @@ def robustify(
         If a demand is negative or not finite, there is none, the exponent is negative, the sizes do
         not fit, or the bounds leave no solution.
     """
-    arrays = (_array(demand), _array(total), _array(low), _array(high))
-    integers = split(*arrays[:2], exponent=exponent, low=arrays[2], high=arrays[3])
+    bounds = {"low": _array(low), "high": _array(high)}
+    integers = split(_array(demand), _array(total), exponent=exponent, **bounds)
     if isinstance(demand, torch.Tensor):
         return torch.from_numpy(integers).to(demand.device)
     return integers.tolist()
