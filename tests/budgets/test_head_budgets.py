@@ -90,14 +90,17 @@ def test_without_a_lattice_it_is_r_of_the_pooled_counts(comparable, seed):
 
 
 @given(seed=st.integers(0, 9999))
-@hypothesis.example(seed=6322)  # One head gets what three others, at their upper bound, lose.
+# Three heads at R's upper bound, which the lattice does not reach: others get what they lose.
+@hypothesis.example(seed=6322)
+@hypothesis.example(seed=913)
 def test_the_lattice_stays_near_r(seed):
     scores, valid = example(seed, 1, 8, 400)
     budgets = head_budgets(scores, valid, 8 * 128, comparable="raw")
     demand = reaching(scores[0], valid[0], 8 * 128, "raw")
-    exact = robustify(torch.tensor([demand]), 8 * 128, exponent=0.5, low=32, high=256)
     unit = (128 - 32) // 2
-    assert (budgets - exact).abs().max() <= 2 * unit
+    highest = 32 + (256 - 32) // unit * unit
+    exact = robustify(torch.tensor([demand]), 8 * 128, exponent=0.5, low=32, high=highest)
+    assert (budgets - exact).abs().max() < 2 * (128 - 32) // 2
 
 
 @given(**PROBLEMS)
