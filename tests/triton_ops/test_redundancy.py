@@ -116,7 +116,8 @@ def test_what_is_known_is_not_computed_again():
     known = redundancy(keys, old)[1].where(old, UNSEEN)
     with Sizes() as sizes:
         redundancy(keys, torch.ones_like(old), known=known)
-    assert sizes.cosines == 2 * 1024 * 128
+    sums = 2 * (1024 + 16)
+    assert sizes.products == 2 * 1024 * 128 + sums
 
 
 @pytest.mark.parametrize("common", [0.0, 0.6, 0.8, 1.5])
@@ -132,18 +133,18 @@ def test_the_sign_of_a_product_in_bfloat16_decides_as_float64_does(monkeypatch, 
     keys = keys.bfloat16()
     valid = prefix([[300, 290], [130, 1]], 300)
     with by_sign(monkeypatch) as sizes:
-        _, repeat = redundancy(keys, valid, threshold=threshold)
-    assert torch.bfloat16 in sizes.products
+        mean, repeat = redundancy(keys, valid, threshold=threshold)
+    assert torch.bfloat16 in sizes.dtypes
     unit = torch.nn.functional.normalize(keys.double(), dim=-1)
-    cosine = (unit @ unit.mT).masked_fill(torch.eye(300, dtype=torch.bool), -2.0)
-    cosine = cosine.masked_fill(~(valid[..., None] & valid[..., None, :]), -2.0)
-    found = torch.cat([torch.ones_like(cosine[..., :1]), cosine], -1)
-    found = found.gather(-1, repeat[..., None] + 1)[..., 0]
+    others = valid[..., None] & valid[..., None, :] & ~torch.eye(300, dtype=torch.bool)
+    cosine = (unit @ unit.mT).where(others, 0.0)
     # What float32 could not tell apart either.
-    rounding = 2e-6
-    assert (found > threshold - rounding).all()
-    newer = torch.arange(300) > repeat[..., None]
-    assert not ((cosine > threshold + rounding) & newer).any()
+    rounding, place = 2e-6, torch.arange(300)
+    exempt = place == repeat[..., None]
+    assert (cosine[exempt] > threshold - rounding).all()
+    assert not ((cosine > threshold + rounding) & (place > repeat[..., None])).any()
+    expected = cosine.masked_fill(exempt, 0.0).sum(-2) / valid.sum(-1, keepdim=True)
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
@@ -152,12 +153,12 @@ def test_norms_whose_products_leave_the_range_are_compared_in_float32(monkeypatc
     valid = prefix([[200, 150]], 200)
     with by_sign(monkeypatch) as sizes:
         expected = redundancy(keys, valid)
-        assert sizes.products == {torch.bfloat16}
+        assert sizes.dtypes == {torch.bfloat16}
     extreme = keys.clone()
     extreme[..., 3, :] *= 2.0 ** round(math.log2(scale))
     with by_sign(monkeypatch) as sizes:
         found = redundancy(extreme, valid)
-        assert sizes.products == {torch.float32}
+        assert sizes.dtypes == {torch.float32}
     assert torch.equal(found[1], expected[1])
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6)
 
@@ -201,20 +202,22 @@ def test_filler_may_hold_nan():
 
 
 class Sizes(TorchDispatchMode):
-    """Record the largest tensor that is made, and how many cosines are computed."""
+    """Record the largest tensor that is made, and how many numbers are products."""
 
     def __init__(self):
         super().__init__()
-        self.largest = self.cosines = 0
-        self.products = set()
+        self.largest = self.products = 0
+        self.dtypes = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel())
-            if func is torch.ops.aten.bmm.default and min(result.shape[-2:]) > 1:
-                self.cosines += result.numel()
-                self.products.add(result.dtype)
+            if func is torch.ops.aten.bmm.default:
+                self.products += result.numel()
+                # The sum of unit keys, and its product with every key, are not of this kind.
+                if min(result.shape[-2:]) > 1:
+                    self.dtypes.add(result.dtype)
         return result
 
 
@@ -242,7 +245,7 @@ def test_a_sink_does_not_keep_every_row_searching():
     keys[:, :, 0] = -keys[:, :, 0]  # resembles nothing
     with Sizes() as sizes:
         mean_of(keys, valid)
-    assert sizes.cosines < 1.1 * 2 * 1024 * search.BLOCK
+    assert sizes.products < 1.1 * 2 * 1024 * search.BLOCK
 
 
 @pytest.mark.parametrize(
