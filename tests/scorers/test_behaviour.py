@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from hf_reasoncache.scorers import H2O, RKV, TOVA, KeyDiff, LagKV, Random, SnapKV, StreamingLLM
+from hf_reasoncache.scorers import H2O, RKV, TOVA, KeyDiff, LagKV, Random, SnapKV, StreamingLLM, rkv
 from hf_reasoncache.scorers.pooling import pool
 from tests.scorers import formulas
 from tests.scorers.inputs import head_of, held_tokens
@@ -51,8 +51,11 @@ def test_the_average_of_h2o_forgives_late_arrival():
     torch.testing.assert_close(even, torch.ones_like(even))
 
 
+@pytest.mark.parametrize("entries", [1, 4])
 @pytest.mark.parametrize("common", [0.0, 0.6, 1.5])
-def test_rkv_scores_the_same_with_notes_of_earlier_evictions(common):
+def test_rkv_scores_the_same_with_notes_of_earlier_evictions(common, entries, monkeypatch):
+    # With one entry per token, tokens share entries of the table that finds them again.
+    monkeypatch.setattr(rkv, "_ENTRIES", entries)
     heads, size, budget, new = 3, 16, 40, 20
     keys = torch.randn(1, heads, 0, size)
     positions = torch.zeros(1, heads, 0, dtype=torch.long)

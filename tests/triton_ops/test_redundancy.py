@@ -232,10 +232,10 @@ def test_many_heads_are_worked_off_in_groups(monkeypatch):
     keys = keys_with(0.6, (3, 3, 160, 8))
     valid = prefix([[160, 1, 30], [2, 160, 60], [159, 58, 57]], 160)
     at_once = mean_of(keys, valid)
-    monkeypatch.setattr(reference, "TILE", 160 * search.BLOCK * 2)
+    monkeypatch.setattr(reference, "TILE", 2 * 160**2 * keys.itemsize)
     with Sizes() as sizes:
         in_groups = mean_of(keys, valid)
-    assert sizes.largest <= 160 * search.BLOCK * 2
+    assert sizes.largest == 2 * 160 * search.BLOCK
     torch.testing.assert_close(in_groups, at_once, rtol=0, atol=1e-14)
 
 

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+NORMAL = 128
+"""Bits, read as an integer, of the smallest bfloat16 that is not subnormal."""
+
+# By which end of a row each end of a column is multiplied: each number by each, but the lowest two.
+_OPPOSITE = [0, 2, 1, 3, 5, 4]
 # Norms with which products of keys, and their sums, stay within what float32 can hold.
 _ORDINARY = (2.0**-40, 2.0**40)
 
@@ -19,15 +24,15 @@ class Neighbours:
     Attributes
     ----------
     rows : Tensor[S, N, K]
-        What is multiplied: unit keys, or keys and what stands for the threshold.
-    ends : Tensor[S, N, E] or None
-        The last `E` entries of a key's row where it is a column; None if they are the same.
+        What is multiplied: unit keys, or keys and six numbers that stand for the threshold.
+    signed : bool
+        Whether it is the latter, and the sign of a product tells whether two keys are near.
     bar : float
         What a product exceeds where two keys are near each other.
     """
 
     rows: torch.Tensor
-    ends: torch.Tensor | None
+    signed: bool
     bar: float
 
     @classmethod
@@ -54,7 +59,7 @@ class Neighbours:
             low, high = _ORDINARY
             if bool(((norm == 0) | ((norm > low) & (norm < high))).all()):
                 return cls.by_sign(keys, norm, threshold)
-        return cls(full * inverse, None, threshold)
+        return cls(full * inverse, False, threshold)
 
     @classmethod
     def by_sign(cls, keys: torch.Tensor, norm: torch.Tensor, threshold: float) -> Neighbours:
@@ -68,9 +73,7 @@ class Neighbours:
         first, rest = _split(norm * threshold**0.5)
         second, rest = _split(rest)
         third, _ = _split(rest)
-        ends = torch.cat([first, first, second, second, first, third], -1)
-        opposite = -torch.cat([first, second, first, second, third, first], -1)
-        return cls(torch.cat([keys, ends], -1), opposite, 0.0)
+        return cls(torch.cat([keys, first, first, second, second, first, third], -1), True, 0.0)
 
     @property
     def multiple(self) -> int:
@@ -83,29 +86,30 @@ class Neighbours:
 
     def block(self, start: int, end: int) -> torch.Tensor:
         """Products `[S, end, end - start]` of the keys before `end` with some of them."""
-        columns = self.rows[:, start:end]
-        if self.ends is not None:
-            columns = columns.clone()
-            columns[..., -self.ends.shape[-1] :] = self.ends[:, start:end]
-        product = self.rows[:, :end] @ columns.mT
+        product = self.rows[:, :end] @ self._opposite(self.rows[:, start:end]).mT
         product[:, start:].diagonal(dim1=-2, dim2=-1).zero_()
         return product
 
     def columns(self, place: torch.Tensor) -> torch.Tensor:
         """Return the keys in places `[S, A]` as columns: Tensor `[S, A, K]`."""
-        columns = whole_rows(self.rows, place)
-        if self.ends is not None:
-            columns[..., -self.ends.shape[-1] :] = whole_rows(self.ends, place)
-        return columns
+        return self._opposite(whole_rows(self.rows, place))
+
+    def _opposite(self, rows: torch.Tensor) -> torch.Tensor:
+        """Turn rows into columns."""
+        if not self.signed:
+            return rows
+        ends = len(_OPPOSITE)
+        return torch.cat([rows[..., :-ends], -rows[..., -ends:][..., _OPPOSITE]], -1)
 
     def near(self, product: torch.Tensor) -> torch.Tensor:
-        """Turn products into 1 where they exceed the bar, 0 elsewhere, in place.
+        """Turn products into numbers that are positive where they exceed the bar, in place.
 
         Numbers instead of booleans, which take 7 times as long on a CPU.
         """
         if product.dtype == torch.bfloat16:
-            # Positive numbers have positive bits.
-            return product.view(torch.int16).clamp_(0, 1)
+            # Positive numbers have positive bits, and at least `NORMAL` of them: instructions that
+            # multiply bfloat16 turn subnormal results into zero.
+            return product.view(torch.int16)
         return product.gt_(self.bar)
 
 

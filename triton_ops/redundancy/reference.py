@@ -8,11 +8,11 @@ import torch
 
 from triton_ops.redundancy.neighbours import Neighbours, whole_rows
 from triton_ops.redundancy.places import NONE
-from triton_ops.redundancy.search import BLOCK, most_recent_repeats
+from triton_ops.redundancy.search import most_recent_repeats
 
-# Cosines held at once (4 MB in float32), so that a long prompt, whose heads are searched one after
-# another, borrows little memory.
-TILE = 1 << 20
+# Bytes of all cosines of the heads that are searched at once, of which a step of the scan holds a
+# few columns. A long prompt, whose heads are searched one after another, borrows little memory.
+TILE = 1 << 24
 # Two keys alone are as redundant as each other. In float64 the rounding errors by which such a tie
 # would be decided, one way in a batch and another without it, vanish in a scorer's softmax.
 FEW = 32
@@ -26,33 +26,34 @@ def redundancy(
     flat, held, known = (x.flatten(0, 1) for x in (keys, valid, known))
     mean = flat.new_zeros(held.shape, dtype=torch.promote_types(keys.dtype, torch.float32))
     repeat = torch.full_like(known, NONE)
-    for some, used in _together(held):
+    for some, used in _together(held, keys.itemsize):
         mean[some, :used], repeat[some, :used] = _of_heads(
             flat[some, :used], held[some, :used], known[some, :used], threshold
         )
     return mean.view(rows, heads, count), repeat.view(rows, heads, count)
 
 
-def _together(held: torch.Tensor) -> Iterator[tuple[slice | torch.Tensor, int]]:
+def _together(held: torch.Tensor, size: int) -> Iterator[tuple[slice | torch.Tensor, int]]:
     """Yield which heads `[S, N]` are worked on at once, and how many tokens those hold.
 
-    Heads that hold as many tokens go together: their new tokens lie in the same block.
+    Heads that hold as many tokens go together: their new tokens lie in the same block. `size` is
+    that of a number in bytes.
     """
     heads, count = held.shape
     if count and bool(held.all()):
         # No copy of the keys.
-        group = _group(count)
+        group = _group(count, size)
         yield from ((slice(first, first + group), count) for first in range(0, heads, group))
         return
     extent = (torch.arange(1, count + 1, device=held.device) * held).amax(-1)
     for used in extent[extent > 0].unique().tolist():
-        for some in (extent == used).nonzero()[:, 0].split(_group(used)):
+        for some in (extent == used).nonzero()[:, 0].split(_group(used, size)):
             yield some, used
 
 
-def _group(used: int) -> int:
-    """Heads of `used` tokens that are searched at once."""
-    return max(1, TILE // (used * BLOCK))
+def _group(used: int, size: int) -> int:
+    """Heads of `used` tokens, with cosines of `size` bytes, that are worked on at once."""
+    return max(1, TILE // (used**2 * size))
 
 
 def _of_heads(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from triton_ops.redundancy.neighbours import Neighbours
+from triton_ops.redundancy.neighbours import NORMAL, Neighbours
 from triton_ops.redundancy.places import NONE, UNSEEN
 
 BLOCK = 128
@@ -115,7 +115,8 @@ def _answer(
     Parameters
     ----------
     near : Tensor[S, R, C] or, for `dim` -2, Tensor[S, C, R]
-        What `Neighbours.near` returns, for the rows and some columns.
+        What `Neighbours.near` returns, for the rows and some columns; may be written to, but what
+        was positive stays positive.
     dim : int
         Along which the columns lie.
     first : int
@@ -127,7 +128,14 @@ def _answer(
     wide = near.dtype == torch.int16 and columns > torch.iinfo(torch.int16).max
     dtype = torch.int32 if wide else near.dtype
     places = torch.arange(1, columns + 1, dtype=dtype, device=near.device)
-    last = (near * (places if dim == -1 else places[:, None])).amax(dim)
+    places = places if dim == -1 else places[:, None]
+    if near.dtype != torch.int16:
+        near = near * places
+    elif columns <= NORMAL:
+        near = torch.minimum(near, places, out=near)
+    else:
+        near = near.clamp_(0, 1) * places
+    last = near.amax(dim)
     hit = open_ & (last > 0)
     repeat.copy_((last.long() + (first - 1)).where(hit, repeat))
     open_ &= ~hit
