@@ -84,14 +84,15 @@ class EvictingLayer(WatchedLayer):
         self._attended = self._draft = None
         if self.pool is None:
             return
-        complete = self._prompt_open and not self._grows_prompt(steps)
+        grows = steps > 1 and self._grows_prompt()
+        complete = self._prompt_open and not grows
         if self.budgets is None:
             self._allocate()
             self._fit()
             complete = True
         if complete:
             self._check_prompt()
-        if not (self._grows_prompt(steps) and self.policy.protect_prompt):
+        if not (grows and self.policy.protect_prompt):
             self._evict(self._due(self.seen, 1 if self.recording else steps), self.seen)
 
     def prepare(self) -> None:
@@ -110,8 +111,9 @@ class EvictingLayer(WatchedLayer):
         super().advance()
         self._log.count_appended()
 
-    def _grows_prompt(self, steps: int) -> bool:
-        return self._prompt_open and steps > 1 and not self.recording
+    def _grows_prompt(self) -> bool:
+        """Whether several new tokens belong to the prompt."""
+        return self._prompt_open and not self.recording
 
     def _end_of_prompt(self) -> int:
         return min(self.policy.prompt_length or self.seen, self.seen)
@@ -140,19 +142,22 @@ class EvictingLayer(WatchedLayer):
         """See `GuardedLayer.attend`."""
         if self.recording:
             return self._attend_draft(chunk)
-        grows = self._grows_prompt(chunk.steps)
+        steps = chunk.steps
+        grows = steps > 1 and self._grows_prompt()
         self._prompt_open = grows
-        self._make_room(chunk.steps)
+        self._make_room(steps)
         out = self._step(chunk, self.seen)
         if grows:
             self._allocate()
-        if chunk.steps > 1:
+        if steps > 1:
             self._cut()
         return out
 
     def _step(self, chunk: Chunk, end: int) -> torch.Tensor:
         """Append, attend and take note of tokens whose last one is column `end - 1`."""
         self._take(chunk, end)
+        if not self.policy.scorer.needs_mass:
+            return self._attend(chunk, end)
         return self._attend(chunk, end, **self._mass_arguments(chunk.query))
 
     def _take(self, chunk: Chunk, end: int) -> None:
@@ -189,10 +194,8 @@ class EvictingLayer(WatchedLayer):
             self._attend(block, last, **self._mass_arguments(block.query))
 
     def _mass_arguments(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What makes `decode_attention` accumulate the attention mass, if the scorer needs it."""
+        """What makes `decode_attention` accumulate the attention mass."""
         scorer = self.policy.scorer
-        if not scorer.needs_mass:
-            return {}
         mass, steps = self._require_pool().fields["mass"], query.shape[2]
         if scorer.mass_decay == 1.0:
             return {"mass": mass}

@@ -38,17 +38,18 @@ class QueryLog:
         clock : LongTensor[1], optional
             The column of a single query, on its device; read by a ring.
         """
-        steps = query.shape[2]
+        steps = query.size(2)
         if self.size == 0 or steps == 0:
             return
-        if self._ring is not None and steps == 1:
-            column = clock
-            if column is None:
-                column = torch.full((1,), self._end, device=query.device)
-            self._ring.index_copy_(2, column % self.size, query)
-            self.count_appended()
-            return
-        self._end_ring()
+        if self._ring is not None:
+            if steps == 1:
+                column = clock
+                if column is None:
+                    column = torch.full((1,), self._end, device=query.device)
+                self._ring.index_copy_(2, column % self.size, query)
+                self.count_appended()
+                return
+            self._end_ring()
         self._chunks.append(query)
         self._columns += steps
         self._forget()
@@ -62,9 +63,13 @@ class QueryLog:
 
     def _forget(self) -> None:
         """Let go of the chunks that are too old."""
-        while self._chunks and self._columns - self._chunks[0].shape[2] >= self.size:
-            self._columns -= self._chunks.popleft().shape[2]
-        if self._chunks and self._chunks[0].shape[2] > self.size:
+        while self._chunks:
+            oldest = self._chunks[0].size(2)
+            if self._columns - oldest < self.size:
+                break
+            self._chunks.popleft()
+            self._columns -= oldest
+        if self._chunks and oldest > self.size:
             # Cloned: a slice would keep the queries of a whole prompt alive.
             self._chunks[0] = self._chunks[0][:, :, self._columns - self.size :].clone()
             self._columns = self.size
