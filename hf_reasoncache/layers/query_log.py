@@ -41,15 +41,14 @@ class QueryLog:
         steps = query.size(2)
         if self.size == 0 or steps == 0:
             return
-        if self._ring is not None:
-            if steps == 1:
-                column = clock
-                if column is None:
-                    column = torch.full((1,), self._end, device=query.device)
-                self._ring.index_copy_(2, column % self.size, query)
-                self.count_appended()
-                return
-            self._end_ring()
+        if self._ring is not None and steps == 1:
+            column = clock
+            if column is None:
+                column = torch.full((1,), self._end, device=query.device)
+            self._ring.index_copy_(2, column % self.size, query)
+            self.count_appended()
+            return
+        self._end_ring()
         self._chunks.append(query)
         self._columns += steps
         self._forget()

@@ -24,15 +24,13 @@ class Neighbours:
     Attributes
     ----------
     rows : Tensor[S, N, K]
-        What is multiplied: unit keys, or keys and six numbers that stand for the threshold.
-    signed : bool
-        Whether it is the latter, and the sign of a product tells whether two keys are near.
+        What is multiplied: unit keys, or, in bfloat16, keys and six numbers that stand for the
+        threshold; then the sign of a product tells whether two keys are near.
     bar : float
         What a product exceeds where two keys are near each other.
     """
 
     rows: torch.Tensor
-    signed: bool
     bar: float
 
     @classmethod
@@ -59,7 +57,7 @@ class Neighbours:
             low, high = _ORDINARY
             if bool(((norm == 0) | ((norm > low) & (norm < high))).all()):
                 return cls.by_sign(keys, norm, threshold)
-        return cls(full * inverse, False, threshold)
+        return cls(full * inverse, threshold)
 
     @classmethod
     def by_sign(cls, keys: torch.Tensor, norm: torch.Tensor, threshold: float) -> Neighbours:
@@ -73,7 +71,12 @@ class Neighbours:
         first, rest = _split(norm * threshold**0.5)
         second, rest = _split(rest)
         third, _ = _split(rest)
-        return cls(torch.cat([keys, first, first, second, second, first, third], -1), True, 0.0)
+        return cls(torch.cat([keys, first, first, second, second, first, third], -1), 0.0)
+
+    @property
+    def signed(self) -> bool:
+        """Whether products are told apart by their sign."""
+        return self.rows.dtype == torch.bfloat16
 
     @property
     def multiple(self) -> int:
@@ -82,7 +85,7 @@ class Neighbours:
         In bfloat16, a number that is new costs the CPU's library a compilation, and reductions
         over numbers of 16 bits are made for blocks of 64.
         """
-        return 64 if self.rows.dtype == torch.bfloat16 else 1
+        return 64 if self.signed else 1
 
     def block(self, start: int, end: int) -> torch.Tensor:
         """Products `[S, end, end - start]` of the keys before `end` with some of them."""
@@ -106,7 +109,7 @@ class Neighbours:
 
         Numbers instead of booleans, which take 7 times as long on a CPU.
         """
-        if product.dtype == torch.bfloat16:
+        if self.signed:
             # Positive numbers have positive bits, and at least `NORMAL` of them: instructions that
             # multiply bfloat16 turn subnormal results into zero.
             return product.view(torch.int16)
