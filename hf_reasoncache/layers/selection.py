@@ -125,16 +125,16 @@ def _held_tokens(
     load: Callable[[str], torch.Tensor],
     names: Container[str],
 ) -> HeldTokens:
-    """Describe tokens to a scorer; `load` gives a quantity per token, anything for filler."""
+    """Describe tokens to a scorer; `load` copies a quantity per token, anything for filler."""
     device, columns = at.device, occasion.columns
     valid, start = at >= 0, occasion.first.to(device)
-    filler = None if bool(valid.all()) else ~valid
+    filler = (~valid).flatten().nonzero()[:, 0]
 
     def clean(name: str) -> torch.Tensor:
         field = load(name)
-        if filler is None:
-            return field
-        return field.masked_fill(filler.view(*filler.shape, *[1] * (field.dim() - 3)), 0)
+        if filler.numel():
+            field.view(-1, *field.shape[3:]).index_fill_(0, filler, 0)
+        return field
 
     grouped = asked_at = None
     if occasion.queries is not None:

@@ -101,9 +101,11 @@ def _places(notes: torch.Tensor, held: HeldTokens) -> torch.Tensor:
     """
     count = held.positions.shape[-1]
     last = (_ENTRIES << (count - 1).bit_length()) - 1
-    table = notes.new_zeros(*notes.shape[:-1], last + 1)
+    # One more entry, for filler.
+    table = notes.new_zeros(*notes.shape[:-1], last + 2)
     order = torch.arange(count, dtype=table.dtype, device=table.device)
-    table.scatter_(-1, held.positions & last, order.expand_as(notes))
+    entry = (held.positions & last).masked_fill_(~held.valid, last + 1)
+    table.scatter_(-1, entry, order.expand_as(notes))
     wanted = notes.long() - 2
     place = table.gather(-1, wanted & last).long()
     found = held.positions.gather(-1, place) == wanted

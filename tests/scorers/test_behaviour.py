@@ -82,6 +82,18 @@ def test_rkv_scores_the_same_with_notes_of_earlier_evictions(common, entries, mo
         positions, notes = positions.gather(2, stay), notes.gather(2, stay)
 
 
+def test_rkv_finds_the_repeat_in_any_position_beside_filler():
+    # Positions are looked up modulo a power of two, and filler has position -1.
+    seen, counts = 1 << 14, [600, 640]
+    held = held_tokens([counts], [seen])
+    notes = held.valid.int()
+    for head, count in enumerate(counts):
+        held.positions[0, head, :count] = torch.arange(seen - count, seen)
+    notes[..., 0] = seen - 1 + 2
+    known = rkv._places(notes, held)
+    assert known[0, :, 0].tolist() == [599, 639]
+
+
 def test_tova_listens_to_the_last_query_alone():
     held = held_tokens([[12, 9]], [12])
     louder = held.queries.clone()

@@ -12,7 +12,9 @@ from triton_ops.redundancy.search import most_recent_repeats
 
 # Bytes of all cosines of the heads that are searched at once, of which a step of the scan holds a
 # few columns. A long prompt, whose heads are searched one after another, borrows little memory.
-TILE = 1 << 24
+TILE = 1 << 26
+# Heads are searched together if none holds so many times as many tokens as another.
+ALIKE = 4
 # Two keys alone are as redundant as each other. In float64 the rounding errors by which such a tie
 # would be decided, one way in a batch and another without it, vanish in a scorer's softmax.
 FEW = 32
@@ -26,29 +28,31 @@ def redundancy(
     flat, held, known = (x.flatten(0, 1) for x in (keys, valid, known))
     mean = flat.new_zeros(held.shape, dtype=torch.promote_types(keys.dtype, torch.float32))
     repeat = torch.full_like(known, NONE)
-    for some, used in _together(held, keys.itemsize):
-        mean[some, :used], repeat[some, :used] = _of_heads(
-            flat[some, :used], held[some, :used], known[some, :used], threshold
-        )
+    if count and bool(held.all()):
+        # No copy of the keys.
+        group = _group(count, keys.itemsize)
+        for first in range(0, rows * heads, group):
+            part = slice(first, first + group)
+            mean[part], repeat[part] = _of_heads(flat[part], held[part], known[part], threshold)
+    else:
+        for some, extent in _alike(held, keys.itemsize):
+            mean[some], repeat[some] = _of_unequal_heads(flat, held, known, threshold, some, extent)
     return mean.view(rows, heads, count), repeat.view(rows, heads, count)
 
 
-def _together(held: torch.Tensor, size: int) -> Iterator[tuple[slice | torch.Tensor, int]]:
-    """Yield which heads `[S, N]` are worked on at once, and how many tokens those hold.
+def _alike(held: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield which heads `[S, N]` are worked on at once, and how many places of each are in use.
 
-    Heads that hold as many tokens go together: their new tokens lie in the same block. `size` is
-    that of a number in bytes.
+    `size` is that of a number in bytes.
     """
-    heads, count = held.shape
-    if count and bool(held.all()):
-        # No copy of the keys.
-        group = _group(count, size)
-        yield from ((slice(first, first + group), count) for first in range(0, heads, group))
-        return
-    extent = (torch.arange(1, count + 1, device=held.device) * held).amax(-1)
-    for used in extent[extent > 0].unique().tolist():
-        for some in (extent == used).nonzero()[:, 0].split(_group(used, size)):
-            yield some, used
+    extent = (torch.arange(1, held.shape[1] + 1, device=held.device) * held).amax(-1)
+    left = extent > 0
+    while bool(left.any()):
+        most = int(extent[left].max())
+        alike = left & (ALIKE * extent > most)
+        left &= ~alike
+        for some in alike.nonzero()[:, 0].split(_group(most, size)):
+            yield some, extent[some]
 
 
 def _group(used: int, size: int) -> int:
@@ -56,14 +60,42 @@ def _group(used: int, size: int) -> int:
     return max(1, TILE // (used**2 * size))
 
 
+def _of_unequal_heads(
+    keys: torch.Tensor,
+    held: torch.Tensor,
+    known: torch.Tensor,
+    threshold: float,
+    some: torch.Tensor,
+    extent: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`redundancy` of `some` heads, the newest tokens of all of them in the last places.
+
+    There a search finds them in the same block, whatever else the heads hold.
+    """
+    count, used = held.shape[1], int(extent.max())
+    ahead = (used - extent)[:, None]
+    place = torch.arange(used, device=keys.device) - ahead
+    source = place.clamp(min=0)
+    held, known = held[some], known[some]
+    inside, there = held.gather(1, source) & (place >= 0), known.gather(1, source)
+    aligned = whole_rows(keys, source, some)
+    aligned.flatten(0, 1).index_fill_(0, (~inside).flatten().nonzero()[:, 0], 0)
+    there = there + ahead.where(there >= 0, 0)
+    mean, repeat = _of_heads(aligned, inside, there, threshold)
+    repeat -= ahead.where(repeat >= 0, 0)
+    back = (torch.arange(count, device=keys.device) + ahead).clamp(max=used - 1)
+    return mean.gather(1, back).where(held, 0.0), repeat.gather(1, back).where(held, NONE)
+
+
 def _of_heads(
     keys: torch.Tensor, held: torch.Tensor, known: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`redundancy` of a few heads `[S, N, D]`, whose scratch is all that lives at once."""
+    """`redundancy` of a few heads `[S, N, D]`, whose scratch is all that lives at once.
+
+    Keys of filler are zero.
+    """
     few = keys.shape[1] <= FEW
     dtype = torch.promote_types(keys.dtype, torch.float64 if few else torch.float32)
-    if not bool(held.all()):
-        keys = keys.where(held[..., None], 0.0)
     full = keys.to(dtype)
     norm = full.norm(dim=-1, keepdim=True)
     inverse = norm.clamp(min=torch.finfo(dtype).tiny).reciprocal()
