@@ -122,7 +122,10 @@ def test_what_is_known_is_not_computed_again():
 
 @pytest.mark.parametrize("common", [0.0, 0.6, 0.8, 1.5])
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5, 0.97, 1.0])
-def test_the_sign_of_a_product_in_bfloat16_decides_as_float64_does(monkeypatch, common, threshold):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_sign_of_a_product_in_bfloat16_decides_as_float64_does(
+    monkeypatch, common, threshold, dtype
+):
     keys = keys_with(common, (2, 2, 300, 16), torch.float32)
     # Cosines as close to the threshold as can be: some over it, some not.
     keys[0, 0, ::3] = keys[0, 0, :1]
@@ -130,11 +133,12 @@ def test_the_sign_of_a_product_in_bfloat16_decides_as_float64_does(monkeypatch, 
     # Norms of many sizes, and one without any.
     keys *= torch.randint(-30, 31, (2, 2, 300, 1)).float().exp2()
     keys[1, 0, 7] = 0.0
-    keys = keys.bfloat16()
+    keys = keys.to(dtype)
     valid = prefix([[300, 290], [130, 1]], 300)
     with by_sign(monkeypatch) as sizes:
         mean, repeat = redundancy(keys, valid, threshold=threshold)
-    assert torch.bfloat16 in sizes.dtypes
+    # A bar below 0 has no sign.
+    assert (torch.bfloat16 in sizes.dtypes) == (dtype == torch.bfloat16 or threshold > 0)
     unit = torch.nn.functional.normalize(keys.double(), dim=-1)
     others = valid[..., None] & valid[..., None, :] & ~torch.eye(300, dtype=torch.bool)
     cosine = (unit @ unit.mT).where(others, 0.0)

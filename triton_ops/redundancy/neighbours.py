@@ -15,6 +15,8 @@ NORMAL = 128
 _OPPOSITE = [0, 2, 1, 3, 5, 4]
 # Norms with which products of keys, and their sums, stay within what float32 can hold.
 _ORDINARY = (2.0**-40, 2.0**40)
+# What a cosine may lose when both keys are rounded to bfloat16, and the sum to float32.
+_ROUNDING = 2.0**-8 + 2.0**-16
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +30,13 @@ class Neighbours:
         threshold; then the sign of a product tells whether two keys are near.
     bar : float
         What a product exceeds where two keys are near each other.
+    sure : bool
+        False if it does so too where they only may be: their cosine is not far below the threshold.
     """
 
     rows: torch.Tensor
     bar: float
+    sure: bool = True
 
     @classmethod
     def of(
@@ -53,25 +58,37 @@ class Neighbours:
         threshold : float
             Cosine over which two keys are near each other.
         """
-        if keys.dtype == torch.bfloat16 and _multiplies_bfloat16(keys):
+        if keys.dtype in (torch.bfloat16, torch.float32) and _multiplies_bfloat16(keys):
             low, high = _ORDINARY
-            if bool(((norm == 0) | ((norm > low) & (norm < high))).all()):
-                return cls.by_sign(keys, norm, threshold)
+            sure = keys.dtype == torch.bfloat16
+            least = threshold if sure else threshold - _ROUNDING
+            if least >= 0 and bool(((norm == 0) | ((norm > low) & (norm < high))).all()):
+                return cls.by_sign(keys.bfloat16(), norm, least, sure)
+        return cls.by_size(full, inverse, threshold)
+
+    @classmethod
+    def by_size(cls, full: torch.Tensor, inverse: torch.Tensor, threshold: float) -> Neighbours:
+        """Compare unit keys with each other."""
         return cls(full * inverse, threshold)
 
     @classmethod
-    def by_sign(cls, keys: torch.Tensor, norm: torch.Tensor, threshold: float) -> Neighbours:
+    def by_sign(
+        cls, keys: torch.Tensor, norm: torch.Tensor, threshold: float, sure: bool
+    ) -> Neighbours:
         """Compare keys in bfloat16, which many CPUs multiply four times as fast as float32.
 
         Products of two bfloat16 are exact in float32, in which they are summed, but the sum comes
         back rounded to 8 bits. So the threshold times both norms is subtracted inside the product,
         by a few more entries: rounding keeps the sign, which is as exact as a product in float32.
+
+        Keys that were rounded to bfloat16 first are not `sure`: they find all neighbours, under a
+        threshold lowered by what rounding may cost, and whoever asks must look at the cosine.
         """
         # In three numbers of 8 bits each; products of the lower ones are too small to matter.
         first, rest = _split(norm * threshold**0.5)
         second, rest = _split(rest)
         third, _ = _split(rest)
-        return cls(torch.cat([keys, first, first, second, second, first, third], -1), 0.0)
+        return cls(torch.cat([keys, first, first, second, second, first, third], -1), 0.0, sure)
 
     @property
     def signed(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from triton_ops.redundancy.neighbours import Neighbours, whole_rows
 from triton_ops.redundancy.places import NONE
-from triton_ops.redundancy.search import most_recent_repeats
+from triton_ops.redundancy.search import most_recent_repeats, search
 
 # Bytes of all cosines of the heads that are searched at once, of which a step of the scan holds a
 # few columns. A long prompt, whose heads are searched one after another, borrows little memory.
@@ -101,12 +101,34 @@ def _of_heads(
     inverse = norm.clamp(min=torch.finfo(dtype).tiny).reciprocal()
     neighbours = Neighbours.of(keys, full, norm, inverse, threshold)
     repeat = most_recent_repeats(neighbours, held, known)
-    exempt = repeat.clamp(min=0)
-    # Products of keys first, norms afterwards: dividing all keys would be one more pass over them.
-    cosine = whole_rows(full, exempt).mul_(full).sum(-1) * inverse[..., 0]
-    cosine = (cosine * inverse[..., 0].gather(1, exempt)).where(repeat != NONE, 0.0)
+    cosine = torch.zeros_like(inverse[..., 0])
+    _cosines(full, inverse, repeat, slice(None), cosine)
+    if not neighbours.sure:
+        doubtful = (repeat != NONE) & (repeat != known) & (cosine <= threshold)
+        if bool(doubtful.any()):
+            # The newest key that may be near is not; another one may be.
+            repeat.masked_fill_(doubtful, NONE)
+            search(Neighbours.by_size(full, inverse, threshold), held.shape[1], doubtful, repeat)
+            _cosines(full, inverse, repeat, doubtful.flatten().nonzero()[:, 0], cosine)
     # sum_i c[i, j] = u_j . (sum_i u_i), less the diagonal, which is 1, or 0 for a zero key.
     total = (full @ (inverse.mT @ full).mT * inverse - (norm > 0).to(dtype)).squeeze(-1)
-    total.scatter_add_(1, exempt, -cosine)
+    total.scatter_add_(1, repeat.clamp(min=0), -cosine)
     mean = total / held.sum(-1, keepdim=True).clamp(min=1)
     return mean.where(held, 0.0).to(torch.promote_types(keys.dtype, torch.float32)), repeat
+
+
+def _cosines(
+    full: torch.Tensor,
+    inverse: torch.Tensor,
+    repeat: torch.Tensor,
+    some: torch.Tensor | slice,
+    cosine: torch.Tensor,
+) -> None:
+    """Write the cosines of `some` keys `[S * N, D]` with their repeats, 0 where there is none."""
+    start = torch.arange(len(repeat), device=repeat.device)[:, None] * repeat.shape[1]
+    other = (repeat.clamp(min=0) + start).flatten()[some]
+    keys, scale = full.flatten(0, 1), inverse.flatten()
+    # Products of keys first, norms afterwards: dividing all keys would be one more pass over them.
+    product = keys.index_select(0, other).mul_(keys[some]).sum(-1) * scale[some]
+    product *= scale.index_select(0, other)
+    cosine.view(-1)[some] = product.where(repeat.flatten()[some] != NONE, 0.0)

@@ -31,7 +31,7 @@ def most_recent_repeats(
     """
     repeat, open_, end = _scan(neighbours, held, known)
     if bool(open_.any()):
-        _search(neighbours, end, open_, repeat)
+        search(neighbours, end, open_, repeat)
     return repeat
 
 
@@ -75,8 +75,8 @@ def _scan(
     return repeat, open_, 0
 
 
-def _search(neighbours: Neighbours, end: int, asking: torch.Tensor, repeat: torch.Tensor) -> None:
-    """Scan the columns before `end` for a few rows.
+def search(neighbours: Neighbours, end: int, asking: torch.Tensor, repeat: torch.Tensor) -> None:
+    """Scan all columns before `end` for a few rows.
 
     Parameters
     ----------
