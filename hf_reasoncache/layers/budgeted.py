@@ -99,13 +99,23 @@ class BudgetedLayer(EvictingLayer):
         """See `EvictingLayer._capacity`."""
         return torch.maximum(self._require_budgets().capacity, length)
 
+    def _begin(self, steps: int) -> None:
+        """See `GuardedLayer._begin`; mostly a look at the room that is left will do."""
+        if self._prompt_open or self.budgets is None or not self._has_room(steps):
+            super()._begin(steps)
+        else:
+            self._attended = self._draft = None
+
+    def _has_room(self, steps: int) -> bool:
+        # Between two forwards every head has the capacity it should have.
+        room = self._require_pool().least_free - self._require_budgets().lead
+        return 0 < steps <= room
+
     def _due(self, columns: int, steps: int) -> torch.Tensor:
         """Rows with a head that has no room for `steps` more tokens."""
-        pool, budgets = self._require_pool(), self._require_budgets()
-        if 0 < steps <= pool.least_free - budgets.lead:
-            # Between two forwards every head has the capacity it should have.
+        if self._has_room(steps):
             return _NO_ROWS
-        return budgets.full(pool.length, steps)
+        return self._require_budgets().full(self._require_pool().length, steps)
 
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Compact `rows` to their budgets, when `columns` columns have been stored."""
