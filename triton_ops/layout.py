@@ -29,10 +29,20 @@ class Bucket:
     begin: int
     capacity: int
 
-    def view(self, field: torch.Tensor) -> torch.Tensor:
-        """View a per-slot tensor `[slots, ...]` as `[count, capacity, ...]`."""
-        end = self.begin + self.count * self.capacity
-        return field[self.begin : end].view(self.count, self.capacity, *field.shape[1:])
+    def view(self, field: torch.Tensor, used: int | None = None) -> torch.Tensor:
+        """View a contiguous per-slot tensor `[slots, ...]` as `[count, used, ...]`.
+
+        Parameters
+        ----------
+        field : Tensor[slots, ...]
+        used : int, optional
+            Slots of each head to show at most, the first ones; all by default.
+        """
+        shown = self.capacity if used is None else min(used, self.capacity)
+        sizes = (self.count, shown, *field.shape[1:])
+        slot = field.stride(0)
+        strides = (self.capacity * slot, *field.stride())
+        return field.as_strided(sizes, strides, field.storage_offset() + self.begin * slot)
 
 
 @dataclass(frozen=True, eq=False)
