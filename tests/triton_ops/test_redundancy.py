@@ -197,6 +197,13 @@ def test_every_row_is_scored_by_its_own_keys():
         assert (together[row, :, held:] == 0).all()
 
 
+def test_a_few_keys_beside_many_are_computed_in_float64_as_they_are_alone():
+    keys = keys_with(0.6, (1, 2, 90, 8), torch.float32)
+    valid = prefix([[reference.FEW, 90]], 90)
+    exact = by_definition(keys, valid)[0, 0].float()
+    assert torch.equal(mean_of(keys, valid)[0, 0], exact)
+
+
 def test_filler_may_hold_nan():
     keys = keys_with(0.6, (1, 2, 30, 8))
     valid = prefix([[30, 12]], 30)

@@ -49,7 +49,8 @@ def _alike(held: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.
     left = extent > 0
     while bool(left.any()):
         most = int(extent[left].max())
-        alike = left & (ALIKE * extent > most)
+        # What is computed in float64 for a head alone is so beside others too.
+        alike = left & (ALIKE * extent > most) & ((extent > FEW) | (most <= FEW))
         left &= ~alike
         for some in alike.nonzero()[:, 0].split(_group(most, size)):
             yield some, extent[some]
