@@ -99,14 +99,8 @@ class BudgetedLayer(EvictingLayer):
         """See `EvictingLayer._capacity`."""
         return torch.maximum(self._require_budgets().capacity, length)
 
-    def _begin(self, steps: int) -> None:
-        """See `GuardedLayer._begin`; mostly a look at the room that is left will do."""
-        if self._prompt_open or self.budgets is None or not self._has_room(steps):
-            super()._begin(steps)
-        else:
-            self._attended = self._draft = None
-
     def _has_room(self, steps: int) -> bool:
+        """See `EvictingLayer._has_room`."""
         # Between two forwards every head has the capacity it should have.
         room = self._require_pool().least_free - self._require_budgets().lead
         return 0 < steps <= room

@@ -71,6 +71,10 @@ class EvictingLayer(WatchedLayer):
     def _due(self, columns: int, steps: int) -> torch.Tensor:
         """Rows that must evict, `columns` columns being stored, before `steps` more are."""
 
+    def _has_room(self, steps: int) -> bool:
+        """Whether a look at the pool shows that nothing is due before `steps` more tokens."""
+        return False
+
     @abstractmethod
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Do what is due in `rows` when `columns` columns have been stored."""
@@ -84,7 +88,9 @@ class EvictingLayer(WatchedLayer):
         self._attended = self._draft = None
         if self.pool is None:
             return
-        grows = steps > 1 and self._grows_prompt()
+        if not self._prompt_open and self.budgets is not None and self._has_room(steps):
+            return
+        grows = self._grows_prompt(steps)
         complete = self._prompt_open and not grows
         if self.budgets is None:
             self._allocate()
@@ -111,9 +117,8 @@ class EvictingLayer(WatchedLayer):
         super().advance()
         self._log.count_appended()
 
-    def _grows_prompt(self) -> bool:
-        """Whether several new tokens belong to the prompt."""
-        return self._prompt_open and not self.recording
+    def _grows_prompt(self, steps: int) -> bool:
+        return self._prompt_open and steps > 1 and not self.recording
 
     def _end_of_prompt(self) -> int:
         return min(self.policy.prompt_length or self.seen, self.seen)
@@ -143,7 +148,7 @@ class EvictingLayer(WatchedLayer):
         if self.recording:
             return self._attend_draft(chunk)
         steps = chunk.steps
-        grows = steps > 1 and self._grows_prompt()
+        grows = self._grows_prompt(steps)
         self._prompt_open = grows
         self._make_room(steps)
         out = self._step(chunk, self.seen)

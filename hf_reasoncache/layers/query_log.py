@@ -62,13 +62,9 @@ class QueryLog:
 
     def _forget(self) -> None:
         """Let go of the chunks that are too old."""
-        while self._chunks:
-            oldest = self._chunks[0].size(2)
-            if self._columns - oldest < self.size:
-                break
-            self._chunks.popleft()
-            self._columns -= oldest
-        if self._chunks and oldest > self.size:
+        while self._chunks and self._columns - self._chunks[0].size(2) >= self.size:
+            self._columns -= self._chunks.popleft().size(2)
+        if self._chunks and self._chunks[0].size(2) > self.size:
             # Cloned: a slice would keep the queries of a whole prompt alive.
             self._chunks[0] = self._chunks[0][:, :, self._columns - self.size :].clone()
             self._columns = self.size

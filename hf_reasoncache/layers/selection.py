@@ -125,7 +125,10 @@ def _held_tokens(
     load: Callable[[str], torch.Tensor],
     names: Container[str],
 ) -> HeldTokens:
-    """Describe tokens to a scorer; `load` copies a quantity per token, anything for filler."""
+    """Describe tokens to a scorer.
+
+    `load` gives a quantity per token; where there is filler, a copy with anything in its place.
+    """
     device, columns = at.device, occasion.columns
     valid, start = at >= 0, occasion.first.to(device)
     filler = (~valid).flatten().nonzero()[:, 0]

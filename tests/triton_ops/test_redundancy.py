@@ -243,7 +243,7 @@ def test_many_heads_are_worked_off_in_groups(monkeypatch):
     keys = keys_with(0.6, (3, 3, 160, 8))
     valid = prefix([[160, 1, 30], [2, 160, 60], [159, 58, 57]], 160)
     at_once = mean_of(keys, valid)
-    monkeypatch.setattr(reference, "TILE", 2 * 160**2 * keys.itemsize)
+    monkeypatch.setattr(reference, "TILE", 2 * 160**2)
     with Sizes() as sizes:
         in_groups = mean_of(keys, valid)
     assert sizes.largest == 2 * 160 * search.BLOCK

@@ -10,9 +10,9 @@ from triton_ops.redundancy.neighbours import Neighbours, whole_rows
 from triton_ops.redundancy.places import NONE
 from triton_ops.redundancy.search import most_recent_repeats, search
 
-# Bytes of all cosines of the heads that are searched at once, of which a step of the scan holds a
-# few columns. A long prompt, whose heads are searched one after another, borrows little memory.
-TILE = 1 << 26
+# All cosines of the heads that are searched at once, of which a step of the scan holds a few
+# columns. A long prompt, whose heads are searched one after another, borrows little memory.
+TILE = 1 << 25
 # Heads are searched together if none holds so many times as many tokens as another.
 ALIKE = 4
 # Two keys alone are as redundant as each other. In float64 the rounding errors by which such a tie
@@ -30,21 +30,18 @@ def redundancy(
     repeat = torch.full_like(known, NONE)
     if count and bool(held.all()):
         # No copy of the keys.
-        group = _group(count, keys.itemsize)
+        group = _group(count)
         for first in range(0, rows * heads, group):
             part = slice(first, first + group)
             mean[part], repeat[part] = _of_heads(flat[part], held[part], known[part], threshold)
     else:
-        for some, extent in _alike(held, keys.itemsize):
+        for some, extent in _alike(held):
             mean[some], repeat[some] = _of_unequal_heads(flat, held, known, threshold, some, extent)
     return mean.view(rows, heads, count), repeat.view(rows, heads, count)
 
 
-def _alike(held: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield which heads `[S, N]` are worked on at once, and how many places of each are in use.
-
-    `size` is that of a number in bytes.
-    """
+def _alike(held: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield which heads `[S, N]` are worked on at once, and how many places of each are in use."""
     extent = (torch.arange(1, held.shape[1] + 1, device=held.device) * held).amax(-1)
     left = extent > 0
     while bool(left.any()):
@@ -52,13 +49,13 @@ def _alike(held: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.
         # What is computed in float64 for a head alone is so beside others too.
         alike = left & (ALIKE * extent > most) & ((extent > FEW) | (most <= FEW))
         left &= ~alike
-        for some in alike.nonzero()[:, 0].split(_group(most, size)):
+        for some in alike.nonzero()[:, 0].split(_group(most)):
             yield some, extent[some]
 
 
-def _group(used: int, size: int) -> int:
-    """Heads of `used` tokens, with cosines of `size` bytes, that are worked on at once."""
-    return max(1, TILE // (used**2 * size))
+def _group(used: int) -> int:
+    """Heads of `used` tokens that are worked on at once."""
+    return max(1, TILE // used**2)
 
 
 def _of_unequal_heads(
