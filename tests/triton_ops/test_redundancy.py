@@ -86,6 +86,24 @@ def test_the_repeat_is_the_newest_neighbour_over_the_threshold(common, held):
         assert repeat[0, head].tolist() == expected + [NONE] * (held - count)
 
 
+@pytest.mark.parametrize("held", [150, 256, 300, 640])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_keys_with_few_neighbours_find_them_in_any_block(monkeypatch, held, dtype):
+    generator = torch.Generator().manual_seed(held)
+    keys = torch.randn(1, 4, held, 256, generator=generator, dtype=torch.float64)
+    # Every fifth key resembles one other; all the rest are nearly orthogonal.
+    for head in keys[0]:
+        like = torch.randint(held, (held,), generator=generator)[::5]
+        noise = torch.randn(len(like), 256, generator=generator, dtype=torch.float64)
+        head[::5] = head[like] + 0.5 * noise
+    keys = keys.to(dtype)
+    with by_sign(monkeypatch):
+        _, repeat = redundancy(keys, prefix([[held] * 4], held))
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    over = (unit @ unit.mT > 0.5) & ~torch.eye(held, dtype=torch.bool)
+    assert torch.equal(repeat, (over * torch.arange(1, held + 1)).amax(-1) - 1)
+
+
 @given(
     counts=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     new=st.lists(st.integers(0, 140), min_size=1, max_size=3),

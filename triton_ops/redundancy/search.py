@@ -69,7 +69,8 @@ def _scan(
         near = neighbours.near(neighbours.block(start, end))
         _answer(near, -1, start, open_[:, :end], repeat[:, :end])
         if start and bool(open_[:, start:end].any()):
-            _answer(near[:, :start], -2, 0, open_[:, start:end], repeat[:, start:end])
+            older = near[:, :start]
+            _answer(older, -2, 0, open_[:, start:end], repeat[:, start:end], fresh=False)
         # Its own rows have now seen all columns.
         open_[:, start:end] = False
     return repeat, open_, 0
@@ -108,33 +109,41 @@ def search(neighbours: Neighbours, end: int, asking: torch.Tensor, repeat: torch
 
 
 def _answer(
-    near: torch.Tensor, dim: int, first: int, open_: torch.Tensor, repeat: torch.Tensor
+    near: torch.Tensor,
+    dim: int,
+    first: int,
+    open_: torch.Tensor,
+    repeat: torch.Tensor,
+    *,
+    fresh: bool = True,
 ) -> None:
     """Close the rows that match; the last match is their answer.
 
     Parameters
     ----------
     near : Tensor[S, R, C] or, for `dim` -2, Tensor[S, C, R]
-        What `Neighbours.near` returns, for the rows and some columns; may be written to, but what
-        was positive stays positive.
+        What `Neighbours.near` returns, for the rows and some columns; written to, but what was
+        positive stays positive.
     dim : int
         Along which the columns lie.
     first : int
         Place of the first of the columns.
     open_, repeat : BoolTensor[S, R], LongTensor[S, R]
         Written in place.
+    fresh : bool
+        False if another answer has been read off `near` already.
     """
     columns = near.shape[dim]
-    wide = near.dtype == torch.int16 and columns > torch.iinfo(torch.int16).max
+    signed = near.dtype == torch.int16
+    wide = signed and columns > torch.iinfo(torch.int16).max
     dtype = torch.int32 if wide else near.dtype
     places = torch.arange(1, columns + 1, dtype=dtype, device=near.device)
     places = places if dim == -1 else places[:, None]
-    if near.dtype != torch.int16:
-        near = near * places
-    elif columns <= NORMAL:
+    if signed and fresh and columns <= NORMAL:
         near = torch.minimum(near, places, out=near)
     else:
-        near = near.clamp_(0, 1) * places
+        near = near.clamp_(0, 1) if signed or not fresh else near
+        near = near * places if wide else near.mul_(places)
     last = near.amax(dim)
     hit = open_ & (last > 0)
     repeat.copy_((last.long() + (first - 1)).where(hit, repeat))
