@@ -99,15 +99,14 @@ class BudgetedLayer(EvictingLayer):
         """See `EvictingLayer._capacity`."""
         return torch.maximum(self._require_budgets().capacity, length)
 
-    def _has_room(self, steps: int) -> bool:
-        """See `EvictingLayer._has_room`."""
+    def _room(self) -> int:
+        """See `EvictingLayer._room`."""
         # Between two forwards every head has the capacity it should have.
-        room = self._require_pool().least_free - self._require_budgets().lead
-        return 0 < steps <= room
+        return self._require_pool().least_free - self._require_budgets().lead
 
     def _due(self, columns: int, steps: int) -> torch.Tensor:
         """Rows with a head that has no room for `steps` more tokens."""
-        if self._has_room(steps):
+        if 0 < steps <= self._room():
             return _NO_ROWS
         return self._require_budgets().full(self._require_pool().length, steps)
 

@@ -2,8 +2,8 @@
 
 A row that is due is served at the start of the next `update`, never between an attention and its
 logits. Until then a rejected draft can be cropped without a trace. Two forwards cannot wait,
-because the memory they need is the one to be saved: a long prompt, and a long chunk later. They are
-cut right after their attention.
+because the memory they need is the one to be saved: a long prompt, and a chunk of several tokens
+later. They are cut right after their attention, and only then: what they ask for decides.
 
 What is due and what goes is for the subclasses to say. Rows are independent: a row in a padded
 batch evicts at the same tokens as that row alone.
@@ -71,9 +71,9 @@ class EvictingLayer(WatchedLayer):
     def _due(self, columns: int, steps: int) -> torch.Tensor:
         """Rows that must evict, `columns` columns being stored, before `steps` more are."""
 
-    def _has_room(self, steps: int) -> bool:
-        """Whether a look at the pool shows that nothing is due before `steps` more tokens."""
-        return False
+    def _room(self) -> int:
+        """Return how many more tokens make nothing due, as far as a look at the pool shows."""
+        return 0
 
     @abstractmethod
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
@@ -86,20 +86,24 @@ class EvictingLayer(WatchedLayer):
 
     def _begin(self, steps: int) -> None:
         self._attended = self._draft = None
+        self._asked_later = True
         if self.pool is None:
             return
-        if not self._prompt_open and self.budgets is not None and self._has_room(steps):
+        room = 0 if self._prompt_open or self.budgets is None else self._room()
+        if steps <= room:
+            # As many tokens follow before an eviction asks, or they come at once and are all kept.
+            calm = steps == 1 and room > self._log.size
+            self._asked_later = not calm or self.recording or self.clock is not None
             return
-        grows = self._grows_prompt(steps)
-        complete = self._prompt_open and not grows
+        complete = self._prompt_open and not self._grows_prompt(steps)
         if self.budgets is None:
             self._allocate()
             self._fit()
             complete = True
         if complete:
             self._check_prompt()
-        if not (grows and self.policy.protect_prompt):
-            self._evict(self._due(self.seen, 1 if self.recording else steps), self.seen)
+        if steps == 1 or self.recording:
+            self._evict(self._due(self.seen, 1), self.seen)
 
     def prepare(self) -> None:
         """See `PooledLayer.prepare`; evicts where a row is due."""

@@ -53,6 +53,12 @@ class QueryLog:
         self._columns += steps
         self._forget()
 
+    def clear(self) -> None:
+        """Forget all columns; those that come next are the first."""
+        self._ring = None
+        self._chunks.clear()
+        self._columns = 0
+
     def resize(self, size: int) -> None:
         """Answer for another number of columns from now on."""
         if size != self.size:

@@ -15,6 +15,7 @@ from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.pooled import FIRST_ROOM, PooledLayer
 from hf_reasoncache.layers.windowed import WindowedLayer
+from hf_reasoncache.planning.queries import KeptQueries
 from hf_reasoncache.planning.windows import window_pool
 
 _POSITION = 4  # bytes of what says where a token stands, and of each statistic of a slot
@@ -30,6 +31,8 @@ class LayerRow:
         Bytes of the keys and values of one token.
     own, shared : int
         Bytes of all storages: of the row itself, and of the prompt that branches share.
+    rest : int
+        Bytes that the row has held besides, when its layer kept most queries for scoring.
     tokens : float
         Tokens that a query attends to, besides shared ones; between two compactions the mean.
     shared_tokens : int
@@ -43,6 +46,7 @@ class LayerRow:
     token: int
     own: int
     tokens: float
+    rest: int = 0
     shared: int = 0
     shared_tokens: int = 0
     moves: bool = True
@@ -79,18 +83,23 @@ class LayerRow:
                 "bytes do not follow from a config; run the model once and read cache.report()."
             )
         shares = isinstance(layer, Branching)
-        slots, tokens = _pool(layer, prompt, generated, prompt if shares else 0)
+        elsewhere = prompt if shares else 0
+        slots, tokens = _pool(layer, prompt, generated, elsewhere)
         own = heads * slots * (2 * size * number + _POSITION * (1 + len(layer.statistics)))
+        rest = 0
         if isinstance(layer, EvictingLayer):
             query = decoder.num_attention_heads * size * number
-            own += _queries_kept(layer.log_size, prompt, generated) * query
+            queries = KeptQueries.of(layer, prompt, slots, elsewhere)
+            kept = queries.after(generated)
+            own, rest = own + kept * query, (queries.most(generated) - kept) * query
         return LayerRow(
             token=token,
             own=own,
             tokens=tokens,
+            rest=rest,
             # The positions of a segment are the same for all heads.
-            shared=(token + _POSITION) * prompt if shares else 0,
-            shared_tokens=prompt if shares else 0,
+            shared=(token + _POSITION) * elsewhere,
+            shared_tokens=elsewhere,
             moves=not isinstance(layer, BudgetedLayer) or layer.policy.head_budgets,
         )
 
@@ -120,8 +129,3 @@ def _grown(tokens: int, reserved: int) -> int:
         held = slots
         slots = reserved if held < reserved else held + 1 + max(ROOM, held // GROWTH)
     return slots
-
-
-def _queries_kept(size: int, prompt: int, generated: int) -> int:
-    """Columns whose queries a layer keeps: the prompt's go when there are as many newer ones."""
-    return size if generated >= size else min(prompt, size) + generated

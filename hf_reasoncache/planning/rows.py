@@ -22,7 +22,8 @@ class RowBytes:
         Held for every row.
     peak : int
         The most that was held for a row after some forward up to this length: soon after the
-        prompt, the queries of its end are kept beside newer ones.
+        prompt, the queries of its end are kept beside newer ones. Layers of different budgets,
+        which evict at different steps, are counted as if all kept most queries at once.
     moving : int
         Held for a moment besides, when a layer's storage moves: the largest of the layers that
         move theirs while tokens are generated.
@@ -109,7 +110,7 @@ def row_bytes(
     return RowBytes(
         shared=sum(layer.shared for layer in layers),
         own=sum(layer.own for layer in layers),
-        peak=max(sum(layer.own for layer in each) for each in (soon, layers)),
+        peak=max(sum(layer.own + layer.rest for layer in each) for each in (soon, layers)),
         moving=max(layer.own if layer.moves else 0 for layer in layers),
         prompt=sum(layer.shared + layer.own for layer in reading) + dense,
     )

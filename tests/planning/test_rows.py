@@ -18,7 +18,7 @@ from hf_reasoncache import (
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.planning import RowBytes, row_bytes
 from hf_reasoncache.report import storage_bytes
-from hf_reasoncache.scorers import H2O, KeyNorm, StreamingLLM
+from hf_reasoncache.scorers import H2O, RKV, KeyNorm, StreamingLLM
 from tests.models import VOCABULARY, build
 
 build_once = once(build)
@@ -65,6 +65,7 @@ CASES = {
     "exact": ("exact", {}),
     "budget": ("budget", {}),
     "budget, equal heads": ("budget", dict(head_budgets=False)),
+    "budget, long buffer": ("budget", dict(buffer=24, scorer=RKV(queries=4))),
     "budget, no queries": ("budget", dict(scorer=KeyNorm())),
     "budget, mass": ("budget", dict(scorer=H2O())),
     "budget, prompt evicted": ("budget", dict(protect_prompt=False, budget=20)),
@@ -151,6 +152,22 @@ def test_branches_with_reserved_room() -> None:
     planned = plan(cache, "llama", 25, 10)
     run(build_once("llama"), cache, 25, 10, branches=2)
     assert planned.held(2) == held(cache)
+
+
+@settings(max_examples=25)
+@given(
+    prompt=st.integers(1, 60),
+    generated=st.integers(1, 90),
+    budget=st.integers(12, 50),
+    buffer=st.integers(1, 30),
+    queries=st.integers(1, 12),
+)
+def test_budgets_of_any_size(prompt, generated, budget, buffer, queries) -> None:
+    settings = dict(budget=budget, buffer=buffer, window=4, scorer=RKV(queries=queries))
+    cache = make("budget", "llama", **settings, protect_prompt=False)
+    planned = plan(cache, "llama", prompt, generated)
+    run(build_once("llama"), cache, prompt, generated)
+    assert planned.own == held(cache)
 
 
 @settings(max_examples=25)

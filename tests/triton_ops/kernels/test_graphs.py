@@ -53,6 +53,26 @@ def test_tokens_and_contents_are_those_without_graphs(name, device, monkeypatch)
     assert "forward" not in vars(model)
 
 
+def test_graphs_may_begin_where_no_query_is_kept_yet(device):
+    model = small_llama(query_heads=2).to(device)
+    inputs = {k: v.to(device) for k, v in prompt(tokens=9, padding=(0, 3)).items()}
+    settings = dict(budget=12, buffer=8, window=2, head_budgets=False, scorer=RKV(queries=2))
+    plain, cache = (ReasonAllocCache(model.config, **settings) for _ in range(2))
+    arguments = {"do_sample": False, "min_new_tokens": 3}
+    for each in (plain, cache):
+        first = model.generate(**inputs, **arguments, past_key_values=each, max_new_tokens=6)
+    assert cache.layers[0]._log.last() is None
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
+    arguments |= {"input_ids": first, "attention_mask": mask, "max_new_tokens": 9}
+    expected = model.generate(**arguments, past_key_values=plain)
+    recorder = TapeRecorder(lambda: host_tensors(cache)) if interpreting() else CudaRecorder()
+    with decode_graphs(model, cache, recorder=recorder) as graphs:
+        assert torch.equal(model.generate(**arguments, past_key_values=cache), expected)
+    assert graphs.replayed and cache.report().evictions >= 2
+    for layer in range(2):
+        assert cache.held_positions(layer) == plain.held_positions(layer)
+
+
 def test_the_tape_refuses_what_a_graph_cannot_hold():
     value = torch.tensor([3.0, 0.0])
     for step in (lambda: value.sum().item(), lambda: value.nonzero(), lambda: bool(value[0])):

@@ -1,0 +1,99 @@
+"""The queries by which an eviction scores: those of the newest columns, whatever came before it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.layers.budgeted import BudgetedLayer
+from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.scorers import RKV
+from tests.contract.test_lifecycle import Driver
+from tests.models import build, prompt
+
+QUERIES, BUFFER = 3, 15
+ACTIONS = st.one_of(
+    st.tuples(st.just("tokens"), st.integers(1, 2 * BUFFER)),
+    st.tuples(st.just("chunk"), st.integers(2, 2 * BUFFER)),
+    st.tuples(st.just("crop"), st.integers(1, 2 * QUERIES)),
+    st.tuples(st.just("rows"), st.permutations([0, 1, 1, 2])),
+    st.tuples(st.just("drafts"), st.integers(1, BUFFER)),
+)
+
+
+class Witness:
+    """Keeps the queries of all columns, and holds those that an eviction gets against them."""
+
+    def __init__(self, patch):
+        self.known, self.checked, self.skipped = {}, 0, 0
+        take, occasion = EvictingLayer._take, BudgetedLayer._occasion
+
+        def watched_take(layer, chunk, end):
+            take(layer, chunk, end)
+            self.skipped += layer._log.last() is None
+            for index in range(chunk.steps):
+                column = end - chunk.steps + index
+                self.known[layer.index, column] = chunk.query[:, :, index].clone()
+
+        def watched_occasion(layer, rows, columns):
+            found = occasion(layer, rows, columns)
+            newest = [self.known[layer.index, columns - QUERIES + i] for i in range(QUERIES)]
+            assert torch.equal(found.queries, torch.stack(newest, dim=2))
+            self.checked += 1
+            return found
+
+        patch.setattr(EvictingLayer, "_take", watched_take)
+        patch.setattr(BudgetedLayer, "_occasion", watched_occasion)
+
+    def rows(self, rows):
+        self.known = {place: query[rows] for place, query in self.known.items()}
+
+
+def run(actions, witness):
+    model, inputs = build("llama"), prompt(batch=3, padding=(0, 7, 3))
+    cache = ReasonAllocCache(
+        model.config, budget=40, buffer=BUFFER, window=4, scorer=RKV(queries=QUERIES)
+    )
+    driver, drafting = Driver(model, cache, inputs["attention_mask"]), False
+    ids = driver(inputs["input_ids"])[:, -1:].argmax(-1)
+    # A single token ends the prompt.
+    ids = driver(ids)[:, -1:].argmax(-1)
+    for action, what in actions:
+        if action == "rows":
+            rows = torch.tensor(what[: len(ids)])
+            cache.batch_select_indices(rows)
+            witness.rows(rows)
+            ids, driver = ids[rows], driver.rows(rows)
+        elif action == "crop" and not drafting:
+            # Never what an eviction may already have taken.
+            what = min(what, driver.seen - 21)
+            cache.crop(-what)
+            driver.seen -= what
+        elif action == "drafts":
+            if not drafting:
+                for layer in cache.layers:
+                    layer.activate_past_recording()
+            drafting = True
+            for wrong in range(what):
+                ids = driver(ids.expand(-1, 4))[:, -1:].argmax(-1)
+                cache.crop(-(wrong % 4))
+                driver.seen -= wrong % 4
+        else:
+            many = 1 if action == "tokens" else what
+            for _ in range(what // many):
+                ids = driver(ids[:, -1:].expand(-1, many))[:, -1:].argmax(-1)
+
+
+@given(actions=st.lists(ACTIONS, min_size=1, max_size=6))
+def test_every_eviction_gets_the_newest_queries(actions):
+    with pytest.MonkeyPatch.context() as patch:
+        run(actions, Witness(patch))
+
+
+def test_queries_long_before_an_eviction_are_not_kept(monkeypatch):
+    witness = Witness(monkeypatch)
+    run([("tokens", 5 * BUFFER), ("chunk", 2 * BUFFER), ("tokens", BUFFER)], witness)
+    assert witness.checked >= 15
+    # Of the steps between two evictions all but so many.
+    assert witness.skipped >= 3 * 4 * (BUFFER - QUERIES - 1)
