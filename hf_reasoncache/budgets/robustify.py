@@ -149,6 +149,9 @@ def _fill(share: Array, budget: Array, lower: Array, upper: Array) -> Array:
     The sum is piecewise linear in `c` with a break wherever an entry reaches a bound. Evaluated at
     all `2 n` breaks it says between which two the solution lies, and there one division gives it.
     """
+    proportional = budget / share.sum(-1, keepdims=True) * share
+    if ((lower < proportional) & (proportional < upper)).all():
+        return proportional
     breaks = np.sort(np.concatenate([lower / share, upper / share], -1), -1)
     filled = np.minimum(
         np.maximum(breaks[..., None] * share[..., None, :], lower[..., None, :]),

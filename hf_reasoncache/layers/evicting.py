@@ -175,10 +175,13 @@ class EvictingLayer(WatchedLayer):
 
     def _store_notes(self, held: HeldTokens, slots: torch.Tensor) -> None:
         """Keep what the scorer has noted about tokens that lie in `slots`."""
-        if held.notes is not None:
+        if held.notes is None:
+            return
+        place, notes = slots.flatten(), held.notes.flatten()
+        if held.has_filler:
             known = held.valid.flatten().nonzero()[:, 0]
-            place, notes = (x.flatten().index_select(0, known) for x in (slots, held.notes))
-            self._require_pool().fields["notes"].index_copy_(0, place, notes)
+            place, notes = place.index_select(0, known), notes.index_select(0, known)
+        self._require_pool().fields["notes"].index_copy_(0, place, notes)
 
     def _make_room(self, steps: int) -> None:
         pool = self._require_pool()

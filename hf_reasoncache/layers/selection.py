@@ -132,6 +132,9 @@ def _held_tokens(
     device, columns = at.device, occasion.columns
     valid, start = at >= 0, occasion.first.to(device)
     filler = (~valid).flatten().nonzero()[:, 0]
+    positions = at - start[:, None, None]
+    if filler.numel():
+        positions.masked_fill_(~valid, -1)
 
     def clean(name: str) -> torch.Tensor:
         field = load(name)
@@ -147,7 +150,7 @@ def _held_tokens(
         asked_at = asked_at.clamp_min(-1)
     return HeldTokens(
         keys=clean("keys"),
-        positions=(at - start[:, None, None]).masked_fill(~valid, -1),
+        positions=positions,
         valid=valid,
         length=columns - start,
         scaling=occasion.scaling,
@@ -188,7 +191,7 @@ def rank(
         With the heads re-allocated where that was due.
     """
     scores = policy.scorer.score(held).masked_fill(protected, torch.inf)
-    scores = scores.masked_fill(~held.valid, -torch.inf)
+    scores = held.blank(scores, -torch.inf)
     budgets = budgets.resplit(occasion.rows, scores, held.valid, occasion.columns)
 
     def select(per_head: torch.Tensor) -> torch.Tensor:
@@ -224,8 +227,12 @@ def keep_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     budgets = budgets.cpu().clamp(max=tokens)
     bar = kth_largest(scores, budgets.clamp(min=1))[..., None]
+    budgets = budgets.to(scores.device)
+    keep = scores >= bar
+    if torch.equal(keep.sum(-1), budgets):
+        return keep
     over, on_it = scores > bar, scores == bar
-    spare = budgets.to(scores.device)[..., None] - over.sum(-1, keepdim=True)
+    spare = budgets[..., None] - over.sum(-1, keepdim=True)
     from_the_end = on_it.flip(-1).cumsum(-1).flip(-1)
     # Without a budget even the best score is one too many.
     return (over & (spare >= 0)) | (on_it & (from_the_end <= spare))

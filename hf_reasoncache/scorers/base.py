@@ -96,6 +96,15 @@ class HeldTokens:
         return self.queries[..., -last:, :], self.query_positions[:, -last:]
 
     @cached_property
+    def has_filler(self) -> bool:
+        """Whether some head holds fewer tokens than another."""
+        return not bool(self.valid.all())
+
+    def blank(self, numbers: torch.Tensor, value: float) -> torch.Tensor:
+        """Return `numbers` `[R, H_kv, N]` with `value` for filler; themselves if there is none."""
+        return numbers.masked_fill(~self.valid, value) if self.has_filler else numbers
+
+    @cached_property
     def count(self) -> torch.Tensor:
         """Tokens held per head: LongTensor `[R, H_kv]`."""
         return self.valid.sum(-1)

@@ -75,7 +75,7 @@ class RKV(Scorer):
         if held.notes is not None:
             held.notes.copy_(_notes(repeat, held))
         lowest = torch.finfo(repeated.dtype).min
-        repeated = repeated.masked_fill(~held.valid, lowest).softmax(-1)
+        repeated = held.blank(repeated, lowest).softmax(-1)
         importance = pool(importance, held.valid, self.kernel, "max")
         return (self.lam * importance - (1.0 - self.lam) * repeated).float()
 
@@ -90,7 +90,7 @@ _ENTRIES = 4
 def _notes(repeat: torch.Tensor, held: HeldTokens) -> torch.Tensor:
     """Turn places among the held tokens into notes."""
     position = held.positions.gather(-1, repeat.clamp(min=0))
-    return (position + 2).where(repeat != NONE, 1).masked_fill(~held.valid, 0)
+    return held.blank((position + 2).where(repeat != NONE, 1), 0)
 
 
 def _places(notes: torch.Tensor, held: HeldTokens) -> torch.Tensor:
@@ -104,7 +104,7 @@ def _places(notes: torch.Tensor, held: HeldTokens) -> torch.Tensor:
     # One more entry, for filler.
     table = notes.new_zeros(*notes.shape[:-1], last + 2)
     order = torch.arange(count, dtype=table.dtype, device=table.device)
-    entry = (held.positions & last).masked_fill_(~held.valid, last + 1)
+    entry = held.blank(held.positions & last, last + 1)
     table.scatter_(-1, entry, order.expand_as(notes))
     wanted = notes.long() - 2
     place = table.gather(-1, wanted & last).long()

@@ -12,7 +12,7 @@ NORMAL = 128
 """Bits, read as an integer, of the smallest bfloat16 that is not subnormal."""
 
 # By which end of a row each end of a column is multiplied: each number by each, but the lowest two.
-_OPPOSITE = [0, 2, 1, 3, 5, 4]
+_OPPOSITE = torch.tensor([0, 2, 1, 3, 5, 4], device="cpu")
 # Norms with which products of keys, and their sums, stay within what float32 can hold.
 _ORDINARY = (2.0**-40, 2.0**40)
 # What a cosine may lose when both keys are rounded to bfloat16, and the sum to float32.
@@ -62,7 +62,9 @@ class Neighbours:
             low, high = _ORDINARY
             sure = keys.dtype == torch.bfloat16
             least = threshold if sure else threshold - _ROUNDING
-            if least >= 0 and bool(((norm == 0) | ((norm > low) & (norm < high))).all()):
+            # A key of zeros compares with anything.
+            smallest, largest = norm.masked_fill(norm == 0, 1.0).aminmax()
+            if least >= 0 and low < float(smallest) and float(largest) < high:
                 return cls.by_sign(keys.bfloat16(), norm, least, sure)
         return cls.by_size(full, inverse, threshold)
 
@@ -119,7 +121,7 @@ class Neighbours:
         if not self.signed:
             return rows
         ends = len(_OPPOSITE)
-        return torch.cat([rows[..., :-ends], -rows[..., -ends:][..., _OPPOSITE]], -1)
+        return torch.cat([rows[..., :-ends], -rows[..., -ends:].index_select(-1, _OPPOSITE)], -1)
 
     def near(self, product: torch.Tensor) -> torch.Tensor:
         """Turn products into numbers that are positive where they exceed the bar, in place.

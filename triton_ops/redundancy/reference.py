@@ -99,15 +99,15 @@ def _of_heads(
     inverse = norm.clamp(min=torch.finfo(dtype).tiny).reciprocal()
     neighbours = Neighbours.of(keys, full, norm, inverse, threshold)
     repeat = most_recent_repeats(neighbours, held, known)
-    cosine = torch.zeros_like(inverse[..., 0])
-    _cosines(full, inverse, repeat, slice(None), cosine)
+    cosine = _cosines(full, inverse, repeat)
     if not neighbours.sure:
         doubtful = (repeat != NONE) & (repeat != known) & (cosine <= threshold)
         if bool(doubtful.any()):
             # The newest key that may be near is not; another one may be.
             repeat.masked_fill_(doubtful, NONE)
             search(Neighbours.by_size(full, inverse, threshold), held.shape[1], doubtful, repeat)
-            _cosines(full, inverse, repeat, doubtful.flatten().nonzero()[:, 0], cosine)
+            some = doubtful.flatten().nonzero()[:, 0]
+            cosine.view(-1)[some] = _cosines(full, inverse, repeat, some)
     # sum_i c[i, j] = u_j . (sum_i u_i), less the diagonal, which is 1, or 0 for a zero key.
     total = (full @ (inverse.mT @ full).mT * inverse - (norm > 0).to(dtype)).squeeze(-1)
     total.scatter_add_(1, repeat.clamp(min=0), -cosine)
@@ -119,14 +119,21 @@ def _cosines(
     full: torch.Tensor,
     inverse: torch.Tensor,
     repeat: torch.Tensor,
-    some: torch.Tensor | slice,
-    cosine: torch.Tensor,
-) -> None:
-    """Write the cosines of `some` keys `[S * N, D]` with their repeats, 0 where there is none."""
+    some: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cosines of keys with their repeats, 0 where there is none.
+
+    Of all keys `[S, N]`, or of those in places `some` of all heads' keys in a row.
+    """
     start = torch.arange(len(repeat), device=repeat.device)[:, None] * repeat.shape[1]
-    other = (repeat.clamp(min=0) + start).flatten()[some]
-    keys, scale = full.flatten(0, 1), inverse.flatten()
+    other, keys, scale = repeat + start, full.flatten(0, 1), inverse.flatten(1)
+    own, own_scale = full, scale
+    if some is not None:
+        repeat, other, own_scale = (x.flatten()[some] for x in (repeat, other, scale))
+        own = keys[some]
+    # Anything will do where there is none; -1 is out of range for the first key alone.
+    other = other.clamp(min=0).flatten()
     # Products of keys first, norms afterwards: dividing all keys would be one more pass over them.
-    product = keys.index_select(0, other).mul_(keys[some]).sum(-1) * scale[some]
-    product *= scale.index_select(0, other)
-    cosine.view(-1)[some] = product.where(repeat.flatten()[some] != NONE, 0.0)
+    product = keys.index_select(0, other).view_as(own).mul_(own).sum(-1).mul_(own_scale)
+    product *= scale.flatten().index_select(0, other).view_as(product)
+    return product.masked_fill_(repeat == NONE, 0.0)

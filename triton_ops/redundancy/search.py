@@ -54,15 +54,13 @@ def _scan(
     end : int
         Those have seen all columns from here on.
     """
-    repeat, open_, seen = torch.full_like(known, NONE), held.clone(), known != UNSEEN
+    open_, answered = held.clone(), known >= NONE
+    repeat = known.where(answered, NONE)
     # Keys before this place have been compared with each other.
-    place = torch.arange(1, seen.shape[1] + 1, device=known.device)
-    compared = (place * seen).amax(-1, keepdim=True) if bool(seen.any()) else None
+    place = torch.arange(1, known.shape[1] + 1, device=known.device)
+    compared = (place * (known != UNSEEN)).amax(-1, keepdim=True).where(answered, 0)
     for end in range(known.shape[1], 0, -BLOCK):
-        if compared is not None:
-            done = open_ & (known >= NONE) & (compared >= end)
-            repeat = known.where(done, repeat)
-            open_ &= ~done
+        open_ &= compared < end
         if 2 * int(open_[:, :end].sum(-1).amax()) <= end:
             return repeat, open_, end
         start = max(0, end - BLOCK)
@@ -86,7 +84,7 @@ def search(neighbours: Neighbours, end: int, asking: torch.Tensor, repeat: torch
     asking : BoolTensor[S, N]
         Rows that want an answer.
     repeat : LongTensor[S, N]
-        `NONE` for those; written in place.
+        What stands if they match nothing; written in place.
     """
     most = int(asking.sum(-1).amax())
     most = min(asking.shape[1], -(-most // neighbours.multiple) * neighbours.multiple)

@@ -40,10 +40,12 @@ def _of_heads(
     """`window_scores` of a few heads, whose scratch is all that lives at once."""
     rows, heads, group_size, window, size = queries.shape
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    # An absent query may hold anything; zeroed, it can neither spread NaN nor win the maximum of
-    # the group.
-    used = queries.to(dtype).where(present[:, None, None, :, None], 0.0)
-    used, held = used.reshape(rows, heads, group_size * window, size), keys.to(dtype)
+    used, held = queries.to(dtype), keys.to(dtype)
+    if not bool(present.all()):
+        # An absent query may hold anything; zeroed, it can neither spread NaN nor win the maximum
+        # of the group.
+        used = used.where(present[:, None, None, :, None], 0.0)
+    used = used.reshape(rows, heads, group_size * window, size)
     # Whichever is less to scale.
     if used.shape[2] < held.shape[2]:
         used = used * scaling
