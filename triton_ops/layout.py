@@ -44,6 +44,11 @@ class Bucket:
         strides = (self.capacity * slot, *field.stride())
         return field.as_strided(sizes, strides, field.storage_offset() + self.begin * slot)
 
+    def part(self, start: int, stop: int) -> Bucket:
+        """Return the heads `start` to `stop - 1` of these."""
+        begin = self.begin + start * self.capacity
+        return Bucket(self.first + start, stop - start, begin, self.capacity)
+
 
 @dataclass(frozen=True, eq=False)
 class RaggedLayout:

@@ -101,8 +101,10 @@ class BudgetedLayer(EvictingLayer):
 
     def _room(self) -> int:
         """See `EvictingLayer._room`."""
+        if self.pool is None or self.budgets is None or self._prompt_open:
+            return 0
         # Between two forwards every head has the capacity it should have.
-        return self._require_pool().least_free - self._require_budgets().lead
+        return self.pool.least_free - self.budgets.lead
 
     def _due(self, columns: int, steps: int) -> torch.Tensor:
         """Rows with a head that has no room for `steps` more tokens."""

@@ -47,6 +47,8 @@ class EvictingLayer(WatchedLayer):
         wanted = {"mass": scorer.needs_mass, "notes": scorer.keeps_notes}
         self.statistics = {name: _STATISTICS[name] for name in wanted if wanted[name]}
         self.policy = policy
+        # Whether every token must be noted, however far the next eviction is.
+        self._notes_all = scorer.needs_mass or policy.probes is not None
         super().__init__(index)
 
     def _clear(self) -> None:
@@ -54,6 +56,7 @@ class EvictingLayer(WatchedLayer):
         self.evictions = self.evicted = 0
         self._prompt_columns = 0
         self._prompt_open = True
+        self._calm = False
         self._attended: HeldPositions | AllPositions | None = None
         self._draft: Draft | None = None
 
@@ -72,7 +75,10 @@ class EvictingLayer(WatchedLayer):
         """Rows that must evict, `columns` columns being stored, before `steps` more are."""
 
     def _room(self) -> int:
-        """Return how many more tokens make nothing due, as far as a look at the pool shows."""
+        """Return how many more tokens make nothing due, as far as a look at the pool shows.
+
+        0 while the prompt may grow.
+        """
         return 0
 
     @abstractmethod
@@ -86,14 +92,10 @@ class EvictingLayer(WatchedLayer):
 
     def _begin(self, steps: int) -> None:
         self._attended = self._draft = None
-        self._asked_later = True
-        if self.pool is None:
-            return
-        room = 0 if self._prompt_open or self.budgets is None else self._room()
-        if steps <= room:
-            # As many tokens follow before an eviction asks, or they come at once and are all kept.
-            calm = steps == 1 and room > self._log.size
-            self._asked_later = not calm or self.recording or self.clock is not None
+        room = self._room()
+        # What an eviction will ask about is still to come, or will come at once and be kept whole.
+        self._calm = steps == 1 and room > self._log.size and not self._notes_all
+        if steps <= room or self.pool is None:
             return
         complete = self._prompt_open and not self._grows_prompt(steps)
         if self.budgets is None:
@@ -149,6 +151,9 @@ class EvictingLayer(WatchedLayer):
 
     def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`."""
+        if self._calm and not self.recording and self.clock is None:
+            self._log.clear()
+            return super().attend(chunk)
         if self.recording:
             return self._attend_draft(chunk)
         steps = chunk.steps

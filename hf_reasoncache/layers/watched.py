@@ -43,8 +43,6 @@ class WatchedLayer(PooledLayer):
         self.shadow: Shadow | None = None
         self._shadowed = False
         self._log = QueryLog(self.log_size)
-        # Whether an eviction may need the queries of the present forward.
-        self._asked_later = True
 
     @property
     def log_size(self) -> int:
@@ -149,10 +147,7 @@ class WatchedLayer(PooledLayer):
 
     def _remember(self, chunk: Chunk) -> None:
         """Take note of what later evictions and probes will need."""
-        if self._asked_later:
-            self._log.append(chunk.query, self.clock)
-        else:
-            self._log.clear()
+        self._log.append(chunk.query, self.clock)
         self._settings = chunk.settings
         if self.policy.probes is not None:
             self._follow(chunk, self.policy.probes)

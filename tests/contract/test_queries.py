@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.layers.budgeted import BudgetedLayer
-from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.scorers import RKV
 from tests.contract.test_lifecycle import Driver
 from tests.models import build, prompt
@@ -27,10 +27,10 @@ class Witness:
 
     def __init__(self, patch):
         self.known, self.checked, self.skipped = {}, 0, 0
-        take, occasion = EvictingLayer._take, BudgetedLayer._occasion
+        append, occasion = PooledLayer._append, BudgetedLayer._occasion
 
-        def watched_take(layer, chunk, end):
-            take(layer, chunk, end)
+        def watched_append(layer, chunk, end):
+            append(layer, chunk, end)
             self.skipped += layer._log.last() is None
             for index in range(chunk.steps):
                 column = end - chunk.steps + index
@@ -43,7 +43,7 @@ class Witness:
             self.checked += 1
             return found
 
-        patch.setattr(EvictingLayer, "_take", watched_take)
+        patch.setattr(PooledLayer, "_append", watched_append)
         patch.setattr(BudgetedLayer, "_occasion", watched_occasion)
 
     def rows(self, rows):

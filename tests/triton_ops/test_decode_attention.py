@@ -18,6 +18,7 @@ from tests.triton_ops.attention_cases import (
     expected,
     make_case,
 )
+from triton_ops.decode_attention import reference
 from triton_ops.layout import RaggedLayout
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -33,7 +34,10 @@ EXTRAS = {
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_float64_head_by_head(shape, extras, dtype):
+@pytest.mark.parametrize("call", [0, 1 << 20], ids=["apart", "masked"])
+def test_equals_float64_head_by_head(shape, extras, dtype, call, monkeypatch):
+    # Heads that hold differently many: each stretch on its own, or all under a mask.
+    monkeypatch.setattr(reference, "_CALL", call)
     for group, steps in ((1, 1), (4, 1), (5, 1), (1, 3), (4, 5)):
         case = make_case(*SHAPES[shape], group, steps, dtype=dtype)
         heads, wanted = SHAPES[shape][0], EXTRAS[extras]
@@ -183,3 +187,29 @@ def test_a_logsumexp_that_does_not_fit_is_refused(wrong):
     case = make_case([[4, 4]], [[4, 3]], 2, 2)
     with pytest.raises(ValueError, match=r"expected logsumexp float32 \[1, 2, 4\] and contiguous"):
         case.run(logsumexp=wrong)
+
+
+@pytest.mark.parametrize(
+    ("length", "threads", "steps", "calls"),
+    [
+        ([[576] * 8] * 4, 1, 1, [32]),
+        ([[576] * 3 + [512] + [576] * 4] + [[576] * 8] * 3, 1, 1, [32]),
+        ([[8192] * 8, [2048] * 4 + [8192] * 4], 1, 1, [8, 4, 4]),
+        ([[8192] * 8, [2048] * 8], 1, 1, [8, 8]),
+        ([[8192] * 8, [2048] * 8], 8, 1, [8, 8]),
+        # Two calls of eight heads would take sixteen threads as long as one of sixteen each.
+        ([[5760] * 8, [5120] * 8], 16, 1, [16]),
+        ([list(range(500, 532))], 1, 1, [32]),
+        ([[8192] * 8, [2048] * 8], 1, 3, [16]),
+    ],
+)
+def test_heads_of_other_lengths_are_attended_to_apart_where_that_is_less_work(
+    length, threads, steps, calls, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    length = torch.tensor(length)
+    layout = RaggedLayout(torch.full_like(length, 9000))
+    query = torch.empty(*length.shape, 4, steps, 1)
+    found = list(reference._calls(layout, length.flatten().tolist(), query))
+    assert [bucket.count for bucket in found] == calls
+    assert [bucket.begin for bucket in found] == [9000 * bucket.first for bucket in found]

@@ -1,16 +1,25 @@
 """`decode_attention` in plain PyTorch: its definition, and the CPU path.
 
-One batched call per bucket of equal capacity. The group's queries are packed as rows of one matrix,
-so keys are read once per KV head and never repeated.
+One batched call per bucket of equal capacity, or per stretch of heads that hold equally many. The
+group's queries are packed as rows of one matrix, so keys are read once per KV head and never
+repeated.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
 
 from triton_ops.decode_attention.fused import fused_attention, is_fused
 from triton_ops.layout import Bucket, RaggedLayout
+
+# One more call takes as long as a head with so many tokens, and a mask adds this share to a call:
+# measured on one core.
+_CALL = 1000
+_MASK = 0.1
 
 
 def decode_attention_reference(
@@ -43,7 +52,7 @@ def decode_attention_reference(
     explicit = explicit or (logsumexp is not None and not is_fused(query, values))
 
     outputs, sums = [], []
-    for bucket in layout.buckets:
+    for bucket in _calls(layout, used, query):
         heads = slice(bucket.first, bucket.first + bucket.count)
         longest = max(*used[heads], 1)
         q = packed[heads]
@@ -75,15 +84,34 @@ def decode_attention_reference(
         outputs.append(out)
 
     def in_order(parts: list[torch.Tensor]) -> torch.Tensor:
-        result = parts[0]
+        result = parts[0] if len(parts) == 1 else torch.cat(parts)
         if not layout.is_uniform:
-            result = torch.cat(parts).index_select(0, layout.rank.to(result.device))
+            result = result.index_select(0, layout.rank.to(result.device))
         # Fused attention answers in the strides of the query.
         return result.reshape(batch, kv_heads * group, steps, -1).transpose(1, 2)
 
     if logsumexp is not None:
         logsumexp.copy_(in_order(sums)[..., 0])
     return in_order(outputs).contiguous()
+
+
+def _calls(layout: RaggedLayout, used: Sequence[int], query: torch.Tensor) -> Iterator[Bucket]:
+    """Yield the heads that are attended to at once."""
+    for bucket in layout.buckets:
+        own = used[bucket.first : bucket.first + bucket.count]
+        # Several queries need a mask in any case.
+        if min(own) == max(own) or query.shape[3] > 1 or query.device.type != "cpu":
+            yield bucket
+            continue
+        changes = [i for i in range(1, len(own)) if own[i] != own[i - 1]]
+        parts = list(pairwise([0, *changes, len(own)]))
+        # A head is worked on by one thread.
+        threads = torch.get_num_threads()
+        apart = sum(_CALL + -(-(stop - start) // threads) * own[start] for start, stop in parts)
+        if apart < _CALL + (1 + _MASK) * -(-len(own) // threads) * max(own):
+            yield from (bucket.part(start, stop) for start, stop in parts)
+        else:
+            yield bucket
 
 
 def _visible(
