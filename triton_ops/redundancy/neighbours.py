@@ -42,7 +42,6 @@ class Neighbours:
     def of(
         cls,
         keys: torch.Tensor,
-        full: torch.Tensor,
         norm: torch.Tensor,
         inverse: torch.Tensor,
         threshold: float,
@@ -51,10 +50,10 @@ class Neighbours:
 
         Parameters
         ----------
-        keys, full : Tensor[S, N, D]
-            As they are stored, and at least in float32; filler is zero.
+        keys : Tensor[S, N, D]
+            Filler is zero.
         norm, inverse : Tensor[S, N, 1]
-            Of each key; any number is the inverse of 0.
+            Of each key, in the dtype to compute in; any number is the inverse of 0.
         threshold : float
             Cosine over which two keys are near each other.
         """
@@ -66,12 +65,12 @@ class Neighbours:
             smallest, largest = norm.masked_fill(norm == 0, 1.0).aminmax()
             if least >= 0 and low < float(smallest) and float(largest) < high:
                 return cls.by_sign(keys.bfloat16(), norm, least, sure)
-        return cls.by_size(full, inverse, threshold)
+        return cls.by_size(keys, inverse, threshold)
 
     @classmethod
-    def by_size(cls, full: torch.Tensor, inverse: torch.Tensor, threshold: float) -> Neighbours:
+    def by_size(cls, keys: torch.Tensor, inverse: torch.Tensor, threshold: float) -> Neighbours:
         """Compare unit keys with each other."""
-        return cls(full * inverse, threshold)
+        return cls(keys.to(inverse.dtype) * inverse, threshold)
 
     @classmethod
     def by_sign(

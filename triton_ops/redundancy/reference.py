@@ -94,13 +94,16 @@ def _of_heads(
     """
     few = keys.shape[1] <= FEW
     dtype = torch.promote_types(keys.dtype, torch.float64 if few else torch.float32)
-    full = keys.to(dtype)
-    norm = full.norm(dim=-1, keepdim=True)
+    norm = keys.to(dtype).norm(dim=-1, keepdim=True)
     inverse = norm.clamp(min=torch.finfo(dtype).tiny).reciprocal()
-    neighbours = Neighbours.of(keys, full, norm, inverse, threshold)
+    neighbours = Neighbours.of(keys, norm, inverse, threshold)
     repeat = most_recent_repeats(neighbours, held, known)
+    sure = neighbours.sure
+    # Never two copies of the keys at a time: fresh memory costs more than to convert them again.
+    del neighbours
+    full = keys.to(dtype)
     cosine = _cosines(full, inverse, repeat)
-    if not neighbours.sure:
+    if not sure:
         doubtful = (repeat != NONE) & (repeat != known) & (cosine <= threshold)
         if bool(doubtful.any()):
             # The newest key that may be near is not; another one may be.
