@@ -2,8 +2,8 @@
 
 torchrun ... -m tests.launched '[["evaluate", ...], ["batch_generate", ...]]'
 
-The variable DEATH, "kill:2" or "fail:2", ends process 1 when it has finished two pieces of work:
-as the system does it, or with an error.
+Process 1 reads parts of a calibration more slowly than the other. The variable DEATH, "kill:2" or
+"fail:2", ends it when it has finished two pieces of work: as the system does it, or with an error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,17 @@ def mortal(finish: Callable[..., None], way: str, after: int) -> Callable[..., N
     return finish_or_die
 
 
+def slow(read: Callable[..., Any]) -> Callable[..., Any]:
+    def read_slowly(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return read(*arguments)
+
+    return read_slowly
+
+
 def main() -> None:
+    if os.environ["RANK"] == "1":
+        Checkpoint.require = slow(Checkpoint.require)  # type: ignore[method-assign]
     way, _, after = os.environ.get("DEATH", "").partition(":")
     if way and os.environ["RANK"] == "1":
         Journal.add = mortal(Journal.add, way, int(after))  # type: ignore[method-assign]

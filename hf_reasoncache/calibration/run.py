@@ -132,6 +132,8 @@ class _Run:
             ),
             statistics={name: torch.stack([r[name] for r in records]) for name in records[0]},
         )
+        # Until here another process may still read what is about to go.
+        self.processes.wait()
         if self.processes.is_main:
             profile.save_pretrained(self.directory)
             self.checkpoint.remove()
