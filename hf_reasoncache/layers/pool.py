@@ -8,6 +8,7 @@ age and whoever needs age reads `positions`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -111,7 +112,7 @@ class RaggedPool:
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        columns: torch.Tensor,
+        columns: torch.Tensor | int,
         keep: torch.Tensor | None = None,
         **statistics: torch.Tensor,
     ) -> None:
@@ -120,8 +121,8 @@ class RaggedPool:
         Parameters
         ----------
         keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
-        columns : LongTensor[T]
-            Position of each token.
+        columns : LongTensor[T] or int
+            Position of each token; a number is the position of all, which is faster for one.
         keep : BoolTensor[B, H_kv, T], optional
             Tokens to store (padding is not); all by default.
         **statistics : Tensor[B, H_kv, T]
@@ -140,8 +141,7 @@ class RaggedPool:
                 f"RaggedPool.append: expected room for {steps} tokens in every head, got "
                 f"{self.least_free} free slots; relayout the pool first."
             )
-        positions = columns.to(torch.int32).expand(batch, heads, steps)
-        new = {"keys": keys, "values": values, "positions": positions, **statistics}
+        new = {"keys": keys, "values": values, "positions": columns, **statistics}
         equal = self.layout.is_uniform and self.shortest == self.longest
         if added is None and equal and self._device_length is None:
             fresh = slice(self.longest, self.longest + steps)
@@ -149,7 +149,7 @@ class RaggedPool:
                 field = self.fields[name]
                 field.view(batch, heads, -1, *field.shape[1:])[:, :, fresh] = value
         else:
-            self._scatter(new, steps, keep)
+            self._scatter(new, keys.shape[:-1], keep)
         if added is None:
             self.count_appended(steps)
             if self._device_length is not None:
@@ -166,15 +166,17 @@ class RaggedPool:
         self.shortest, self.longest = self.shortest + steps, self.longest + steps
         self.least_free -= steps
 
-    def _scatter(self, new: dict[str, torch.Tensor], steps: int, keep: torch.Tensor | None) -> None:
-        """Write new tokens behind the last one of each head."""
-        device = self.fields["positions"].device
+    def _scatter(self, new: dict[str, Any], size: torch.Size, keep: torch.Tensor | None) -> None:
+        """Write new tokens `[B, H_kv, T]` behind the last one of each head."""
+        positions = self.fields["positions"].new_empty(size)
+        positions[:] = new["positions"]
+        new, device = new | {"positions": positions}, positions.device
         if self._device_length is None:
             tail = (self.layout.start + self.length).to(device)[..., None]
         else:
             tail = (self.layout.start_on(device) + self._device_length)[..., None]
         if keep is None:
-            slots = (tail + torch.arange(steps, device=device)).flatten()
+            slots = (tail + torch.arange(size[-1], device=device)).flatten()
         else:
             slots = (tail + keep.cumsum(-1) - 1)[keep]
         for name, value in new.items():
@@ -258,9 +260,7 @@ class RaggedPool:
                 fill = -1 if name == "positions" else 0
                 self.fields[name] = field.new_full((layout.slots, *field.shape[1:]), fill)
                 self.fields[name].index_copy_(0, target, field.index_select(0, source))
-        length = self.length[rows]
-        self.layout = layout
-        self.length = length
+        self.layout, self.length = layout, self.length[rows]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` is a copy of row `rows[i]`."""
@@ -271,9 +271,7 @@ class RaggedPool:
                     name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
                     for name, field in self.fields.items()
                 }
-            length = self.length[rows]
-            self.layout = RaggedLayout(self.capacity[rows])
-            self.length = length
+            self.layout, self.length = RaggedLayout(self.capacity[rows]), self.length[rows]
         else:
             self.relayout(self.capacity[rows], rows)
 

@@ -125,8 +125,10 @@ class PooledLayer(GuardedLayer):
     def _append(self, chunk: Chunk, end: int) -> None:
         """Append tokens whose last one is column `end - 1`."""
         batch, heads, steps, _ = chunk.keys.shape
-        columns = self.clock
-        if columns is None:
+        columns: torch.Tensor | int | None = self.clock
+        if columns is None and steps == 1:
+            columns = end - 1
+        elif columns is None:
             columns = torch.arange(end - steps, end, device=chunk.keys.device)
         keep = None if chunk.valid is None else chunk.valid[:, None].expand(batch, heads, steps)
         self._place_first(end - steps, chunk.valid)

@@ -95,7 +95,9 @@ class PoolMachine(RuleBasedStateMachine):
             self.make_room(steps, data)
         ids, columns = self.new_tokens(steps)
         statistics = {"mass": ids.float() / 4} if given_mass else {}
-        self.pool.append(token_keys(ids), token_values(ids), columns, **statistics)
+        plain = steps == 1 and data.draw(st.booleans())
+        where = int(columns) if plain else columns
+        self.pool.append(token_keys(ids), token_values(ids), where, **statistics)
         for row in range(self.batch):
             for head in range(self.heads):
                 for step in range(steps):
@@ -113,7 +115,9 @@ class PoolMachine(RuleBasedStateMachine):
             self.make_room(keep.sum(-1), data)
         ids, columns = self.new_tokens(steps)
         statistics = {"mass": ids.float() / 4} if given_mass else {}
-        self.pool.append(token_keys(ids), token_values(ids), columns, keep, **statistics)
+        plain = steps == 1 and data.draw(st.booleans())
+        where = int(columns) if plain else columns
+        self.pool.append(token_keys(ids), token_values(ids), where, keep, **statistics)
         for row, head, step in keep.nonzero().tolist():
             token = float(ids[row, head, step])
             mass = token / 4 if given_mass else 0.0
