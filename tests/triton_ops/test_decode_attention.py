@@ -18,6 +18,7 @@ from tests.triton_ops.attention_cases import (
     expected,
     make_case,
 )
+from triton_ops import cpu
 from triton_ops.decode_attention import reference
 from triton_ops.layout import RaggedLayout
 
@@ -60,6 +61,25 @@ def test_equals_float64_head_by_head(shape, extras, dtype, call, monkeypatch):
             torch.testing.assert_close(
                 (found - before).double(), mass, atol=tolerance, rtol=TOLERANCE[dtype]
             )
+
+
+@pytest.mark.parametrize("able", [{}, {"amx_bf16": True}], ids=["together", "alone"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_queries_that_share_keys(shape, able, monkeypatch):
+    monkeypatch.setattr(cpu, "capabilities", lambda: able)
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, *arguments, **settings):
+        calls.append((query.shape[2], settings.get("attn_mask") is None))
+        return attend(query, *arguments, **settings)
+
+    monkeypatch.setattr(reference.F, "scaled_dot_product_attention", noted)
+    for group, sizes in ((2, (8, 8)), (4, (8, 8)), (5, (8, 8)), (4, (8, 6))):
+        case = make_case(*SHAPES[shape], group, 1, dtype=torch.bfloat16, sizes=sizes)
+        assert_close(case.run(), expected(case)[0], TOLERANCE[torch.bfloat16])
+        single = able and group <= 4 and sizes[0] == sizes[1]
+        assert all(rows == (1 if single and plain else group) for rows, plain in calls)
+        calls.clear()
 
 
 @settings(max_examples=60)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from triton_ops import cpu
 
 NORMAL = 128
 """Bits, read as an integer, of the smallest bfloat16 that is not subnormal."""
@@ -153,9 +153,5 @@ def _split(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _multiplies_bfloat16(keys: torch.Tensor) -> bool:
     if keys.device.type != "cpu":
         return False
-    return bool(_capabilities().get("avx512_bf16") or _capabilities().get("amx_bf16"))
-
-
-def _capabilities() -> Mapping[str, Any]:
-    """What the CPU can do; older releases of torch do not say."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
+    able = cpu.capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
