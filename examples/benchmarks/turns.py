@@ -37,7 +37,7 @@ def take_turns(arms: Sequence[Arm], clock: Callable[[], float]) -> dict[str, lis
     rounds = {arm.name: arm.round(clock) for arm in arms}
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(TURNS):
-        # Another arm begins each time: who runs after whom should not decide.
+        # Another arm begins each time: none is always the first of a turn.
         for arm in [*arms[turn % len(arms) :], *arms[: turn % len(arms)]]:
             share = arm.steps * (turn + 1) // TURNS - arm.steps * turn // TURNS
             seconds[arm.name] += islice(rounds[arm.name], share)
