@@ -19,7 +19,7 @@ from tests.triton_ops.attention_cases import (
     make_case,
 )
 from triton_ops import cpu
-from triton_ops.decode_attention import reference
+from triton_ops.decode_attention import fused, reference
 from triton_ops.layout import RaggedLayout
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -73,7 +73,7 @@ def test_few_queries_that_share_keys(shape, able, monkeypatch):
         calls.append((query.shape[2], settings.get("attn_mask") is None))
         return attend(query, *arguments, **settings)
 
-    monkeypatch.setattr(reference.F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(fused.F, "scaled_dot_product_attention", noted)
     for group, sizes in ((2, (8, 8)), (4, (8, 8)), (5, (8, 8)), (4, (8, 6))):
         case = make_case(*SHAPES[shape], group, 1, dtype=torch.bfloat16, sizes=sizes)
         assert_close(case.run(), expected(case)[0], TOLERANCE[torch.bfloat16])

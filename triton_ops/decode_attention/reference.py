@@ -11,22 +11,14 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from torch.nn import functional as F
 
-from triton_ops import cpu
-from triton_ops.decode_attention.fused import fused_attention, is_fused
+from triton_ops.decode_attention.fused import fused_attention, fused_attention_with_sums, has_sums
 from triton_ops.layout import Bucket, RaggedLayout
 
 # One more call takes as long as a head with so many tokens, and a mask adds this share to a call:
 # measured on one core.
 _CALL = 1000
 _MASK = 0.1
-
-# Where there are instructions for tiles of bfloat16 (AMX), few queries take as long together as
-# sixteen. Up to so many are faster one by one, if the head's keys and values stay in the cache of
-# the core meanwhile: measured on one core, heads of size 64 to 256.
-_FEW_QUERIES = 4
-_CACHED_BYTES = 1 << 20
 
 
 def decode_attention_reference(
@@ -56,7 +48,7 @@ def decode_attention_reference(
     # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
     used = lengths.tolist()
     explicit = any(x is not None for x in (softcap, s_aux, mass))
-    explicit = explicit or (logsumexp is not None and not is_fused(query, values))
+    explicit = explicit or (logsumexp is not None and not has_sums(query, values))
 
     outputs, sums = [], []
     for bucket in _calls(layout, used, query):
@@ -82,9 +74,9 @@ def decode_attention_reference(
         else:
             bias = None if visible is None else _additive(visible, q.dtype)
             if logsumexp is None:
-                out = _fused(q, k, v, bias, scaling)
+                out = fused_attention(q, k, v, bias, scaling)
             else:
-                out, total = fused_attention(q, k, v, bias, scaling)
+                out, total = fused_attention_with_sums(q, k, v, bias, scaling)
                 sums.append(total)
         outputs.append(out)
 
@@ -159,33 +151,6 @@ def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # The smallest finite number, not -inf: a row that sees nothing must not become NaN.
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return bias.masked_fill_(~visible, torch.finfo(dtype).min)[None]
-
-
-def _fused(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
-    """Softmax attention `[count, G * T, D_v]` without the logits in memory."""
-    if bias is None and _are_faster_alone(q, k, v):
-        single = q.reshape(1, -1, 1, q.shape[-1])
-        out = F.scaled_dot_product_attention(
-            single, k[None], v[None], scale=scaling, enable_gqa=True
-        )
-        return out.reshape(q.shape)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[
-        0
-    ]
-
-
-def _are_faster_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether queries that share keys are attended faster one by one."""
-    return bool(
-        q.dtype == torch.bfloat16
-        and q.shape[1] <= _FEW_QUERIES
-        and q.device.type == "cpu"
-        and is_fused(q, v)
-        and 2 * k.shape[1] * k.shape[2] * k.dtype.itemsize <= _CACHED_BYTES
-        and cpu.capabilities().get("amx_bf16")
-    )
 
 
 def _explicit(
