@@ -93,8 +93,9 @@ class EvictingLayer(WatchedLayer):
     def _begin(self, steps: int) -> None:
         self._attended = self._draft = None
         room = self._room()
+        noted = self._notes_all or self.recording or self.clock is not None
         # What an eviction will ask about is still to come, or will come at once and be kept whole.
-        self._calm = steps == 1 and room > self._log.size and not self._notes_all
+        self._calm = steps == 1 and room > self._log.size and not noted
         if steps <= room or self.pool is None:
             return
         complete = self._prompt_open and not self._grows_prompt(steps)
@@ -151,7 +152,7 @@ class EvictingLayer(WatchedLayer):
 
     def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`."""
-        if self._calm and not self.recording and self.clock is None:
+        if self._calm:
             self._log.clear()
             return super().attend(chunk)
         if self.recording:

@@ -149,7 +149,7 @@ class RaggedPool:
                 field = self.fields[name]
                 field.view(batch, heads, -1, *field.shape[1:])[:, :, fresh] = value
         else:
-            self._scatter(new, keys.shape[:-1], keep)
+            self._scatter(new, keep)
         if added is None:
             self.count_appended(steps)
             if self._device_length is not None:
@@ -166,9 +166,9 @@ class RaggedPool:
         self.shortest, self.longest = self.shortest + steps, self.longest + steps
         self.least_free -= steps
 
-    def _scatter(self, new: dict[str, Any], size: torch.Size, keep: torch.Tensor | None) -> None:
-        """Write new tokens `[B, H_kv, T]` behind the last one of each head."""
-        positions = self.fields["positions"].new_empty(size)
+    def _scatter(self, new: dict[str, Any], keep: torch.Tensor | None) -> None:
+        """Write new tokens behind the last one of each head."""
+        positions = self.fields["positions"].new_empty(new["keys"].shape[:-1])
         positions[:] = new["positions"]
         new, device = new | {"positions": positions}, positions.device
         if self._device_length is None:
@@ -176,7 +176,7 @@ class RaggedPool:
         else:
             tail = (self.layout.start_on(device) + self._device_length)[..., None]
         if keep is None:
-            slots = (tail + torch.arange(size[-1], device=device)).flatten()
+            slots = (tail + torch.arange(positions.shape[-1], device=device)).flatten()
         else:
             slots = (tail + keep.cumsum(-1) - 1)[keep]
         for name, value in new.items():

@@ -103,11 +103,10 @@ class QueryLog:
         batch, heads, self._held, size = held.shape
         self._end = end
         columns = torch.arange(end - self._held, end, device=held.device)
+        self.clear()
         with torch.inference_mode(False):
             self._ring = held.new_zeros(batch, heads, self.size, size)
             self._ring.index_copy_(2, columns % self.size, held)
-        self._chunks.clear()
-        self._columns = 0
 
     def count_appended(self) -> None:
         """Count a column that the device alone has written into the ring."""

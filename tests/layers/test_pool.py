@@ -70,6 +70,11 @@ class PoolMachine(RuleBasedStateMachine):
             data.draw(st.lists(st.integers(0, high), min_size=count, max_size=count))
         )
 
+    @staticmethod
+    def maybe_number(columns, data):
+        """A single column may be given as a number."""
+        return int(columns) if len(columns) == 1 and data.draw(st.booleans()) else columns
+
     def new_tokens(self, steps):
         count = self.batch * self.heads * steps
         ids = torch.arange(self.next_id, self.next_id + count)
@@ -95,9 +100,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.make_room(steps, data)
         ids, columns = self.new_tokens(steps)
         statistics = {"mass": ids.float() / 4} if given_mass else {}
-        plain = steps == 1 and data.draw(st.booleans())
-        where = int(columns) if plain else columns
-        self.pool.append(token_keys(ids), token_values(ids), where, **statistics)
+        given = self.maybe_number(columns, data)
+        self.pool.append(token_keys(ids), token_values(ids), given, **statistics)
         for row in range(self.batch):
             for head in range(self.heads):
                 for step in range(steps):
@@ -115,9 +119,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.make_room(keep.sum(-1), data)
         ids, columns = self.new_tokens(steps)
         statistics = {"mass": ids.float() / 4} if given_mass else {}
-        plain = steps == 1 and data.draw(st.booleans())
-        where = int(columns) if plain else columns
-        self.pool.append(token_keys(ids), token_values(ids), where, keep, **statistics)
+        given = self.maybe_number(columns, data)
+        self.pool.append(token_keys(ids), token_values(ids), given, keep, **statistics)
         for row, head, step in keep.nonzero().tolist():
             token = float(ids[row, head, step])
             mass = token / 4 if given_mass else 0.0

@@ -1,8 +1,7 @@
 """`decode_attention` in plain PyTorch: its definition, and the CPU path.
 
 One batched call per bucket of equal capacity, or per stretch of heads that hold equally many. The
-group's queries are packed as rows of one matrix, so keys are read once per KV head and never
-repeated.
+group's queries are packed as rows of one matrix, so keys are never repeated.
 """
 
 from __future__ import annotations
