@@ -64,9 +64,11 @@ def test_equals_float64_head_by_head(shape, extras, dtype, call, monkeypatch):
 
 
 @pytest.mark.parametrize("able", [{}, {"amx_bf16": True}], ids=["together", "alone"])
+@pytest.mark.parametrize("limit", [0, 1 << 20], ids=["long", "short"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_few_queries_that_share_keys(shape, able, monkeypatch):
+def test_few_queries_that_share_keys(shape, limit, able, monkeypatch):
     monkeypatch.setattr(cpu, "capabilities", lambda: able)
+    monkeypatch.setitem(fused._ALONE, 4, limit)
     calls, attend = [], torch.nn.functional.scaled_dot_product_attention
 
     def noted(query, *arguments, **settings):
@@ -77,7 +79,7 @@ def test_few_queries_that_share_keys(shape, able, monkeypatch):
     for group, sizes in ((2, (8, 8)), (4, (8, 8)), (5, (8, 8)), (4, (8, 6))):
         case = make_case(*SHAPES[shape], group, 1, dtype=torch.bfloat16, sizes=sizes)
         assert_close(case.run(), expected(case)[0], TOLERANCE[torch.bfloat16])
-        single = able and group <= 4 and sizes[0] == sizes[1]
+        single = able and (group == 2 or (group == 4 and limit)) and sizes[0] == sizes[1]
         assert all(rows == (1 if single and plain else group) for rows, plain in calls)
         calls.clear()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -10,10 +12,10 @@ from triton_ops import cpu
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Where there are instructions for tiles of bfloat16 (AMX), few queries take as long together as
-# sixteen. Up to so many are faster one by one, if the head's keys and values stay in the cache of
-# the core meanwhile: measured on one core, heads of size 64 to 256.
-_FEW_QUERIES = 4
-_CACHED_BYTES = 1 << 20
+# sixteen. So many that share keys are faster one by one, if a head has no more bytes of keys and
+# values than this, which stay in the cache of the core meanwhile; two are in any case. Measured on
+# one core, heads of size 64 to 256.
+_ALONE = {2: math.inf, 3: 1 << 21, 4: 1 << 20}
 
 
 def fused_attention(
@@ -88,8 +90,7 @@ def _are_faster_alone(query: torch.Tensor, keys: torch.Tensor, values: torch.Ten
     return bool(
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
-        and query.shape[1] <= _FEW_QUERIES
         and values.shape[-1] == size
-        and 2 * tokens * size * keys.dtype.itemsize <= _CACHED_BYTES
+        and 2 * tokens * size * keys.dtype.itemsize <= _ALONE.get(query.shape[1], 0)
         and cpu.capabilities().get("amx_bf16")
     )
