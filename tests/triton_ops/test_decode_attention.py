@@ -64,11 +64,14 @@ def test_equals_float64_head_by_head(shape, extras, dtype, call, monkeypatch):
 
 
 @pytest.mark.parametrize("able", [{}, {"amx_bf16": True}], ids=["together", "alone"])
-@pytest.mark.parametrize("limit", [0, 1 << 20], ids=["long", "short"])
+@pytest.mark.parametrize(
+    ("limit", "threads"), [(1 << 20, 1), (0, 1), (1 << 20, 2)], ids=["short", "long", "threads"]
+)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_few_queries_that_share_keys(shape, limit, able, monkeypatch):
+def test_few_queries_that_share_keys(shape, limit, threads, able, monkeypatch):
     monkeypatch.setattr(cpu, "capabilities", lambda: able)
-    monkeypatch.setitem(fused._ALONE, 4, limit)
+    monkeypatch.setattr(fused, "_CACHED_BYTES", limit)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     calls, attend = [], torch.nn.functional.scaled_dot_product_attention
 
     def noted(query, *arguments, **settings):
@@ -79,7 +82,8 @@ def test_few_queries_that_share_keys(shape, limit, able, monkeypatch):
     for group, sizes in ((2, (8, 8)), (4, (8, 8)), (5, (8, 8)), (4, (8, 6))):
         case = make_case(*SHAPES[shape], group, 1, dtype=torch.bfloat16, sizes=sizes)
         assert_close(case.run(), expected(case)[0], TOLERANCE[torch.bfloat16])
-        single = able and (group == 2 or (group == 4 and limit)) and sizes[0] == sizes[1]
+        few = group == 2 or (group == 4 and limit and threads == 1)
+        single = able and few and sizes[0] == sizes[1]
         assert all(rows == (1 if single and plain else group) for rows, plain in calls)
         calls.clear()
 

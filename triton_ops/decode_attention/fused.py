@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.nn import functional as F
 
@@ -11,11 +9,11 @@ from triton_ops import cpu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Where there are instructions for tiles of bfloat16 (AMX), few queries take as long together as
-# sixteen. So many that share keys are faster one by one, if a head has no more bytes of keys and
-# values than this, which stay in the cache of the core meanwhile; two are in any case. Measured on
-# one core, heads of size 64 to 256.
-_ALONE = {2: math.inf, 3: 1 << 21, 4: 1 << 20}
+# Where there are instructions for tiles of bfloat16 (AMX), a few queries take as long together as
+# sixteen. Two that share keys are faster one by one. Up to four are so in one thread, if the head's
+# keys and values stay in the cache of the core meanwhile. Measured with heads of size 64 to 256.
+_FEW_QUERIES = 4
+_CACHED_BYTES = 1 << 20
 
 
 def fused_attention(
@@ -86,11 +84,12 @@ def fused_attention_with_sums(
 
 def _are_faster_alone(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether queries that share keys are attended to faster one by one."""
-    _, tokens, size = keys.shape
+    queries, (_, tokens, size) = query.shape[1], keys.shape
+    fit = 2 * tokens * size * keys.dtype.itemsize <= _CACHED_BYTES
     return bool(
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
         and values.shape[-1] == size
-        and 2 * tokens * size * keys.dtype.itemsize <= _ALONE.get(query.shape[1], 0)
         and cpu.capabilities().get("amx_bf16")
+        and (queries == 2 or (queries <= _FEW_QUERIES and fit and torch.get_num_threads() == 1))
     )
