@@ -27,24 +27,20 @@ def fused_attention(
 
     Parameters
     ----------
-    query, keys, values : Tensor[C, M, D], Tensor[C, N, D], Tensor[C, N, D_v]
-    bias : Tensor[1, C, 1 or M, N] or None
+    query, keys, values : Tensor[B, C, M, D], Tensor[B, C, N, D], Tensor[B, C, N, D_v]
+    bias : Tensor[B, C, 1 or M, N] or None
         Added to the logits.
     scaling : float
 
     Returns
     -------
-    Tensor[C, M, D_v]
+    Tensor[B, C, M, D_v]
     """
     if bias is None and _are_faster_alone(query, keys, values):
-        single = query.reshape(1, -1, 1, query.shape[-1])
-        out = F.scaled_dot_product_attention(
-            single, keys[None], values[None], scale=scaling, enable_gqa=True
-        )
+        single = query.reshape(query.shape[0], -1, 1, query.shape[-1])
+        out = F.scaled_dot_product_attention(single, keys, values, scale=scaling, enable_gqa=True)
         return out.reshape(query.shape)
-    return F.scaled_dot_product_attention(
-        query[None], keys[None], values[None], attn_mask=bias, scale=scaling
-    )[0]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scaling)
 
 
 def has_sums(query: torch.Tensor, values: torch.Tensor) -> bool:
@@ -69,27 +65,27 @@ def fused_attention_with_sums(
 
     Returns
     -------
-    out : Tensor[C, M, D]
-    logsumexp : Tensor[C, M]
+    out : Tensor[B, C, M, D]
+    logsumexp : Tensor[B, C, M]
         float32; -inf for a query whose keys all have the smallest finite bias.
     """
     if bias is not None:
-        bias = bias.expand(-1, -1, query.shape[1], -1)
+        bias = bias.expand(-1, -1, query.shape[2], -1)
     out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[None], keys[None], values[None], 0.0, False, attn_mask=bias, scale=scaling
+        query, keys, values, 0.0, False, attn_mask=bias, scale=scaling
     )
-    total = total[0]
-    return out[0], total.masked_fill(total < torch.finfo(query.dtype).min / 2, -torch.inf)
+    return out, total.masked_fill(total < torch.finfo(query.dtype).min / 2, -torch.inf)
 
 
 def _are_faster_alone(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether queries that share keys are attended to faster one by one."""
-    queries, (_, tokens, size) = query.shape[1], keys.shape
+    # The device is not asked for its type: that takes microseconds, at every step and layer.
+    if query.dtype != torch.bfloat16 or not query.is_cpu:
+        return False
+    queries, (tokens, size) = query.shape[-2], keys.shape[-2:]
     fit = 2 * tokens * size * keys.dtype.itemsize <= _CACHED_BYTES
     return bool(
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
+        cpu.capabilities().get("amx_bf16")
         and values.shape[-1] == size
-        and cpu.capabilities().get("amx_bf16")
         and (queries == 2 or (queries <= _FEW_QUERIES and fit and torch.get_num_threads() == 1))
     )
