@@ -108,6 +108,11 @@ class RaggedPool:
         """LongTensor[B, H_kv]: slots owned by each head."""
         return self.layout.capacity
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all heads have the same capacity and hold equally many tokens."""
+        return self.shortest == self.longest and self.layout.is_uniform
+
     def append(
         self,
         keys: torch.Tensor,
@@ -142,8 +147,7 @@ class RaggedPool:
                 f"{self.least_free} free slots; relayout the pool first."
             )
         new = {"keys": keys, "values": values, "positions": columns, **statistics}
-        equal = self.layout.is_uniform and self.shortest == self.longest
-        if added is None and equal and self._device_length is None:
+        if added is None and self.is_even and self._device_length is None:
             fresh = slice(self.longest, self.longest + steps)
             for name, value in new.items():
                 field = self.fields[name]
@@ -158,10 +162,7 @@ class RaggedPool:
             self.length = self.length + added
 
     def count_appended(self, steps: int) -> None:
-        """Count tokens that every head has got, here and not on the device.
-
-        For whoever has let the device alone append and count them (a captured graph).
-        """
+        """Count tokens that every head has got, on the host only: a captured graph counts too."""
         self._length = self._length + steps
         self.shortest, self.longest = self.shortest + steps, self.longest + steps
         self.least_free -= steps

@@ -12,7 +12,7 @@ from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.guarded import GuardedLayer
 from hf_reasoncache.layers.pool import RaggedPool
 from triton_ops.backend import uses_triton
-from triton_ops.decode_attention import decode_attention
+from triton_ops.decode_attention import decode_attention, even_attention
 
 FIRST_ROOM = 256
 """Slots allocated beyond the prompt when no budget says how long the text may become."""
@@ -139,14 +139,18 @@ class PooledLayer(GuardedLayer):
         """Attend to the pool with queries whose last one is at column `end - 1`."""
         pool = self._require_pool()
         batch, query_heads, steps, head_size = chunk.query.shape
-        heads = pool.length.shape[1]
+        heads, attention = pool.length.shape[1], self._attention(chunk)
+        if attention is decode_attention and not accumulate and self._is_even(chunk):
+            keys, values = pool.fields["keys"], pool.fields["values"]
+            scaling = chunk.settings["scaling"]
+            return even_attention(chunk.query, keys, values, heads, pool.longest, scaling)
         asking = None
         if steps > 1:
             asking = torch.arange(end - steps, end, device=chunk.query.device)
             asking = asking.expand(batch, steps)
             if chunk.valid is not None:
                 asking = asking.masked_fill(~chunk.valid, -1)
-        return self._attention(chunk)(
+        return attention(
             query=chunk.query.reshape(batch, heads, query_heads // heads, steps, head_size),
             keys=pool.fields["keys"],
             values=pool.fields["values"],
@@ -157,6 +161,19 @@ class PooledLayer(GuardedLayer):
             query_positions=asking,
             **chunk.settings,
             **accumulate,
+        )
+
+    def _is_even(self, chunk: Chunk) -> bool:
+        """Whether one token asks heads that hold equally many, and no kernel is to answer."""
+        pool, settings = self._require_pool(), chunk.settings
+        return (
+            chunk.steps == 1
+            and pool.is_even
+            and pool.longest > 0
+            and self.clock is None
+            and settings["softcap"] is None
+            and settings["s_aux"] is None
+            and not uses_triton(pool.fields["keys"])
         )
 
     def _attention(self, chunk: Chunk) -> Callable[..., torch.Tensor]:

@@ -19,7 +19,7 @@ from tests.triton_ops.attention_cases import (
     make_case,
 )
 from triton_ops import cpu
-from triton_ops.decode_attention import fused, reference
+from triton_ops.decode_attention import even_attention, fused, reference
 from triton_ops.layout import RaggedLayout
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -86,6 +86,20 @@ def test_few_queries_that_share_keys(shape, limit, threads, able, monkeypatch):
         single = able and few and sizes[0] == sizes[1]
         assert all(rows == (1 if single and plain else group) for rows, plain in calls)
         calls.clear()
+
+
+@pytest.mark.parametrize("able", [{}, {"amx_bf16": True}], ids=["together", "alone"])
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 6)], ids=["equal", "narrow values"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_heads_that_hold_equally_many(dtype, sizes, able, monkeypatch):
+    monkeypatch.setattr(cpu, "capabilities", lambda: able)
+    for batch, heads, group, held, room in ((1, 1, 1, 1, 1), (3, 2, 2, 7, 9), (2, 3, 4, 9, 9)):
+        capacity, length = [[room] * heads] * batch, [[held] * heads] * batch
+        case = make_case(capacity, length, group, 1, dtype=dtype, sizes=sizes)
+        # As a model has it: heads and steps swapped.
+        query = case.query.flatten(1, 2).transpose(1, 2).contiguous().transpose(1, 2)
+        out = even_attention(query, case.keys, case.values, heads, held, 0.3)
+        assert_close(out, expected(case)[0], TOLERANCE[dtype])
 
 
 @settings(max_examples=60)

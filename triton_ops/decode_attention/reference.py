@@ -38,26 +38,17 @@ def decode_attention_reference(
 ) -> torch.Tensor:
     """See `triton_ops.decode_attention.decode_attention`."""
     batch, kv_heads, group, steps, head_size = query.shape
-    lengths = length.flatten()
-    if not layout.is_uniform:
-        lengths = lengths.index_select(0, layout.order)
-    # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
-    used = lengths.tolist()
-    explicit = softcap is not None or s_aux is not None or mass is not None
-    if logsumexp is not None:
-        explicit = explicit or not has_sums(query, values)
-    elif (
-        query_positions is None
-        and not explicit
-        and layout.is_uniform
-        and 0 < min(used) == max(used)
-    ):
-        return _attend_evenly(query, keys, values, used[0], scaling)
-
     packed = query.reshape(batch * kv_heads, group * steps, head_size)
+    lengths = length.flatten()
     if not layout.is_uniform:
         # Whole rows, faster on a CPU than indexing.
         packed = packed.index_select(0, layout.order.to(packed.device))
+        lengths = lengths.index_select(0, layout.order)
+    # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
+    used = lengths.tolist()
+    explicit = any(x is not None for x in (softcap, s_aux, mass))
+    explicit = explicit or (logsumexp is not None and not has_sums(query, values))
+
     outputs, sums = [], []
     for bucket in _calls(layout, used, query):
         heads = slice(bucket.first, bucket.first + bucket.count)
@@ -82,11 +73,10 @@ def decode_attention_reference(
         else:
             bias = None if visible is None else _additive(visible, q.dtype)
             if logsumexp is None:
-                out = fused_attention(q[None], k[None], v[None], bias, scaling)[0]
+                out = fused_attention(q, k, v, bias, scaling)
             else:
-                out, total = fused_attention_with_sums(q[None], k[None], v[None], bias, scaling)
-                out = out[0]
-                sums.append(total[0])
+                out, total = fused_attention_with_sums(q, k, v, bias, scaling)
+                sums.append(total)
         outputs.append(out)
 
     def in_order(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -99,31 +89,6 @@ def decode_attention_reference(
     if logsumexp is not None:
         logsumexp.copy_(in_order(sums)[..., 0])
     return in_order(outputs).contiguous()
-
-
-def _attend_evenly(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: int, scaling: float
-) -> torch.Tensor:
-    """Attend to the first `tokens` slots of every head: one query, heads of equal capacity.
-
-    What every step without padding does, in as few operations as it takes.
-    """
-    batch, kv_heads, group, _, size = query.shape
-    out = fused_attention(
-        query.reshape(batch, kv_heads, group, size),
-        _first_slots(keys, batch, kv_heads, tokens),
-        _first_slots(values, batch, kv_heads, tokens),
-        None,
-        scaling,
-    )
-    return out.reshape(batch, 1, kv_heads * group, -1)
-
-
-def _first_slots(field: torch.Tensor, batch: int, kv_heads: int, tokens: int) -> torch.Tensor:
-    """View a per-slot tensor `[slots, D]` as `[B, H_kv, tokens, D]`."""
-    slots, size = field.shape
-    head = slots // (batch * kv_heads) * size
-    return field.as_strided((batch, kv_heads, tokens, size), (kv_heads * head, head, size, 1))
 
 
 def _calls(layout: RaggedLayout, used: Sequence[int], query: torch.Tensor) -> Iterator[Bucket]:
