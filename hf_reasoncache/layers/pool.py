@@ -162,7 +162,7 @@ class RaggedPool:
             self.length = self.length + added
 
     def count_appended(self, steps: int) -> None:
-        """Count tokens that every head has got, on the host only: a captured graph counts too."""
+        """Count tokens that every head has got, on the host: a captured graph did so on its own."""
         self._length = self._length + steps
         self.shortest, self.longest = self.shortest + steps, self.longest + steps
         self.least_free -= steps

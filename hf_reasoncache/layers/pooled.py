@@ -141,9 +141,8 @@ class PooledLayer(GuardedLayer):
         batch, query_heads, steps, head_size = chunk.query.shape
         heads, attention = pool.length.shape[1], self._attention(chunk)
         if attention is decode_attention and not accumulate and self._is_even(chunk):
-            keys, values = pool.fields["keys"], pool.fields["values"]
-            scaling = chunk.settings["scaling"]
-            return even_attention(chunk.query, keys, values, heads, pool.longest, scaling)
+            held = (pool.fields["keys"], pool.fields["values"], pool.layout, pool.longest)
+            return even_attention(chunk.query, *held, chunk.settings["scaling"])
         asking = None
         if steps > 1:
             asking = torch.arange(end - steps, end, device=chunk.query.device)
@@ -170,7 +169,6 @@ class PooledLayer(GuardedLayer):
             chunk.steps == 1
             and pool.is_even
             and pool.longest > 0
-            and self.clock is None
             and settings["softcap"] is None
             and settings["s_aux"] is None
             and not uses_triton(pool.fields["keys"])

@@ -98,7 +98,7 @@ def test_heads_that_hold_equally_many(dtype, sizes, able, monkeypatch):
         case = make_case(capacity, length, group, 1, dtype=dtype, sizes=sizes)
         # As a model has it: heads and steps swapped.
         query = case.query.flatten(1, 2).transpose(1, 2).contiguous().transpose(1, 2)
-        out = even_attention(query, case.keys, case.values, heads, held, 0.3)
+        out = even_attention(query, case.keys, case.values, case.layout, held, 0.3)
         assert_close(out, expected(case)[0], TOLERANCE[dtype])
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from triton_ops.backend import uses_triton
-from triton_ops.decode_attention.fused import even_attention
-from triton_ops.decode_attention.reference import decode_attention_reference
+from triton_ops.decode_attention.reference import decode_attention_reference, even_attention
 from triton_ops.layout import RaggedLayout
 
 __all__ = ["decode_attention", "even_attention"]
