@@ -8,6 +8,7 @@ forwards attend to the pool.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -47,6 +48,8 @@ class LogicalMask:
         What transformers passed to the mask function.
     device : torch.device or None
         Where the layers run that it is for; None for where the arguments are.
+    new : BoolTensor[B, T] or None
+        Which new tokens are real; None when all are.
     made : dict
         What was built, by name and device; shared by the masks for all devices. They do not refer
         to each other: in a cycle, a dense mask of a long prompt would stay until it is found.
@@ -55,6 +58,7 @@ class LogicalMask:
     base: str
     arguments: dict[str, Any]
     device: torch.device | None = None
+    new: torch.Tensor | None = None
     made: dict[tuple[str, torch.device | None], Any] = field(default_factory=dict)
 
     @property
@@ -64,8 +68,8 @@ class LogicalMask:
 
     @property
     def valid(self) -> torch.Tensor | None:
-        """BoolTensor[B, T]: which new tokens are real; None when all are."""
-        valid: torch.Tensor | None = self._made("valid", self._build_valid)
+        """`new` on the layer's device."""
+        valid: torch.Tensor | None = self._made("valid", lambda: self.new)
         return valid
 
     def _made(self, name: str, build: Callable[[], Any]) -> Any:
@@ -80,13 +84,6 @@ class LogicalMask:
     def _build_dense(self) -> Any:
         arguments = self.arguments | {"kv_length": int(self.arguments["kv_length"])}
         return ALL_MASK_ATTENTION_FUNCTIONS[self.base](**arguments)
-
-    def _build_valid(self) -> torch.Tensor | None:
-        padding, steps = self.arguments["attention_mask"], self.arguments["q_length"]
-        if padding is None:
-            return None
-        new = padding[:, -steps:].bool()
-        return None if bool(new.all()) else new
 
     @property
     def is_plain(self) -> bool:
@@ -115,8 +112,10 @@ def mask_function(*, base: str, **arguments: Any) -> Any:
     Tensor, BlockMask or None
         Otherwise, whatever `base` answers.
     """
-    if isinstance(arguments["kv_length"], LogicalLength):
-        return LogicalMask(base, arguments)
+    length = arguments["kv_length"]
+    if isinstance(length, LogicalLength):
+        new = length.cache.see_mask(arguments["attention_mask"], arguments["q_length"])
+        return LogicalMask(base, arguments, new=new)
     return ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments)
 
 
@@ -189,7 +188,27 @@ def attention_function(
             f"layer {layer.index}: expected causal attention after the first forward, got a "
             "model-specific mask pattern over several tokens; feed such a prompt in one forward."
         )
+    _expect_continuation(layer, attention_mask, query.shape[2], kwargs.get("position_ids"))
     return layer.attend(chunk), None
+
+
+def _expect_continuation(
+    layer: GuardedLayer, mask: LogicalMask, steps: int, positions: torch.Tensor | None
+) -> None:
+    """Warn, once in a forward, if several new tokens begin at position 0 over tokens held."""
+    known = ("continues", None)
+    if steps == 1 or positions is None or positions.dim() != 2 or known in mask.made:
+        return
+    mask.made[known] = True
+    if bool((positions.amin(-1) == 0).all()) and bool(layer.held().any()):
+        warnings.warn(
+            f"expected the new tokens to continue the {layer.seen - steps} that the cache has "
+            f"seen, got {steps} whose positions begin at 0 again: is this another prompt, or "
+            "assisted decoding over a used cache, to which transformers feeds the whole text "
+            "again? reset() the cache, or use a new one.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _shard(module: Any, layer: GuardedLayer, heads: int) -> Shard:

@@ -13,6 +13,7 @@ from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.geometry import supported_layers
+from hf_reasoncache.layers.contract import LogicalLength
 from hf_reasoncache.layers.keep_rates import keep_rates
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Spans
@@ -84,11 +85,80 @@ class ReasonCache(Cache):
         inspect.signature(cls).bind(None, **settings)
         return SuffixPolicy(cls, settings)
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return length and offset for the mask of a layer; see `transformers.Cache`."""
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        if isinstance(length, LogicalLength):
+            length.cache = self
+        return length, offset
+
+    def see_mask(self, mask: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+        """Attend from now on to the columns that a mask shows, as a forward with it would.
+
+        What the mask hides leaves the pools and comes back if a later mask shows it again, unless
+        it was evicted meanwhile: of a row that evicts, what is hidden goes first. Padding was never
+        stored and cannot come back.
+
+        Parameters
+        ----------
+        mask : Tensor[B, T] or None
+            Not 0 for the columns to attend to, of those seen and of `steps` new ones; None for all.
+        steps : int
+
+        Returns
+        -------
+        BoolTensor[B, steps] or None
+            Which new tokens are real; None if all are.
+
+        Raises
+        ------
+        ValueError
+            If the mask has another number of columns.
+        """
+        ours = self._pooled_layers()
+        first, seen = ours[0], ours[0].seen
+        if first.clock is not None:
+            # Within a captured step, before which the mask has been seen.
+            return None
+        if mask is None:
+            if any(layer.hides for layer in ours):
+                self._hide(torch.zeros(first.rows or 0, seen, dtype=torch.bool))
+            first.shown = None
+            return None
+        if mask.shape[-1] < seen + steps:
+            raise ValueError(
+                f"attention_mask: expected {seen + steps} columns, {seen} seen and {steps} new, "
+                f"got {mask.shape[-1]}; pass the mask of the whole sequence, and reset() the cache "
+                "or use a new one for another prompt."
+            )
+        self._check_batch(mask.shape[0])
+        mask = mask[:, : seen + steps].bool()
+        if first.shown is None:
+            expected = torch.ones_like(mask)
+        else:
+            expected = torch.nn.functional.pad(first.shown[:, :seen], (0, steps), value=True)
+        # One question for both parts, as every question waits for the device.
+        if torch.equal(mask, expected):
+            first.shown = expected
+            return None
+        # The caller may write to its own mask.
+        first.shown = mask.clone()
+        past, new = mask[:, :seen], mask[:, seen:]
+        if not torch.equal(past, expected[:, :seen]):
+            self._hide(~past)
+        return None if bool(new.all()) else new
+
+    def _hide(self, hidden: torch.Tensor) -> None:
+        for layer in self._pooled_layers():
+            layer.hide(hidden)
+
+    def _pooled_layers(self) -> list[PooledLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PooledLayer)]
+
     def reset(self) -> None:
         """Make the cache new: no token, no storage."""
-        for layer in self.layers:
-            if isinstance(layer, PooledLayer):
-                layer.reset()
+        for layer in self._pooled_layers():
+            layer.reset()
         for index, blank in self._blank.items():
             self.layers[index] = copy.deepcopy(blank)
 
@@ -112,7 +182,7 @@ class ReasonCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_forward(self, batch: int) -> None:
-        ours = [layer for layer in self.layers if isinstance(layer, PooledLayer)]
+        ours = self._pooled_layers()
         seen = sorted({layer.seen for layer in ours})
         if len(seen) > 1:
             raise ValueError(
@@ -120,7 +190,10 @@ class ReasonCache(Cache):
                 "interrupted, or has not ended (a cache serves one generation at a time). reset() "
                 "the cache, or use a new one."
             )
-        rows = ours[0].rows
+        self._check_batch(batch)
+
+    def _check_batch(self, batch: int) -> None:
+        rows = self._pooled_layers()[0].rows
         if rows is not None and rows != batch:
             raise ValueError(
                 f"expected a batch of {rows} rows as before, got {batch}; reset() the cache, or "
@@ -129,7 +202,7 @@ class ReasonCache(Cache):
 
     def report(self) -> CacheReport:
         """Return what is held now, and what it took; of the KV heads that this process holds."""
-        ours = [layer for layer in self.layers if isinstance(layer, PooledLayer)]
+        ours = self._pooled_layers()
         return CacheReport(
             seen=self.get_seq_length(),
             layers=tuple(
@@ -163,8 +236,7 @@ class ReasonCache(Cache):
             If the spans are not valid or for another number of rows, or nothing is held yet.
         """
         chosen = Spans.of(spans)
-        ours = [layer for layer in self.layers if isinstance(layer, PooledLayer)]
-        return torch.stack([keep_rates(layer, chosen) for layer in ours])
+        return torch.stack([keep_rates(layer, chosen) for layer in self._pooled_layers()])
 
     def held_positions(self, layer_idx: int) -> list[list[list[int]]]:
         """Return the tokens that the last forward attended to in one layer.

@@ -62,9 +62,13 @@ class DecodeGraphs:
         """Run the forward, from a graph if it can be."""
         if args or not self._is_step(kwargs):
             return self.forward(*args, **kwargs)
-        ids, positions = kwargs.pop("input_ids"), kwargs.pop("position_ids", None)
-        # Only a mask of padding gets here, and pools hold none.
+        if self.cache.see_mask(kwargs.get("attention_mask"), 1) is not None:
+            # Some rows get no token; a graph would store one.
+            self.eager += 1
+            return self.forward(**kwargs)
+        # What the mask hides is in no pool now.
         kwargs.pop("attention_mask", None)
+        ids, positions = kwargs.pop("input_ids"), kwargs.pop("position_ids", None)
         self._place(ids, positions)
         layers = self._layers()
         for layer in layers:
@@ -108,13 +112,15 @@ class DecodeGraphs:
         """Whether a forward brings one token per row to a cache that holds some already."""
         ids = kwargs.get("input_ids")
         first = self._layers()[0]
-        known = ("input_ids", "position_ids", "attention_mask")
+        known, mask = ("input_ids", "position_ids", "attention_mask"), kwargs.get("attention_mask")
         others = [value for name, value in kwargs.items() if name not in known]
         return (
             kwargs.get("past_key_values") is self.cache
             and isinstance(ids, torch.Tensor)
             and ids.shape == (first.rows, 1)
-            and not first.recording
+            and not first.record_past
+            and not first.expects_prompt
+            and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))
             and not any(isinstance(value, torch.Tensor) for value in others)
         )
 
@@ -187,8 +193,8 @@ def decode_graphs(
 
     Notes
     -----
-    Masks are not looked at in a single-token step: a new token is taken for a real one, as it
-    always is in `generate`. Beam search moves the rows at every step and gains nothing. A forward
+    A mask is looked at before each step, which waits for the device once; a batch without padding
+    has none. Beam search moves the rows at every step and gains nothing. A forward
     that reads a value from the device (rotary embeddings of type "dynamic", some
     mixtures of experts) cannot be recorded; CUDA says so.
     """

@@ -70,9 +70,12 @@ class ReasonAllocCache(ReasonCache):
     probes : Probes, optional
         Keep all tokens of some heads in CPU memory, and now and then measure the true error.
     prompt_length : int, optional
-        Columns of the prompt, padding included. Needed only with assisted decoding, whose first
-        forward brings the first draft together with the prompt: without it, the accepted part of
-        that draft is protected as well.
+        Columns of the prompt, padding included. generate does not tell a cache where a prompt ends,
+        so that this is needed where it does not show. Assisted decoding brings the first draft
+        together with the prompt: without it, the accepted part of that draft is protected as well.
+        A last chunk of `prefill_chunk_size` that has one token looks like the first token
+        generated: without it, that token is not protected, and `protect` finds the prompt too
+        short.
     tensor_parallel : {"agree", "local"}
         Under tensor parallelism, where each process has some KV heads of a layer: whether they
         decide together what is evicted, by a small message at an eviction, and get the tokens of

@@ -81,8 +81,7 @@ class SlidingWindowCompressCache(ReasonCache):
     head_budgets : bool
         Whether the heads of a layer share what stays of a window by demand instead of equally.
     prompt_length : int, optional
-        Columns of the prompt, padding included. Needed only with assisted decoding, whose first
-        forward brings the first draft together with the prompt.
+        Columns of the prompt, padding included; see `ReasonAllocCache`.
     tensor_parallel : {"agree", "local"}
         See `ReasonAllocCache`.
     offloading : bool

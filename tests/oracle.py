@@ -7,6 +7,7 @@ tokens are never evicted, only hidden.
 """
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 
 
@@ -19,6 +20,8 @@ class Recorder:
         self.ids = torch.zeros(padding_mask.shape[0], 0, dtype=torch.long)
         self.visible = {}
         self.logits = []
+        # Columns `[B, T]` that the mask hides from now on, without moving any position.
+        self.hidden = torch.zeros(padding_mask.shape[0], 0, dtype=torch.bool)
 
     def forward(self, ids):
         """Feed new tokens `[B, T]`; returns the logits of the last one."""
@@ -26,13 +29,13 @@ class Recorder:
         self.ids = torch.cat([self.ids, ids], dim=1)
         new = self.ids.shape[1] - self.padding.shape[1]
         if new > 0:
-            self.padding = torch.nn.functional.pad(self.padding, (0, new), value=1)
+            self.padding = pad(self.padding, (0, new), value=1)
         mask = self.padding[:, :end]
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, begin:end]
         with torch.no_grad():
             out = self.model(
                 input_ids=ids,
-                attention_mask=mask,
+                attention_mask=mask * ~pad(self.hidden, (0, end - self.hidden.shape[1])),
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
@@ -58,7 +61,7 @@ class Recorder:
             new = (causal & window)[begin:end] & self.padding[:, None, None, :end].bool()
             new = new.expand(batch, heads, end - begin, end)
         old = self.visible.get(layer, torch.zeros(batch, heads, 0, 0, dtype=torch.bool))
-        old = torch.nn.functional.pad(old, (0, end - old.shape[-1]))
+        old = pad(old, (0, end - old.shape[-1]))
         self.visible[layer] = torch.cat([old, new], dim=2)
 
     def check(self, tolerance=1e-4):

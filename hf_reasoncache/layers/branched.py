@@ -15,7 +15,8 @@ import torch
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
-from hf_reasoncache.layers.segments import Path, Segment, Trunk
+from hf_reasoncache.layers.segments import Path, Segment
+from hf_reasoncache.layers.trunk import Trunk
 from hf_reasoncache.layers.twins import Twins
 from triton_ops.backend import uses_triton
 from triton_ops.decode_attention import decode_attention
@@ -55,20 +56,24 @@ class Branching(PooledLayer):
         batch, heads, _, _ = chunk.keys.shape
         self.first = torch.full((batch,), -1, device="cpu")
         self._place_first(self.seen - chunk.steps, chunk.valid)
-        self.trunk = Trunk(((),) * batch)
+        self.trunk = Trunk.of_rows(batch)
         self._make_pool(torch.zeros(batch, heads, dtype=torch.long, device="cpu"), chunk)
         self._share(chunk)
 
     def attend(self, chunk: Chunk) -> torch.Tensor:
         """See `GuardedLayer.attend`; chunks of the prompt are shared like a whole one."""
         out = super().attend(chunk)
-        self._in_prompt = self._in_prompt and chunk.steps > 1 and not self.recording
+        self._in_prompt = self._in_prompt and self._extended_prompt(chunk)
         if self._in_prompt:
             # All of the prompt before this chunk is in the trunk, so this is all that the pool has.
             pool = self._require_pool()
             self._make_pool(torch.zeros_like(pool.length), chunk)
             self._share(chunk)
         return out
+
+    def _extended_prompt(self, chunk: Chunk) -> bool:
+        """Whether a chunk that was attended to is part of the prompt, which all before it are."""
+        return chunk.steps > 1 and not self.record_past
 
     def _make_pool(self, capacity: torch.Tensor, chunk: Chunk) -> None:
         self.pool = RaggedPool(capacity, chunk.keys, chunk.values, self.statistics)
@@ -114,6 +119,16 @@ class Branching(PooledLayer):
         yield self.trunk
 
     # ------------------------------------------------------------------------------------ all rows
+
+    def hide(self, hidden: torch.Tensor) -> None:
+        """See `GuardedLayer.hide`; rows that see different parts of a segment get their own."""
+        super().hide(hidden)
+        self.trunk = self.trunk.hide(hidden)
+
+    @property
+    def hides(self) -> bool:
+        """See `PooledLayer.hides`."""
+        return super().hides or any(self.trunk.aside)
 
     def _crop(self, columns: int) -> None:
         super()._crop(columns)
@@ -170,7 +185,7 @@ class Branching(PooledLayer):
     def tensors(self) -> Iterator[torch.Tensor]:
         """See `PooledLayer.tensors`."""
         yield from super().tensors()
-        for part in self.trunk.readers:
+        for part in self.trunk.segments:
             yield from (part.keys, part.values, part.columns)
 
 
@@ -204,7 +219,7 @@ class BranchedLayer(Branching):
     def freeze(self, rows: torch.Tensor) -> None:
         """Move the own tokens of some rows (LongTensor, CPU) into segments, one for each row.
 
-        They are in order of position: nothing is ever evicted here.
+        All heads hold the same tokens at the same places: nothing is ever evicted here.
         """
         pool = self._require_pool()
         counts = pool.length[:, 0]
@@ -215,6 +230,8 @@ class BranchedLayer(Branching):
         slots, _ = pool.slots(rows)
         for row, places in zip(rows.tolist(), slots, strict=True):
             places = places[:, : int(counts[row])]
+            # What a mask has hidden left holes, which newer tokens fill.
+            places = places[:, pool.fields["positions"][places[0]].argsort()]
             parts[row] = Segment(
                 pool.fields["keys"][places],
                 pool.fields["values"][places],
@@ -227,10 +244,14 @@ class BranchedLayer(Branching):
 
     def unfreeze(self, path: Path, first: int) -> None:
         """Add a row, behind the last one, that reads `path` and has no tokens of its own yet."""
-        pool = self._require_pool()
-        rows = torch.arange(len(pool.length) + 1, device="cpu") % len(pool.length)
-        pool.select_rows(rows)
-        pool.length = pool.length.index_fill(0, torch.tensor([len(rows) - 1], device="cpu"), 0)
-        self.trunk = Trunk((*self.trunk.paths, path))
-        self.first = torch.cat([self.first, torch.tensor([first], device="cpu")])
+        rows = self._require_pool().length.shape[0]
+        new = torch.tensor([rows], device="cpu")
+        self.select_rows(torch.arange(rows + 1, device="cpu") % rows)
+        for pool in (self.pool, self.aside):
+            if pool is not None:
+                pool.length = pool.length.index_fill(0, new, 0)
+        if self.shown is not None:
+            self.shown = self.shown.index_fill(0, new.to(self.shown.device), True)
+        self.trunk = self.trunk.with_last(path)
+        self.first[rows] = first
         self._tail = 0

@@ -37,7 +37,7 @@ class BudgetedLayer(EvictingLayer):
 
     def store_first(self, chunk: Chunk) -> None:
         """See `EvictingLayer.store_first`; what a cut takes is never stored."""
-        if self.recording or self.policy.scorer.needs_mass:
+        if self.record_past or self.policy.scorer.needs_mass:
             super().store_first(chunk)
         else:
             self._store_cut(chunk)
@@ -116,6 +116,7 @@ class BudgetedLayer(EvictingLayer):
         """Compact `rows` to their budgets, when `columns` columns have been stored."""
         if not rows.numel():
             return
+        self.evicted += self._evict_hidden(rows)
         pool, occasion = self._require_pool(), self._occasion(rows, columns)
         held, slots, offset, at = gather_held(pool, occasion)
         keep = self._choose(occasion, held, at)

@@ -27,6 +27,10 @@ class CompressedBranch(Branching, EvictingLayer):
         self._remember(chunk)
         super().store_first(chunk)
 
+    def _extended_prompt(self, chunk: Chunk) -> bool:
+        """See `Branching._extended_prompt`."""
+        return self._prompt_open
+
     def _share(self, chunk: Chunk) -> None:
         super()._share(chunk)
         self._allocate()
@@ -73,11 +77,6 @@ def branching_form(layer: object, twins: Twins) -> Branching:
             raise ValueError(
                 "suffix: expected protect_prompt=True, got False; branches share their prompt, and "
                 "it cannot be evicted for one of them."
-            )
-        if policy.prompt_length is not None:
-            raise ValueError(
-                f"suffix: expected no prompt_length, got {policy.prompt_length}; it is for "
-                "assisted decoding, which compressed branches do not support."
             )
         if policy.scorer.needs_mass:
             raise ValueError(

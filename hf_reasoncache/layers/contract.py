@@ -6,7 +6,7 @@ but not the cache. The two objects here bridge that without patching any model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -60,5 +60,20 @@ class GuardTensor(torch.Tensor):
         )
 
 
+class MaskReader(Protocol):
+    """A cache, as the mask function knows it."""
+
+    def see_mask(self, mask: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+        """Attend from now on to the columns that a mask shows; return which new ones are real."""
+
+
 class LogicalLength(int):
-    """Number of tokens seen; its type tells our mask function that the layer is ours."""
+    """Number of tokens seen; its type tells our mask function that the layer is ours.
+
+    Attributes
+    ----------
+    cache : MaskReader
+        The cache that the length is of.
+    """
+
+    cache: MaskReader

@@ -40,7 +40,7 @@ class EvictingLayer(WatchedLayer):
         Tokens evicted so far, each row and head counted.
     """
 
-    _STATE = ("budgets", "evictions", "evicted", "risk", "_tail")
+    _STATE = ("aside", "budgets", "evictions", "evicted", "risk", "_tail")
 
     def __init__(self, index: int, policy: Policy) -> None:
         scorer = policy.scorer
@@ -56,6 +56,7 @@ class EvictingLayer(WatchedLayer):
         self.evictions = self.evicted = 0
         self._prompt_columns = 0
         self._prompt_open = True
+        self._by_token = False  # whether the first forward had a single token
         self._calm = False
         self._attended: HeldPositions | AllPositions | None = None
         self._draft: Draft | None = None
@@ -85,27 +86,27 @@ class EvictingLayer(WatchedLayer):
     def _evict(self, rows: torch.Tensor, columns: int) -> None:
         """Do what is due in `rows` when `columns` columns have been stored."""
 
-    def _recount(self) -> None:
-        """Take note that heads have lost tokens otherwise than by an eviction."""
-
     # ---------------------------------------------------------------------------------- one forward
 
     def _begin(self, steps: int) -> None:
         self._attended = self._draft = None
         room = self._room()
-        noted = self._notes_all or self.recording or self.clock is not None
+        noted = self._notes_all or self.record_past or self.clock is not None
         # What an eviction will ask about is still to come, or will come at once and be kept whole.
         self._calm = steps == 1 and room > self._log.size and not noted
+        if self.pool is None:
+            self._by_token = steps == 1
         if steps <= room or self.pool is None:
             return
-        complete = self._prompt_open and not self._grows_prompt(steps)
+        grows = self._grows_prompt(self.seen, steps)
+        complete = self._prompt_open and not grows
         if self.budgets is None:
             self._allocate()
             self._fit()
             complete = True
         if complete:
             self._check_prompt()
-        if steps == 1 or self.recording:
+        if self.record_past or (steps == 1 and not grows):
             self._evict(self._due(self.seen, 1), self.seen)
 
     def prepare(self) -> None:
@@ -124,8 +125,20 @@ class EvictingLayer(WatchedLayer):
         super().advance()
         self._log.count_appended()
 
-    def _grows_prompt(self, steps: int) -> bool:
-        return self._prompt_open and steps > 1 and not self.recording
+    def _grows_prompt(self, begin: int, steps: int) -> bool:
+        """Whether `steps` tokens from column `begin` on belong to the prompt."""
+        length = self.policy.prompt_length
+        if length is None or (steps == 1 and not self._by_token):
+            # Of a prompt in chunks only the last can have a single token.
+            more = steps > 1 or begin + 1 == length
+        else:
+            more = begin < length
+        return self._prompt_open and more and not self.record_past
+
+    @property
+    def expects_prompt(self) -> bool:
+        """See `PooledLayer.expects_prompt`."""
+        return self._grows_prompt(self.seen, 1)
 
     def _end_of_prompt(self) -> int:
         return min(self.policy.prompt_length or self.seen, self.seen)
@@ -141,12 +154,12 @@ class EvictingLayer(WatchedLayer):
         )
         room = stored[:, None].expand(batch, heads).contiguous()
         self.pool = RaggedPool(room, chunk.keys, chunk.values, self.statistics)
-        if self.recording:
+        if self.record_past:
             # A draft follows the prompt and may be cropped; the next forward fixes the budgets.
             self._draft = Draft(chunk, self._save(deep=False), token_by_token=False)
             self._prompt_open = False
         self._store(chunk, self.seen)
-        if not self.recording:
+        if not self.record_past:
             self._allocate()
             self._cut()
 
@@ -155,16 +168,16 @@ class EvictingLayer(WatchedLayer):
         if self._calm:
             self._log.clear()
             return super().attend(chunk)
-        if self.recording:
+        if self.record_past:
             return self._attend_draft(chunk)
         steps = chunk.steps
-        grows = self._grows_prompt(steps)
+        grows = self._grows_prompt(self.seen - steps, steps)
         self._prompt_open = grows
         self._make_room(steps)
         out = self._step(chunk, self.seen)
         if grows:
             self._allocate()
-        if steps > 1:
+        if steps > 1 or grows:
             self._cut()
         return out
 

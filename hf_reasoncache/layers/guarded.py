@@ -25,8 +25,12 @@ class GuardedLayer(CacheLayerMixin):
         Index of the layer in the model.
     seen : int
         Columns of the padded sequence seen so far.
-    recording : bool
-        Whether every forward may be cropped (assisted decoding).
+    record_past : bool
+        Whether every forward may be cropped (assisted decoding); transformers' name, which it sets
+        to False when that is over.
+    shown : BoolTensor[B, T] or None
+        The attention mask of the last forward; None where all columns were shown. Kept by the first
+        layer of a cache only.
     shard : Shard
         Which KV heads of the layer are here; set with the first forward.
     agreement : {"agree", "local"}
@@ -40,7 +44,7 @@ class GuardedLayer(CacheLayerMixin):
     def __init__(self, index: int) -> None:
         super().__init__()
         self.index = index
-        self.recording = False
+        self.record_past = False
         self.shard: Shard = ALONE
         self.agreement: Agreement = "agree"
         self._clear()
@@ -48,12 +52,17 @@ class GuardedLayer(CacheLayerMixin):
     def _clear(self) -> None:
         """Forget all tokens and free their storage."""
         self.seen = 0
+        self.shown: torch.Tensor | None = None
         self._incoming: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     @abstractmethod
     def rows(self) -> int | None:
         """Batch rows stored; None before the first forward."""
+
+    @abstractmethod
+    def held(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: tokens held, on the CPU."""
 
     @abstractmethod
     def _begin(self, steps: int) -> None:
@@ -66,6 +75,16 @@ class GuardedLayer(CacheLayerMixin):
     @abstractmethod
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` copies row `rows[i]` (LongTensor, CPU)."""
+
+    @abstractmethod
+    def hide(self, hidden: torch.Tensor) -> None:
+        """Attend from now on to no column that is hidden, and again to all others that are held.
+
+        Parameters
+        ----------
+        hidden : BoolTensor[B, T]
+            True for columns that the attention mask hides; nothing for those after the last.
+        """
 
     @abstractmethod
     def store_first(self, chunk: Chunk) -> None:
@@ -142,7 +161,7 @@ class GuardedLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Expect a `crop` after every forward (assisted decoding)."""
-        self.recording = True
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` columns."""
@@ -176,7 +195,7 @@ class GuardedLayer(CacheLayerMixin):
         """Forget everything, storage included."""
         self._clear()
         self.is_initialized = False
-        self.recording = False
+        self.record_past = False
 
     def offload(self) -> None:
         """Refuse: the pool must stay where its layer runs."""

@@ -16,6 +16,8 @@ from hf_reasoncache.layers.held_positions import HeldPositions
 from triton_ops.compact import compact
 from triton_ops.layout import RaggedLayout
 
+POOL_FIELDS = ("keys", "values", "positions")  # of every pool; all others are statistics
+
 
 def ordinary_tensors() -> torch.inference_mode:
     """Allocate, under inference mode too, tensors that may be written to outside of it.
@@ -126,7 +128,7 @@ class RaggedPool:
         Parameters
         ----------
         keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
-        columns : LongTensor[T] or int
+        columns : LongTensor[T] or [B, H_kv, T], or int
             Position of each token; a number is the position of all, which is faster for one.
         keep : BoolTensor[B, H_kv, T], optional
             Tokens to store (padding is not); all by default.
@@ -227,7 +229,7 @@ class RaggedPool:
     def _clear(self, slots: torch.Tensor) -> None:
         """Set the statistics of slots that are no longer used to zero."""
         for name, field in self.fields.items():
-            if name not in ("keys", "values", "positions"):
+            if name not in POOL_FIELDS:
                 field.index_fill_(0, slots, 0)
 
     def drop_newest(self, count: int) -> None:
@@ -286,7 +288,7 @@ class RaggedPool:
         """
         twin = object.__new__(RaggedPool)
         twin.layout, twin.length = self.layout, self.length
-        shared = () if deep else ("keys", "values", "positions")
+        shared = () if deep else POOL_FIELDS
         with ordinary_tensors():
             twin.fields = {
                 name: field if name in shared else field.clone()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hf_reasoncache.layers.aside import exchange, gathered
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.guarded import GuardedLayer
 from hf_reasoncache.layers.pool import RaggedPool
@@ -40,6 +41,8 @@ class PooledLayer(GuardedLayer):
     clock : LongTensor[1] or None
         On the pool's device, set while a step is captured: the column of the one new token, read
         wherever the host's count would otherwise become part of the graph.
+    aside : RaggedPool or None
+        Tokens that the attention mask hides; replaced, never written to.
     """
 
     statistics: Mapping[str, torch.dtype] = MappingProxyType({})
@@ -49,6 +52,7 @@ class PooledLayer(GuardedLayer):
         self.pool: RaggedPool | None = None
         self.first = torch.zeros(0, dtype=torch.long, device="cpu")
         self.clock: torch.Tensor | None = None
+        self.aside: RaggedPool | None = None
         self._placed = False
         # Newest columns that every head is known to hold in its last slots, where a crop finds
         # them.
@@ -77,6 +81,24 @@ class PooledLayer(GuardedLayer):
         self._make_room(chunk.steps)
         self._append(chunk, self.seen)
         return self._attend(chunk, self.seen)
+
+    def hide(self, hidden: torch.Tensor) -> None:
+        """See `GuardedLayer.hide`."""
+        pool = self._require_pool()
+        before = pool.length
+        self.aside = exchange(pool, self.aside, hidden)
+        if pool.length is not before:
+            self._tail = 0
+
+    @property
+    def hides(self) -> bool:
+        """Whether the mask hides tokens that are held."""
+        return self.aside is not None
+
+    @property
+    def expects_prompt(self) -> bool:
+        """Whether a single token would still be part of the prompt."""
+        return False
 
     # ---------------------------------------------------------------------------- captured steps
 
@@ -188,6 +210,8 @@ class PooledLayer(GuardedLayer):
     def _crop(self, columns: int) -> None:
         pool = self._require_pool()
         self.seen -= columns
+        if self.aside is not None:
+            self.aside = gathered([self.aside], lambda at: at < self.seen)
         if columns <= self._tail:
             pool.drop_newest(columns)
             self._tail -= columns
@@ -203,22 +227,31 @@ class PooledLayer(GuardedLayer):
         if self.pool is not None:
             self.pool.select_rows(rows)
             self.first = self.first[rows]
+        if self.aside is not None:
+            self.aside = self.aside.snapshot(deep=False)
+            self.aside.select_rows(rows)
+        if self.shown is not None:
+            self.shown = self.shown[rows.to(self.shown.device)]
 
     # --------------------------------------------------------------------------------------- report
 
     def held(self) -> torch.Tensor:
-        """LongTensor[B, H_kv]: tokens held, on the CPU."""
+        """See `GuardedLayer.held`."""
         return torch.zeros(0, 0, device="cpu") if self.pool is None else self.pool.length
 
     def kv_tensors(self) -> Iterator[torch.Tensor]:
         """Yield all keys and values."""
-        if self.pool is not None:
-            yield from (self.pool.fields["keys"], self.pool.fields["values"])
+        for pool in (self.pool, self.aside):
+            if pool is not None:
+                yield from (pool.fields["keys"], pool.fields["values"])
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield all tensors whose size grows with the tokens held."""
-        if self.pool is not None:
-            yield from self.pool.fields.values()
+        for pool in (self.pool, self.aside):
+            if pool is not None:
+                yield from pool.fields.values()
+        if self.shown is not None:
+            yield self.shown
 
     @property
     def nbytes(self) -> int:

@@ -1,21 +1,14 @@
-"""Tokens that several rows have in common, stored once, and which rows read them.
-
-Rows form a tree: everything that some of them have in common is a segment, which never changes, and
-each row reads the segments on its way from the root. A segment lives as long as something reads it,
-so forks and dropped rows need no bookkeeping: Python counts the references.
-"""
+"""Tokens that several rows have in common, stored once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from triton_ops.decode_attention import decode_attention
-from triton_ops.layout import RaggedLayout, SharedPrefix
-from triton_ops.merge_state import merge_state
+from triton_ops.layout import RaggedLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +19,7 @@ class Segment:
     ----------
     keys, values : Tensor[H_kv, N, D], Tensor[H_kv, N, D_v]
     columns : IntTensor[N]
-        Columns of the padded sequence.
+        Columns of the padded sequence, in ascending order.
     """
 
     keys: torch.Tensor
@@ -68,6 +61,26 @@ class Segment:
             return self
         kept = (self.keys[:, :count], self.values[:, :count], self.columns[:count])
         return Segment(*(part.clone() for part in kept))
+
+    def split(self, marked: torch.Tensor) -> list[tuple[Segment, bool]]:
+        """Return the runs of tokens that are marked alike (BoolTensor[N], CPU), and how they are.
+
+        The segment itself if that is all of it, else copies.
+        """
+        edges = (marked.diff().nonzero()[:, 0] + 1).tolist()
+        if not edges:
+            return [(self, bool(marked[0]))]
+        return [
+            (
+                Segment(
+                    self.keys[:, low:high].clone(),
+                    self.values[:, low:high].clone(),
+                    self.columns[low:high].clone(),
+                ),
+                bool(marked[low]),
+            )
+            for low, high in zip([0, *edges], [*edges, self.tokens], strict=True)
+        ]
 
     def attend(
         self, query: torch.Tensor, scaling: float, softcap: float | None
@@ -112,139 +125,4 @@ class Segment:
 
 
 Path = tuple[Segment, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Trunk:
-    """What the rows of a layer read besides their own tokens; changes give a new object.
-
-    Attributes
-    ----------
-    paths : tuple of Path
-        For every row the segments that it reads, oldest first. Rows that read the same tokens read
-        the same object.
-    """
-
-    paths: tuple[Path, ...] = ()
-
-    @cached_property
-    def lengths(self) -> torch.Tensor:
-        """LongTensor[B]: tokens per head that each row reads here."""
-        return torch.tensor(
-            [sum(part.tokens for part in path) for path in self.paths], device="cpu"
-        )
-
-    @cached_property
-    def levels(self) -> tuple[tuple[tuple[Segment, torch.Tensor], ...], ...]:
-        """Segments with the rows that read them (LongTensor on the segment's device), those that
-        stand at the same place of their paths together.
-        """
-        found: list[dict[int, tuple[Segment, list[int]]]] = []
-        for row, path in enumerate(self.paths):
-            found += [{} for _ in range(len(path) - len(found))]
-            for level, part in zip(found, path, strict=False):
-                level.setdefault(id(part), (part, []))[1].append(row)
-        return tuple(
-            tuple(
-                (part, torch.tensor(rows, device=part.keys.device)) for part, rows in level.values()
-            )
-            for level in found
-        )
-
-    @cached_property
-    def readers(self) -> dict[Segment, int]:
-        """Segments, and how many rows read each."""
-        return {part: len(rows) for level in self.levels for part, rows in level}
-
-    @cached_property
-    def as_prefix(self) -> SharedPrefix | None:
-        """The one segment that all rows read, if there is no other, for `prefix_attention`."""
-        if len(self.readers) != 1 or not all(self.paths):
-            return None
-        (part,) = self.readers
-        return SharedPrefix(
-            keys=part.keys.flatten(0, 1),
-            values=part.values.flatten(0, 1),
-            layout=part.layout,
-            length=part.layout.capacity,
-            owner=torch.zeros(len(self.paths), dtype=torch.long, device="cpu"),
-        )
-
-    def columns(self) -> list[list[int]]:
-        """Columns that each row reads here."""
-        own = {part: part.columns.tolist() for part in self.readers}
-        return [[column for part in path for column in own[part]] for path in self.paths]
-
-    def select_rows(self, rows: torch.Tensor) -> Trunk:
-        """Keep, repeat or reorder rows; nothing is copied."""
-        return Trunk(tuple(self.paths[row] for row in rows.tolist()))
-
-    def append(self, parts: Sequence[Segment | None], *, join: bool = False) -> Trunk:
-        """Lengthen the paths of rows by one segment each, or not.
-
-        Parameters
-        ----------
-        parts : sequence of Segment or None
-            One entry per row; rows that get the same tokens get the same object.
-        join : bool
-            Whether a segment becomes one with that before it, if the same rows read both: fewer
-            segments are faster to read.
-        """
-        ends = [path[-1] if path else None for path in self.paths]
-        pairs = list(zip(ends, parts, strict=True))
-        joined = {
-            (end, part): end.joined(part)
-            for end, part in set(pairs)
-            if join and end and part and ends.count(end) == pairs.count((end, part))
-        }
-        paths = []
-        for path, pair in zip(self.paths, pairs, strict=True):
-            if pair in joined:
-                paths.append((*path[:-1], joined[pair]))
-            else:
-                paths.append(path if pair[1] is None else (*path, pair[1]))
-        return Trunk(tuple(paths))
-
-    def crop(self, column: int) -> Trunk:
-        """Leave out all tokens from a column on."""
-        kept = {part: part.before(column) for part in self.readers}
-        return Trunk(
-            tuple(tuple(kept[part] for part in path if kept[part].tokens) for path in self.paths)
-        )
-
-    def join_attention(
-        self,
-        query: torch.Tensor,
-        out: torch.Tensor,
-        logsumexp: torch.Tensor,
-        scaling: float,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Join the attention of rows to their own tokens with that to all that they share.
-
-        Parameters
-        ----------
-        query : Tensor[B, H_kv, G, T, D]
-        out, logsumexp : Tensor[B, T, H_q, D_v], Tensor[B, T, H_q]
-        scaling, softcap
-            As in `triton_ops.decode_attention`.
-
-        Returns
-        -------
-        Tensor[B, T, H_q, D_v]
-        """
-        for level in self.levels:
-            if len(level[0][1]) == len(self.paths):
-                found, total = level[0][0].attend(query, scaling, softcap)
-            else:
-                found = torch.zeros_like(out)
-                total = torch.full_like(logsumexp, -torch.inf)
-                for part, rows in level:
-                    found[rows], total[rows] = part.attend(query[rows], scaling, softcap)
-            out, logsumexp = merge_state(out, logsumexp, found, total)
-        return out
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Yield the keys and values of all segments."""
-        for part in self.readers:
-            yield from (part.keys, part.values)
+"""Segments that a row reads, oldest first."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_reasoncache.layers.aside import gathered
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.policy import Budgets, Policy
 from hf_reasoncache.layers.pooled import PooledLayer
@@ -61,6 +62,35 @@ class WatchedLayer(PooledLayer):
     @abstractmethod
     def _end_of_prompt(self) -> int:
         """Columns of the prompt so far."""
+
+    def _recount(self) -> None:
+        """Take note that heads have lost tokens otherwise than by an eviction, or got them back."""
+
+    # -------------------------------------------------------------------------------- hidden tokens
+
+    def hide(self, hidden: torch.Tensor) -> None:
+        """See `GuardedLayer.hide`."""
+        super().hide(hidden)
+        if self.shadow is not None:
+            self.shadow.hide(hidden)
+        if self.budgets is not None:
+            self._recount()
+
+    def _evict_hidden(self, rows: torch.Tensor) -> int:
+        """Let what the mask hides in some rows go, before any token that it shows.
+
+        Returns
+        -------
+        int
+            Tokens evicted, each row and head counted.
+        """
+        if self.aside is None:
+            return 0
+        others = torch.ones(len(self.aside.length), dtype=torch.bool, device="cpu")
+        others = others.index_fill(0, rows, False)[:, None, None]
+        count = int(self.aside.length[rows].sum())
+        self.aside = gathered([self.aside], lambda at: others.to(at.device).expand_as(at))
+        return count
 
     # ---------------------------------------------------------------------------------- protection
 

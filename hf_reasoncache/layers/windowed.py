@@ -209,6 +209,7 @@ class WindowedLayer(EvictingLayer):
 
         With `relent`, a guard may keep more than `allot` says.
         """
+        self.evicted += self._evict_hidden(rows)
         pool, first = self._require_pool(), self.first[rows]
         where = (self._scaling, self.index, self.shard.first)
         occasion = Occasion(rows, first, columns, None, *where)

@@ -78,6 +78,7 @@ class Shadow:
         self.interval, self.phase, self.heads = interval, phase, heads
         self.log = RiskLog()
         self._chunks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._hidden: torch.Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -98,6 +99,10 @@ class Shadow:
         own = self.heads.to(keys.device)
         keys, values = (x.index_select(1, own).cpu() for x in (keys, values))
         self._chunks.append((keys, values, valid.cpu()))
+
+    def hide(self, hidden: torch.Tensor) -> None:
+        """Leave the columns that an attention mask hides out of the truth, BoolTensor[B, T]."""
+        self._hidden = hidden.cpu()
 
     def is_due(self) -> bool:
         """Whether the newest column is one to probe."""
@@ -122,6 +127,9 @@ class Shadow:
             self._chunks = [(keys, values, valid)]
         keys, values, valid = self._chunks[0]
         rows, total = valid.shape
+        if self._hidden is not None:
+            missing = total - self._hidden.shape[1]
+            valid = valid & ~torch.nn.functional.pad(self._hidden, (0, missing))
         own = columns.cpu()[:, self.heads]
         held = torch.zeros(rows, len(self.heads), total + 1, dtype=torch.bool, device="cpu")
         held.scatter_(-1, own.where(own >= 0, total), True)
@@ -154,6 +162,8 @@ class Shadow:
                 kept.append((keys[:, :, :left], values[:, :, :left], valid[:, :left]))
             begin += valid.shape[1]
         self._chunks = kept
+        if self._hidden is not None:
+            self._hidden = self._hidden[:, :columns]
         self.log = self.log.until(columns)
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -161,12 +171,14 @@ class Shadow:
         self._chunks = [
             (keys[rows], values[rows], valid[rows]) for keys, values, valid in self._chunks
         ]
+        if self._hidden is not None:
+            self._hidden = self._hidden[rows]
         self.log = self.log.select_rows(rows)
 
     def clone(self) -> Shadow:
         """Return a shadow that changes independently; stored tensors are never written to."""
         twin = Shadow(self.interval, self.phase, self.heads)
-        twin.log, twin._chunks = self.log, list(self._chunks)
+        twin.log, twin._chunks, twin._hidden = self.log, list(self._chunks), self._hidden
         return twin
 
     @property

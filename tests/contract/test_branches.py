@@ -350,7 +350,6 @@ def refused(*words):
         (ReasonAllocCache, ["suffix: expected", "policy", "got"]),
         (make_policy("reason_alloc", protect_prompt=False), ["protect_prompt=True, got False"]),
         (make_policy("sliding_window", scorer=H2O()), ["attention mass", "RKV"]),
-        (make_policy("reason_alloc", prompt_length=3), ["no prompt_length, got 3"]),
         (make_policy("reason_alloc", budget=-1), ["budget", "-1"]),
         (SharedBranchCache.policy(), ["expected the policy of", "BranchedLayer"]),
     ],
