@@ -21,7 +21,7 @@ class Recorder:
         self.visible = {}
         self.logits = []
         # Columns `[B, T]` that the mask hides from now on, without moving any position.
-        self.hidden = torch.zeros(padding_mask.shape[0], 0, dtype=torch.bool)
+        self.hidden = torch.zeros(1, 0, dtype=torch.bool)
 
     def forward(self, ids):
         """Feed new tokens `[B, T]`; returns the logits of the last one."""

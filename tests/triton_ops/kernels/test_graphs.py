@@ -73,6 +73,35 @@ def test_graphs_may_begin_where_no_query_is_kept_yet(device):
         assert cache.held_positions(layer) == plain.held_positions(layer)
 
 
+def test_a_mask_that_hides_is_honoured_between_replays(device):
+    """Rows of a chat that ended apart: the next turn hides columns, a later step one more."""
+    model = small_llama(query_heads=2).to(device)
+    inputs = {k: v.to(device) for k, v in prompt(tokens=9, padding=(0, 3)).items()}
+    seen, hidden = inputs["attention_mask"].shape[1], {3: (4, 5), 6: (4, 5, 8)}
+
+    def run(cache, forward):
+        mask, found = inputs["attention_mask"], []
+        with torch.no_grad():
+            forward(**inputs, past_key_values=cache, use_cache=True)
+            for step in range(9):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                mask[1, list(hidden.get(step, ()))] = 0
+                ids = torch.full((2, 1), 5 + step, device=device)
+                at = torch.full_like(ids, seen + step)
+                settings = dict(attention_mask=mask, position_ids=at, past_key_values=cache)
+                found.append(forward(input_ids=ids, use_cache=True, **settings).logits)
+        return torch.cat(found, 1)
+
+    plain, cache = (ReasonAllocCache(model.config, budget=None) for _ in range(2))
+    expected = run(plain, model)
+    recorder = TapeRecorder(lambda: host_tensors(cache)) if interpreting() else CudaRecorder()
+    with decode_graphs(model, cache, recorder=recorder) as graphs:
+        got = run(cache, model)
+    assert (got - expected).abs().max() < 1e-4
+    assert graphs.replayed >= 4 and graphs.recorded + graphs.eager + graphs.replayed == 9
+    assert cache.held_positions(0)[1][0] == [3, 6, 7, *range(9, 18)]
+
+
 def test_the_tape_refuses_what_a_graph_cannot_hold():
     value = torch.tensor([3.0, 0.0])
     for step in (lambda: value.sum().item(), lambda: value.nonzero(), lambda: bool(value[0])):
