@@ -122,7 +122,7 @@ class ReasonCache(Cache):
             return None
         if mask is None:
             if any(layer.hides for layer in ours):
-                self._hide(torch.zeros(first.rows or 0, seen, dtype=torch.bool))
+                self._hide(torch.zeros(first.rows or 0, seen, dtype=torch.bool, device="cpu"))
             first.shown = None
             return None
         if mask.shape[-1] < seen + steps:
