@@ -36,6 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from examples.tables import insert, write_csv
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache, SlidingWindowCompressCache
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.releases import cache_kwarg
 
 OUTCOMES = WORKS, REFUSED, WRONG, UNTRIED = "works", "refused", "wrong", "not tried"
 
@@ -149,7 +150,7 @@ def answer(model: PreTrainedModel, cache: Cache, tokens: int) -> torch.Tensor:
     return model.generate(
         ids.masked_fill(mask == 0, 0),
         attention_mask=mask,
-        past_key_values=cache,
+        **cache_kwarg(cache),
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,

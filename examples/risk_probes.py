@@ -30,6 +30,7 @@ from examples.tables import insert, markdown, write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Problem, check
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes, conformal_bound, coverage
 
 ARMS = {
@@ -76,7 +77,7 @@ def run(
         begin = time.process_time()
         output = model.generate(
             **inputs,
-            past_key_values=cache,
+            **cache_kwarg(cache),
             do_sample=False,
             max_new_tokens=max(problem.max_new_tokens for problem in batch),
         )

@@ -28,6 +28,7 @@ from examples.tiny_reasoner.tasks import Problem
 from hf_reasoncache.branching.lens import LensExit, LogitLens
 from hf_reasoncache.branching.semantic import semantic_prefill
 from hf_reasoncache.evaluation import Share
+from hf_reasoncache.releases import cache_kwarg
 
 TAU = 0.82
 POOL = 60
@@ -79,7 +80,7 @@ def semantic(
         similarity = float(everything.similarity[1])
         out = model.generate(
             ids,
-            past_key_values=everything.cache,
+            **cache_kwarg(everything.cache),
             do_sample=False,
             max_new_tokens=problem.max_new_tokens,
         )

@@ -29,6 +29,7 @@ from examples.tiny_reasoner.tasks import Problem
 from hf_reasoncache.branching.step_share import StepShareCache
 from hf_reasoncache.branching.steps import Boundaries
 from hf_reasoncache.evaluation import Share
+from hf_reasoncache.releases import cache_kwarg
 
 SENTENCES = Boundaries((r"\.",), look_back=1)
 """A step of the tiny reasoners ends with a full stop, which is a word of its own."""
@@ -70,7 +71,7 @@ def run(
     sampling = {"do_sample": True, "top_k": 0} if branches > 1 else {"do_sample": False}
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **cache_kwarg(cache),
         stopping_criteria=[cache.watcher],
         **sampling,
         max_new_tokens=problems[0].max_new_tokens,
@@ -93,7 +94,7 @@ def run(
         out.sequences[:, :-1],
         attention_mask=mask[:, :-1],
         position_ids=positions[:, :-1],
-        past_key_values=DynamicCache(config=model.config),
+        **cache_kwarg(DynamicCache(config=model.config)),
         logits_to_keep=len(out.logits),
     ).logits.log_softmax(-1)
     shared = torch.stack(out.logits, 1).log_softmax(-1)

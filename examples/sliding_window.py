@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 from examples.harness import load
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, check, make_problems
 from hf_reasoncache import SlidingWindowCompressCache
+from hf_reasoncache.releases import cache_kwarg
 
 WORDS_PER_LINE = 24
 
@@ -101,7 +102,7 @@ def main() -> None:
     )
     output = model.generate(
         **inputs,
-        past_key_values=cache,
+        **cache_kwarg(cache),
         do_sample=False,
         max_new_tokens=problem.max_new_tokens,
     )

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.releases import cache_kwarg, take_cache
 from triton_ops.backend import chosen
 from triton_ops.layout import RaggedLayout
 
@@ -60,22 +61,22 @@ class DecodeGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward, from a graph if it can be."""
-        if args or not self._is_step(kwargs):
+        settings = dict(kwargs)
+        if args or take_cache(settings) is not self.cache or not self._is_step(settings):
             return self.forward(*args, **kwargs)
-        if self.cache.see_mask(kwargs.get("attention_mask"), 1) is not None:
+        if self.cache.see_mask(settings.pop("attention_mask", None), 1) is not None:
             # Some rows get no token; a graph would store one.
             self.eager += 1
             return self.forward(**kwargs)
         # What the mask hides is in no pool now.
-        kwargs.pop("attention_mask", None)
-        ids, positions = kwargs.pop("input_ids"), kwargs.pop("position_ids", None)
+        ids, positions = settings.pop("input_ids"), settings.pop("position_ids", None)
         self._place(ids, positions)
         layers = self._layers()
         for layer in layers:
             layer.prepare()
         parts = [*self._inputs, *(part for layer in layers for part in layer.static_parts())]
-        parts += sorted(kwargs.items())
-        result = self._step(parts, functools.partial(self._run, kwargs))
+        parts += sorted(settings.items())
+        result = self._step(parts, functools.partial(self._run, settings))
         self._last = _remember(parts)
         # The next step overwrites what this one returns.
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, result)
@@ -103,20 +104,21 @@ class DecodeGraphs:
         for layer in self._layers():
             layer.clock = clock
         try:
-            return self.forward(input_ids=ids, position_ids=positions, **settings)
+            return self.forward(
+                input_ids=ids, position_ids=positions, **cache_kwarg(self.cache), **settings
+            )
         finally:
             for layer in self._layers():
                 layer.clock = None
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a forward brings one token per row to a cache that holds some already."""
+        """Whether a forward with our cache brings one token per row to what it holds already."""
         ids = kwargs.get("input_ids")
         first = self._layers()[0]
         known, mask = ("input_ids", "position_ids", "attention_mask"), kwargs.get("attention_mask")
         others = [value for name, value in kwargs.items() if name not in known]
         return (
-            kwargs.get("past_key_values") is self.cache
-            and isinstance(ids, torch.Tensor)
+            isinstance(ids, torch.Tensor)
             and ids.shape == (first.rows, 1)
             and not first.record_past
             and not first.expects_prompt
@@ -171,7 +173,7 @@ def decode_graphs(
     model : PreTrainedModel
         On one GPU.
     cache : ReasonCache
-        The `past_key_values` of the generation; other caches are not touched.
+        The cache of the generation; other caches are not touched.
     recorder : Recorder, optional
         Records CUDA graphs by default.
 

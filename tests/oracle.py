@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from hf_reasoncache.releases import cache_kwarg
+
 
 class Recorder:
     """Runs a model with a cache and remembers what every query saw."""
@@ -37,7 +39,7 @@ class Recorder:
                 input_ids=ids,
                 attention_mask=mask * ~pad(self.hidden, (0, end - self.hidden.shape[1])),
                 position_ids=positions,
-                past_key_values=self.cache,
+                **cache_kwarg(self.cache),
                 use_cache=True,
             )
         self.logits.append(out.logits)

@@ -32,22 +32,23 @@ PARTS: dict[str, set[str]] = {
     "geometry": set(),
     "shards": set(),
     "version": set(),
+    "releases": set(),
     "processes": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "shards", "triton_ops"},
     "attention": {"geometry", "layers", "shards", "triton_ops"},
     "report": {"layers", "protection", "risk", "triton_ops"},
     "arguments": {"scorers", "budgets", "protection", "risk", "calibration.profile"},
-    "graphs": CACHES | {"layers", "triton_ops"},
-    "branching": CACHES | {"arguments", "geometry"},
+    "graphs": CACHES | {"layers", "releases", "triton_ops"},
+    "branching": CACHES | {"arguments", "geometry", "releases"},
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
     "calibration": {"scorers", "budgets", "geometry", "layers", "risk", "triton_ops", "version"}
-    | {"processes"}
+    | {"processes", "releases"}
     | CACHES,
     "calibration.profile": {"budgets", "geometry"},
     # Bytes follow from how layers allocate; which cache has them does not matter.
     "planning": {"geometry", "layers", "scorers"},
     "evaluation": CACHES
-    | {"branching", "processes", "protection", "report", "scorers"}
+    | {"branching", "processes", "protection", "releases", "report", "scorers"}
     # Prompts, weights and releases are named as in a calibration.
     | {"calibration.prompts", "calibration.fingerprint", "calibration.settings"},
 }
@@ -67,6 +68,7 @@ LIBRARIES: dict[str, set[str]] = {
     "hf_reasoncache.budgets": {"torch", "numpy"},
     "hf_reasoncache.attention": {"torch", "transformers"},
     "hf_reasoncache.geometry": {"transformers"},
+    "hf_reasoncache.releases": {"transformers"},
     "hf_reasoncache.arguments": {"transformers"},
     "hf_reasoncache.processes": {"torch", "accelerate", "tqdm"},
     "hf_reasoncache.layers": {"torch", "transformers"},

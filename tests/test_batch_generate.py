@@ -23,6 +23,7 @@ from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.cli.options import Dtype
 from hf_reasoncache.evaluation.tasks import Question
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import SnapKV
 
 NEW = 24
@@ -79,7 +80,7 @@ def alone(loaded, prompt: str, new: int, cache: Callable[[Any], Any] | None) -> 
     model, tokenizer = loaded
     model.set_attn_implementation("reasoncache" if cache else "sdpa")
     inputs = tokenizer(prompt, return_tensors="pt")
-    given = {"past_key_values": cache(model.config)} if cache else {}
+    given = cache_kwarg(cache(model.config)) if cache else {}
     output = model.generate(**inputs, do_sample=False, max_new_tokens=new, **given)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]).removesuffix("<eos>").strip()
 

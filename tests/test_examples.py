@@ -8,6 +8,7 @@ from examples import sliding_window, window_recall
 from examples.harness import load
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
 from hf_reasoncache import SlidingWindowCompressCache
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import Random
 
 
@@ -57,7 +58,7 @@ def test_recall_counts_the_windows_and_budgets_of_the_cache(monkeypatch):
     )
     ids = tokenizer(f"{problem.prompt} {problem.solution}", return_tensors="pt")["input_ids"]
     for part in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]:
-        model(input_ids=part, past_key_values=cache)
+        model(input_ids=part, **cache_kwarg(cache))
     for layer in range(4):
         spans = list(window_recall.windows(prompt, ids.shape[1], layer, 4))
         assert len(spans) > 3

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, Gemma4TextConfig, GPT2Config, T5Config
 
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import BUILDERS, build, prompt
 
 FULL = {name: (0, 1, 2) for name in BUILDERS}
@@ -18,7 +19,7 @@ def test_of_a_config(name: str) -> None:
     model = build(name, attention="eager")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**prompt(), past_key_values=cache)
+        model(**prompt(), **cache_kwarg(cache))
     found = Geometry.of(model.config)
     assert found.full_attention_layers == FULL[name]
     for index in found.full_attention_layers:

@@ -8,6 +8,7 @@ import torch
 
 from hf_reasoncache import ReasonAllocCache, decode_graphs
 from hf_reasoncache.graphs import DecodeGraphs, _remember, _same
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import build, prompt
 from triton_ops.backend import use_backend
 
@@ -39,6 +40,19 @@ def test_what_cannot_be_recorded_is_refused(name, backend, recorder, said):
     assert "forward" not in vars(model)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_step_is_known_under_either_name_of_the_cache(name):
+    """The first single token runs as usual; the model gets the cache by the release's own name."""
+    model, inputs = build("llama"), prompt()
+    cache = ReasonAllocCache(model.config, budget=None)
+    graphs = DecodeGraphs(model, cache, Never())
+    with torch.no_grad():
+        model(**inputs, **cache_kwarg(cache))
+        graphs(input_ids=inputs["input_ids"][:, -1:], **{name: cache}, use_cache=True)
+    assert graphs.eager == 1
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 1
+
+
 def test_other_forwards_pass_through():
     """Prompts, chunks, other caches, drafts and embeddings go to the model as they are."""
     model, inputs = build("llama"), prompt()
@@ -52,15 +66,15 @@ def test_other_forwards_pass_through():
     graphs = DecodeGraphs(forward, cache, Never())
     with torch.no_grad():
         for each in (cache, other):
-            graphs(**inputs, past_key_values=each, use_cache=True)
+            graphs(**inputs, **cache_kwarg(each), use_cache=True)
         token = inputs["input_ids"][:, -1:]
-        graphs(input_ids=token.repeat(1, 2), past_key_values=cache, use_cache=True)
-        graphs(input_ids=token, past_key_values=other, use_cache=True)
+        graphs(input_ids=token.repeat(1, 2), **cache_kwarg(cache), use_cache=True)
+        graphs(input_ids=token, **cache_kwarg(other), use_cache=True)
         embedded = model.get_input_embeddings()(token)
-        graphs(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+        graphs(inputs_embeds=embedded, **cache_kwarg(cache), use_cache=True)
         for layer in cache.layers:
             layer.activate_past_recording()
-        graphs(input_ids=token, past_key_values=cache, use_cache=True)
+        graphs(input_ids=token, **cache_kwarg(cache), use_cache=True)
     assert len(calls) == 6
     assert graphs.recorded == graphs.replayed == graphs.eager == 0
 

@@ -19,6 +19,7 @@ from hf_reasoncache.branching.prefill_once import prefill_once
 from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.spans import spans_of
 from hf_reasoncache.planning import row_bytes
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.report import storage_bytes
 
 SEED = 0
@@ -160,7 +161,7 @@ class Worker:
             output = self.model.generate(  # type: ignore[operator]
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
-                past_key_values=cache,
+                **cache_kwarg(cache),
                 generation_config=self._generation(max(limits)),
                 logits_processor=self._processors(lines, samples, limits),
                 stopping_criteria=[RowLimits(longest, limits)],

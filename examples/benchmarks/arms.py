@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 from examples.benchmarks.workload import Work
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.releases import cache_kwarg
 
 WARM_UP_ROUNDS = 4
 """Evictions before the first timed one; `4 * buffer` new tokens fill the default budget."""
@@ -76,7 +77,7 @@ class Arm:
         list(self.round(time.perf_counter))
 
     def _step(self, token: torch.Tensor) -> None:
-        self.forward(input_ids=token, past_key_values=self.cache, use_cache=True)
+        self.forward(input_ids=token, **cache_kwarg(self.cache), use_cache=True)
 
     def _undo(self) -> None:
         if self.cache is not None:

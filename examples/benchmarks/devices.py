@@ -22,6 +22,7 @@ from examples.benchmarks.machine import Machine
 from examples.benchmarks.moves import Moves
 from examples.tiny_reasoner import MODELS
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache, SlidingWindowCompressCache
+from hf_reasoncache.releases import cache_kwarg
 
 SEED = 0
 PROMPT = 48
@@ -73,7 +74,7 @@ def measure(
             input_ids=tokens,
             attention_mask=mask[:, :seen],
             position_ids=positions[:, seen - tokens.shape[1] : seen],
-            past_key_values=cache,
+            **cache_kwarg(cache),
             use_cache=True,
         )
         return out.logits[:, -1:].argmax(-1).to(place)

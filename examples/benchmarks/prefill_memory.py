@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM
 
 from examples.benchmarks.workload import Work, held_bytes
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.releases import cache_kwarg
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _measure(
     size = (work.batch, work.context)
     prompt = torch.randint(work.shape.vocabulary, size, generator=generator)
     try:
-        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=prompt, **cache_kwarg(cache), use_cache=True, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

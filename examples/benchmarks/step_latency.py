@@ -25,6 +25,7 @@ from examples.benchmarks.machine import Machine
 from examples.benchmarks.turns import CLOCKS
 from examples.benchmarks.workload import DTYPES, Shape, Work
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import SnapKV
 
 Maker = Callable[[Any], ReasonAllocCache | SlidingWindowCompressCache]
@@ -79,7 +80,7 @@ def measure(
         for name, cache in made.items():
             for token in tokens:
                 begin = clock()
-                model(input_ids=token, past_key_values=cache, use_cache=True)
+                model(input_ids=token, **cache_kwarg(cache), use_cache=True)
                 if turn:
                     steps[name].append(1e3 * (clock() - begin))
     held = {name: cache.report().mean_held for name, cache in made.items()}

@@ -194,10 +194,14 @@ class BlockLayer(CacheLayerMixin):
         """Refuse: rows must stay those of the watcher."""
         raise refusal("repeating rows (branch_generate)")
 
+    def activate_past_recording(self) -> None:
+        """Refuse assisted decoding, which announces here that it will take tokens back."""
+        raise refusal("assisted decoding")
+
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to take tokens back: they may be shared."""
         if int(tokens_to_remove):
-            raise refusal("taking tokens back (assisted decoding)")
+            raise refusal("crop")
 
     def offload(self) -> None:
         """Refuse."""

@@ -10,6 +10,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_reasoncache.branching.prefill_once import prefill_once
 from hf_reasoncache.cache import SuffixPolicy
+from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg, take_cache
 from hf_reasoncache.shared_branch import SharedBranchCache
 
 
@@ -20,6 +21,7 @@ def branch_generate(
     *,
     num_branches: int,
     past_key_values: SharedBranchCache | None = None,
+    cache: SharedBranchCache | None = None,
     suffix: SuffixPolicy | None = None,
     drop_finished: bool = True,
     **generate_kwargs: Any,
@@ -35,8 +37,9 @@ def branch_generate(
         `attention_mask`.
     num_branches : int
         Sequences to return per prompt (`num_return_sequences`); with `num_beams`, the best of them.
-    past_key_values : SharedBranchCache, optional
-        Empty. Pass your own to look at it later; by default one is made.
+    past_key_values, cache : SharedBranchCache, optional
+        Empty. Pass your own to look at it later; by default one is made. Two names of one argument,
+        with every release of transformers.
     suffix : SuffixPolicy, optional
         How branches are compressed, if no cache is passed; see `SharedBranchCache`.
     drop_finished : bool
@@ -54,18 +57,18 @@ def branch_generate(
     ValueError
         If an argument does not fit; see also `prefill_once`.
     """
-    if past_key_values is None:
-        past_key_values = SharedBranchCache(model.config, suffix=suffix)
+    held = take_cache({"past_key_values": past_key_values, "cache": cache})
+    if held is None:
+        held = SharedBranchCache(model.config, suffix=suffix)
     elif suffix is not None:
         raise ValueError(
             "suffix: expected either a cache or a policy for one, got both; pass the policy to "
             "SharedBranchCache."
         )
-    elif not isinstance(past_key_values, SharedBranchCache) or past_key_values.get_seq_length():
+    elif not isinstance(held, SharedBranchCache) or held.get_seq_length():
         raise ValueError(
-            "past_key_values: expected an empty SharedBranchCache, got "
-            f"{type(past_key_values).__name__} with {past_key_values.get_seq_length()} tokens; "
-            "reset() it, or call model.generate."
+            f"{CACHE_ARGUMENT}: expected an empty SharedBranchCache, got {type(held).__name__} "
+            f"with {held.get_seq_length()} tokens; reset() it, or call model.generate."
         )
     if generate_kwargs.get("assistant_model") is not None:
         raise ValueError(
@@ -84,15 +87,15 @@ def branch_generate(
         **inputs,
         **generate_kwargs,
         num_return_sequences=num_branches,
-        past_key_values=past_key_values,
+        **cache_kwarg(held),
     )
     beams = _beams(model, generate_kwargs)
     if beams == 1:
         return model.generate(
             **arguments, custom_generate=prefill_once, drop_finished=drop_finished
         )
-    _prefill(model, inputs, past_key_values)
-    past_key_values.batch_repeat_interleave(max(beams, num_branches))
+    _prefill(model, inputs, held)
+    held.batch_repeat_interleave(max(beams, num_branches))
     return model.generate(**arguments)
 
 
@@ -116,7 +119,7 @@ def _prefill(model: Any, inputs: Mapping[str, torch.Tensor], cache: SharedBranch
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
+        **cache_kwarg(cache),
         use_cache=True,
         logits_to_keep=1,
     )

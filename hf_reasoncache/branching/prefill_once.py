@@ -11,7 +11,9 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingC
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
-_KNOWN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg, take_cache
+
+_KNOWN = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 
 
 def prefill_once(
@@ -41,7 +43,7 @@ def prefill_once(
         Whether rows that have ended leave the batch and the cache, so that they cost neither time
         nor memory. The cache then holds the rows that ended last, and cannot serve another turn.
     **model_kwargs
-        `past_key_values` is required: any cache whose rows can be selected, but only
+        `cache` (`past_key_values`) is required: any cache whose rows can be selected, but only
         `SharedBranchCache` stores repeated rows once.
 
     Returns
@@ -59,8 +61,9 @@ def prefill_once(
     -----
     generate does not hand a `streamer` to custom functions.
     """
-    _check(generation_config, model_kwargs)
-    branches = _Branches(model, input_ids, model_kwargs, generation_config)
+    cache = take_cache(model_kwargs)
+    _check(generation_config, cache, model_kwargs)
+    branches = _Branches(model, input_ids, cache, model_kwargs, generation_config)
     recorded = _Recorded(generation_config)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     pad = _pad_token(generation_config)
@@ -93,7 +96,7 @@ def prefill_once(
         sequences=cast(Any, branches.ids),
         scores=cast(Any, recorded.scores),
         logits=cast(Any, recorded.logits),
-        past_key_values=branches.cache,
+        **cache_kwarg(branches.cache),
     )
 
 
@@ -112,10 +115,14 @@ class _Branches:
     """
 
     def __init__(
-        self, model: Any, ids: torch.Tensor, inputs: dict[str, Any], config: GenerationConfig
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        cache: Cache,
+        inputs: dict[str, Any],
+        config: GenerationConfig,
     ) -> None:
-        self.model, self.ids = model, ids
-        self.cache: Cache = inputs["past_key_values"]
+        self.model, self.ids, self.cache = model, ids, cache
         self.live = torch.arange(len(ids), device=ids.device)
         mask = inputs.get("attention_mask")
         self.mask = mask
@@ -166,7 +173,7 @@ class _Branches:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            **cache_kwarg(self.cache),
             use_cache=True,
             **self.extra,
         )
@@ -193,19 +200,18 @@ class _Recorded:
             self.logits += (logits,)
 
 
-def _check(config: GenerationConfig, inputs: dict[str, Any]) -> None:
+def _check(config: GenerationConfig, cache: Any, inputs: dict[str, Any]) -> None:
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ValueError(
             f"prefill_once: expected greedy decoding or sampling, got {mode.value}; for beams, "
             "branch_generate(model, inputs, num_branches=..., num_beams=...) reads the prompt once."
         )
-    cache = inputs.get("past_key_values")
     if not isinstance(cache, Cache) or cache.get_seq_length() > 0:
+        got = "a used cache" if isinstance(cache, Cache) else type(cache).__name__
         raise ValueError(
-            "prefill_once: expected past_key_values=SharedBranchCache(model.config), new or reset, "
-            f"got {'a used cache' if isinstance(cache, Cache) else type(cache).__name__}; for "
-            "another turn, call generate without custom_generate."
+            f"prefill_once: expected {CACHE_ARGUMENT}=SharedBranchCache(model.config), new or "
+            f"reset, got {got}; for another turn, call generate without custom_generate."
         )
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_reasoncache.arguments import require_int, require_share
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.shared_branch import SharedBranchCache
 
 
@@ -180,4 +181,4 @@ def _compare(
 def _read(
     model: PreTrainedModel, ids: torch.Tensor, cache: SharedBranchCache, **arguments: Any
 ) -> Any:
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
+    return model(ids, **cache_kwarg(cache), use_cache=True, logits_to_keep=1, **arguments)

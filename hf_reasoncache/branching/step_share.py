@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -109,6 +110,10 @@ class StepShareCache(Cache):
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         for rank, index in enumerate(ours):
             layers[index] = BlockLayer(rank, self.table, self._rotation)
+        # Kept unused for `reset`: some releases leave tokens behind in their own layers.
+        self._blank = {
+            index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
+        }
         super().__init__(layers=layers)
         self._ours: list[BlockLayer] = [layers[index] for index in ours]
         self.watcher = StepWatcher(self)
@@ -123,7 +128,10 @@ class StepShareCache(Cache):
 
     def reset(self) -> None:
         """Make the cache new."""
-        super().reset()
+        for layer in self._ours:
+            layer.reset()
+        for index, blank in self._blank.items():
+            self.layers[index] = copy.deepcopy(blank)
         self._forget()
         self.watcher.reset()
 

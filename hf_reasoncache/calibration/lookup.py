@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk.spectrum import least_tokens
 
 
@@ -123,7 +124,7 @@ def least_budget(
 
     config: PretrainedConfig = model.config
     cache = ReasonCache(config, make_layer)
-    model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(**inputs, **cache_kwarg(cache), use_cache=True, logits_to_keep=1)
     ours = [layer for layer in cache.layers if isinstance(layer, _SpectrumLayer)]
     return [
         LeastBudget(ours[0].found[row][0], tuple(layer.found[row][1] for layer in ours))

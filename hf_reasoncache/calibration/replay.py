@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.releases import cache_kwarg
 
 LONGEST = 256
 """Tokens per forward: bounds the logits, 154 MB a row for a vocabulary of 150k in float32."""
@@ -52,12 +53,12 @@ def replay(
     begin, last = len(trace.prompt), trace.length - 1
     ids = torch.tensor(trace.prompt + trace.completion, device=model.device)
     ids = ids.expand(rows, -1)
-    model(input_ids=ids[:, :begin], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids[:, :begin], **cache_kwarg(cache), use_cache=True, logits_to_keep=1)
     for layer in cache.layers:
         if isinstance(layer, PooledLayer):
             layer.activate_past_recording()
     for end in [*sorted({edge for edge in edges if begin < edge < last}), last]:
         while begin < end:
             stop = min(end, begin + longest)
-            yield model(input_ids=ids[:, begin:stop], past_key_values=cache, use_cache=True).logits
+            yield model(input_ids=ids[:, begin:stop], **cache_kwarg(cache), use_cache=True).logits
             begin = stop

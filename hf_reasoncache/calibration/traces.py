@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.releases import cache_kwarg
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def generate_traces(
         output = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            past_key_values=cache,
+            **cache_kwarg(cache),
             generation_config=generation,
         )
     completions = output[:, longest:].tolist()

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.protection import Spans
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.report import storage_bytes
 
 
@@ -114,7 +115,7 @@ def answer_batch(
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **cache_kwarg(cache),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
                 **how,

@@ -10,6 +10,7 @@ import torch
 from transformers import Cache, PretrainedConfig
 
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.releases import cache_kwarg
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -80,7 +81,7 @@ class ReasonCacheLM(HFLM):
     ) -> torch.Tensor:
         cache = self.make_cache(self.model.config)
         output: torch.Tensor = super()._model_generate(
-            context, max_length, stop, past_key_values=cache, **settings
+            context, max_length, stop, **cache_kwarg(cache), **settings
         )
         if isinstance(cache, ReasonCache):
             self.evicted += cache.report().evicted

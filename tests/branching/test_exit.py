@@ -17,6 +17,7 @@ from hf_reasoncache.branching import (
 )
 from hf_reasoncache.branching.confidence import Confidence
 from hf_reasoncache.branching.recording import replay
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import VOCABULARY, build, prompt
 
 BRANCHES, TOKENS = 6, 40
@@ -144,7 +145,7 @@ def test_it_works_with_our_caches_and_leaves_greedy_tokens_alone(model):
     plain = model.generate(**arguments)
     out = model.generate(
         **arguments,
-        past_key_values=ReasonAllocCache(model.config, budget=None),
+        **cache_kwarg(ReasonAllocCache(model.config, budget=None)),
         stopping_criteria=[exit],
         logits_processor=[exit.recorder],
     )

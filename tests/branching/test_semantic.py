@@ -12,6 +12,7 @@ from hf_reasoncache.branching.semantic import (
     semantic_prefill,
     semantic_similarity,
 )
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import build
 
 PROBE = 5
@@ -49,7 +50,7 @@ def test_equal_prompts_share_without_error():
     torch.testing.assert_close(found.similarity, torch.ones(3))
     assert float(found.divergence.max()) < 1e-6 and not found.changed.any()
     arguments = dict(do_sample=False, max_new_tokens=12)
-    out = model.generate(ids, past_key_values=found.cache, **arguments)
+    out = model.generate(ids, **cache_kwarg(found.cache), **arguments)
     assert torch.equal(out, model.generate(ids, **arguments))
 
 
@@ -70,10 +71,10 @@ def test_a_row_that_shares_reads_the_roots_prefix():
     assert float(found.divergence[1]) > 0.01  # a similarity of 1 proves nothing
     torch.testing.assert_close(found.divergence[2], torch.zeros(()), atol=1e-5, rtol=0)
     arguments = dict(do_sample=False, max_new_tokens=8)
-    out = model.generate(ids, past_key_values=found.cache, **arguments)
+    out = model.generate(ids, **cache_kwarg(found.cache), **arguments)
     cache = DynamicCache(config=model.config)
-    model(mixed[:, :-1], past_key_values=cache)
-    expected = model.generate(ids, past_key_values=cache, **arguments)
+    model(mixed[:, :-1], **cache_kwarg(cache))
+    expected = model.generate(ids, **cache_kwarg(cache), **arguments)
     assert torch.equal(out, expected)
 
 
@@ -84,7 +85,7 @@ def test_rows_below_the_threshold_are_left_out():
     found = semantic_prefill(model, ids, tau=between, probe=PROBE)
     assert found.shared.tolist() == [True, False, True]
     assert found.divergence[1].isnan() and not found.changed[1]
-    out = model.generate(ids[found.shared], past_key_values=found.cache, max_new_tokens=6)
+    out = model.generate(ids[found.shared], **cache_kwarg(found.cache), max_new_tokens=6)
     assert torch.equal(out[0], out[1])
     quiet = semantic_prefill(model, ids, tau=between, probe=PROBE, measure=False)
     assert quiet.divergence is None and quiet.changed is None

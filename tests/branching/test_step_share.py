@@ -8,6 +8,7 @@ from hf_reasoncache.branching.blocks import BlockLayer
 from hf_reasoncache.branching.rotation import Rotation
 from hf_reasoncache.branching.step_share import StepShareCache
 from hf_reasoncache.branching.steps import Boundaries
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import build, prompt
 
 STOP = 7
@@ -35,7 +36,7 @@ def test_without_sharing_it_is_dynamic_cache(name, sampled):
     cache = make(model, distance=0.0, branches=3 if sampled else 1)
     for _ in range(2):
         torch.manual_seed(0)
-        out = model.generate(**arguments, past_key_values=cache, stopping_criteria=[cache.watcher])
+        out = model.generate(**arguments, **cache_kwarg(cache), stopping_criteria=[cache.watcher])
         assert torch.equal(out, expected)
         report = cache.report()
         assert report.steps >= 2 and report.shared_blocks == report.saved_bytes == 0
@@ -56,11 +57,11 @@ def feed(model, cache, ids, shown=True):
     """Feed fixed tokens as generate would; return the logits of every step."""
     batch = torch.tensor(ids) if isinstance(ids[0], list) else torch.tensor([ids])
     start = 4
-    logits = [model(batch[:, :start], past_key_values=cache).logits[:, -1]]
+    logits = [model(batch[:, :start], **cache_kwarg(cache)).logits[:, -1]]
     for column in range(start, batch.shape[1]):
         if shown:
             cache.watcher(batch[:, : column + 1], None)
-        logits.append(model(batch[:, column : column + 1], past_key_values=cache).logits[:, -1])
+        logits.append(model(batch[:, column : column + 1], **cache_kwarg(cache)).logits[:, -1])
         yield column, logits[-1]
 
 
@@ -163,13 +164,13 @@ def test_misuse_says_what_to_do():
     arguments = prompt(batch=1) | dict(do_sample=False, max_new_tokens=20)
     cache = make(model)
     with pytest.raises(ValueError, match=r"stopping_criteria=\[cache.watcher\]"):
-        model.generate(**arguments, past_key_values=cache)
+        model.generate(**arguments, **cache_kwarg(cache))
     cache.reset()
-    watched = dict(past_key_values=cache, stopping_criteria=[cache.watcher])
+    watched = dict(**cache_kwarg(cache), stopping_criteria=[cache.watcher])
     with pytest.raises(ValueError, match="beam search"):
         model.generate(**arguments | dict(num_beams=2), **watched)
     cache.reset()
-    with pytest.raises(ValueError, match=r"one at a time|taking tokens back"):
+    with pytest.raises(ValueError, match="got assisted decoding"):
         model.generate(**arguments, **watched, assistant_model=model)
     cache.reset()
     model.generate(**arguments, **watched)
@@ -177,7 +178,7 @@ def test_misuse_says_what_to_do():
         model.generate(**arguments, **watched)
     with pytest.raises(ValueError, match="branches to num_return_sequences"):
         few = make(model, branches=2)
-        model.generate(**arguments, past_key_values=few, stopping_criteria=[few.watcher])
+        model.generate(**arguments, **cache_kwarg(few), stopping_criteria=[few.watcher])
     with pytest.raises(ValueError, match=r"one rotary embedding|position_ids"):
         make(build("gemma3", "sdpa"), share="keys_values")
     layer = BlockLayer(0, [], None)

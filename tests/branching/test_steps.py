@@ -18,6 +18,7 @@ from hf_reasoncache.branching.steps import (
     lexical_similarity,
     segment,
 )
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import build
 
 
@@ -91,7 +92,7 @@ def test_a_moved_key_is_the_one_the_model_computes_there(name):
     def keys(offset):
         cache = DynamicCache(config=model.config)
         positions = torch.arange(9)[None].expand(2, -1) + offset
-        model(ids, position_ids=positions, past_key_values=cache)
+        model(ids, position_ids=positions, **cache_kwarg(cache))
         return cache.layers[0].keys
 
     there = keys(31)
@@ -123,7 +124,7 @@ def test_yarn_scales_a_key_once():
     found = []
     for offset in (0, 50):
         cache = DynamicCache(config=config)
-        model(ids, position_ids=torch.arange(9)[None] + offset, past_key_values=cache)
+        model(ids, position_ids=torch.arange(9)[None] + offset, **cache_kwarg(cache))
         found.append(cache.layers[0].keys)
     moved = Rotation(model).move(found[0], 50)
     torch.testing.assert_close(moved, found[1], atol=1e-4, rtol=1e-4)

@@ -12,6 +12,7 @@ from hf_reasoncache.calibration.coverage import RECENCY_BINS, Coverage
 from hf_reasoncache.calibration.estimate import Record
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.releases import cache_kwarg
 from tests.calibration.traces import make_trace, token_ids
 from tests.models import BUILDERS, build
 from triton_ops.redundancy import redundancy
@@ -25,7 +26,7 @@ def brute_force(name: str, trace: Trace) -> dict[str, torch.Tensor]:
     model = build(name, attention="eager")
     ids, cache = token_ids(trace), DynamicCache(config=model.config)
     with torch.no_grad():
-        maps = model(ids, past_key_values=cache, output_attentions=True).attentions
+        maps = model(ids, **cache_kwarg(cache), output_attentions=True).attentions
     geometry = Geometry.of(model.config)
     start, heads = len(trace.prompt), geometry.kv_heads
     ends = [start + 16, start + 32]

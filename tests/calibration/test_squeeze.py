@@ -13,6 +13,7 @@ from hf_reasoncache.calibration.sensitivity import Eviction
 from hf_reasoncache.calibration.squeeze import output_error
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
 from tests.calibration.traces import make_trace, token_ids
 from tests.models import build
@@ -31,9 +32,9 @@ def predictions(name: str, trace: Trace, cache: Cache, attention: str) -> torch.
     """Log-probabilities [T, V] after every generated token but the last, one forward each."""
     ids, start, model = token_ids(trace), len(trace.prompt), build(name, attention)
     with torch.no_grad():
-        model(ids[:, :start], past_key_values=cache)
+        model(ids[:, :start], **cache_kwarg(cache))
         logits = [
-            model(ids[:, place : place + 1], past_key_values=cache).logits
+            model(ids[:, place : place + 1], **cache_kwarg(cache)).logits
             for place in range(start, trace.length - 1)
         ]
     return torch.cat(logits, 1)[0].double().log_softmax(-1)

@@ -8,6 +8,7 @@ from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditiona
 
 from examples.architectures import REFUSED, WORKS, examine
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import SHAPE
 
 
@@ -60,7 +61,7 @@ def test_a_prompt_with_a_picture():
 
     def answer(cache, attention):
         model.set_attn_implementation(attention)
-        found = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        found = model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=40, do_sample=False)
         return found[0, 30:].tolist()
 
     expected = answer(DynamicCache(config=config.get_text_config()), "sdpa")

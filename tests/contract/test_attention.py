@@ -18,6 +18,7 @@ from transformers import (
 import hf_reasoncache
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.attention import BASES, register
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import SHAPE, build, prompt
 from tests.oracle import Recorder
 
@@ -62,7 +63,7 @@ def sliding_first(name, attention="reasoncache"):
 
 def tokens(model, cache, inputs=None, **arguments):
     arguments = dict(max_new_tokens=40, do_sample=False) | arguments
-    return model.generate(**(inputs or prompt()), past_key_values=cache, **arguments)
+    return model.generate(**(inputs or prompt()), **cache_kwarg(cache), **arguments)
 
 
 # ------------------------------------------------------------------------------------ registration
@@ -152,7 +153,7 @@ class TestBitEqualToTheBase:
                 positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
                 with torch.no_grad():
                     out = model(
-                        new, attention_mask=mask, position_ids=positions, past_key_values=cache
+                        new, attention_mask=mask, position_ids=positions, **cache_kwarg(cache)
                     )
                 logits.append(out.logits[mask[:, -new.shape[1] :].bool()])
             return logits
@@ -214,7 +215,7 @@ def test_4d_mask_is_refused_with_our_cache(name, budget, turn):
     cache, ids = ReasonAllocCache(model.config, budget=budget, window=4), prompt()["input_ids"]
     with torch.no_grad():
         if turn == 2:
-            model(ids, past_key_values=cache)
+            model(ids, **cache_kwarg(cache))
         seen = 21 * turn
         mask = (
             torch.ones(21, seen, dtype=torch.bool).tril(seen - 21)[None, None].expand(2, 1, -1, -1)
@@ -222,7 +223,7 @@ def test_4d_mask_is_refused_with_our_cache(name, budget, turn):
         with pytest.raises(
             ValueError, match=r"expected a 2-D padding mask.*shape \[batch, tokens\]"
         ):
-            model(ids, attention_mask=mask, past_key_values=cache)
+            model(ids, attention_mask=mask, **cache_kwarg(cache))
 
 
 # ------------------------------------------------------------------ sinks, softcap, sliding first
@@ -241,8 +242,8 @@ def test_softcap_model_equals_dynamic_cache(attention, types):
 
     def logits(model, cache):
         with torch.no_grad():
-            first = model(**prompt(padding=(0, 0)), past_key_values=cache).logits
-            rest = [model(steps[:, t : t + 1], past_key_values=cache).logits for t in range(20)]
+            first = model(**prompt(padding=(0, 0)), **cache_kwarg(cache)).logits
+            rest = [model(steps[:, t : t + 1], **cache_kwarg(cache)).logits for t in range(20)]
         return torch.cat([first, *rest], dim=1)
 
     torch.testing.assert_close(

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from hf_reasoncache import SharedBranchCache
 from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.releases import cache_kwarg
 from tests.caches import make_policy
 from tests.contract.test_lifecycle import Driver
 from tests.models import build, prompt
@@ -312,7 +313,7 @@ def test_bound_is_reported_and_not_fatal():
     model = build("llama")
     cache = SharedBranchCache(model.config, max_bytes=20_000)
     out = model.generate(
-        **prompt(batch=1), do_sample=True, num_return_sequences=3, past_key_values=cache,
+        **prompt(batch=1), do_sample=True, num_return_sequences=3, **cache_kwarg(cache),
         max_new_tokens=20,
     )  # fmt: skip
     assert out.shape == (3, 41)
@@ -334,7 +335,7 @@ def test_what_cannot_be_forked_or_parked():
     cache = SharedBranchCache(model.config)
     with refused("row: expected", "0 rows", "got 0"):
         cache.fork(0)
-    model.generate(**prompt(), past_key_values=cache, max_new_tokens=3)
+    model.generate(**prompt(), **cache_kwarg(cache), max_new_tokens=3)
     with refused("row: expected one of 2 rows", "got 2"):
         cache.fork(2)
     for score in (-1, float("nan"), float("inf"), "1", True):
@@ -349,6 +350,6 @@ def test_what_cannot_be_forked_or_parked():
     for name, policy in (("gemma3", None), ("llama", make_policy("reason_alloc"))):
         model = build(name)
         other = SharedBranchCache(model.config, suffix=policy)
-        model.generate(**prompt(), past_key_values=other, max_new_tokens=3)
+        model.generate(**prompt(), **cache_kwarg(other), max_new_tokens=3)
         with refused("park: expected full-attention layers that keep every token", "got"):
             other.park(0, 1.0)

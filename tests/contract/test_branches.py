@@ -16,6 +16,7 @@ from hf_reasoncache import (
     prefill_once,
 )
 from hf_reasoncache.branching.prefill_once import _check
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, SnapKV
 from tests.caches import make_cache, make_policy
 from tests.models import VOCABULARY, build, prompt
@@ -83,11 +84,11 @@ def test_branches_equal_plain_generate_with_dynamic_cache(name, mode, monkeypatc
         return generate(**arguments, **more, max_new_tokens=40)
 
     plain = functools.partial(model.generate, **inputs, num_return_sequences=4)
-    expected = run(plain, past_key_values=DynamicCache(config=model.config))
+    expected = run(plain, **cache_kwarg(DynamicCache(config=model.config)))
     fed = count_tokens(model, monkeypatch)
     cache = SharedBranchCache(model.config)
     branches = functools.partial(branch_generate, model, inputs, num_branches=4)
-    assert torch.equal(run(branches, past_key_values=cache), expected)
+    assert torch.equal(run(branches, **cache_kwarg(cache)), expected)
     assert all(len(found) <= 2 for found in segments(cache))
     prompts = inputs["input_ids"].numel()
     chunks = -(-21 // arguments.get("prefill_chunk_size", 21))
@@ -140,7 +141,7 @@ def test_dropping_changes_no_token_and_records_scores(llama):
             num_return_sequences=5,
             max_new_tokens=30,
             custom_generate=prefill_once,
-            past_key_values=SharedBranchCache(llama.config),
+            **cache_kwarg(SharedBranchCache(llama.config)),
             return_dict_in_generate=True,
             output_scores=True,
             output_logits=True,
@@ -167,7 +168,7 @@ def test_prefill_once_works_with_any_cache(llama, monkeypatch):
         num_return_sequences=3,
         max_new_tokens=10,
         custom_generate=prefill_once,
-        past_key_values=DynamicCache(config=llama.config),
+        **cache_kwarg(DynamicCache(config=llama.config)),
     )
     assert fed[0] == 2 * 21
     torch.manual_seed(0)
@@ -181,11 +182,11 @@ def test_second_turn_of_all_branches(llama):
 
     def run(cache):
         torch.manual_seed(1)
-        first = llama.generate(**inputs, past_key_values=cache, do_sample=True, max_new_tokens=20)
+        first = llama.generate(**inputs, **cache_kwarg(cache), do_sample=True, max_new_tokens=20)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 29), value=1)
         ids = torch.cat([first, question], dim=1)
         return llama.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20
+            input_ids=ids, attention_mask=mask, **cache_kwarg(cache), max_new_tokens=20
         )
 
     cache = SharedBranchCache(llama.config)
@@ -202,7 +203,7 @@ def test_bytes_are_prefixes_and_suffixes(llama, prompts, branches):
     cache = SharedBranchCache(llama.config)
     cache.reserve(41)
     llama.generate(
-        **repeated(inputs, branches), past_key_values=cache, do_sample=True, max_new_tokens=42
+        **repeated(inputs, branches), **cache_kwarg(cache), do_sample=True, max_new_tokens=42
     )
     ideal = TOKEN_BYTES * (int(inputs["attention_mask"].sum()) + prompts * branches * 41)
     storages = {}
@@ -217,7 +218,7 @@ def test_bytes_are_prefixes_and_suffixes(llama, prompts, branches):
 
 def test_suffixes_grow_with_little_room(llama):
     cache, steps = SharedBranchCache(llama.config), 400
-    llama.generate(**repeated(prompt(batch=1), 2), past_key_values=cache, max_new_tokens=steps)
+    llama.generate(**repeated(prompt(batch=1), 2), **cache_kwarg(cache), max_new_tokens=steps)
     room = cache.report().kv_bytes / TOKEN_BYTES - 21 - 2 * (steps - 1)
     assert 0 <= room <= 2 * steps / 16
 
@@ -225,7 +226,7 @@ def test_suffixes_grow_with_little_room(llama):
 def test_report_says_what_is_shared(llama):
     cache = SharedBranchCache(llama.config)
     assert cache.report().branches.rows == 0
-    llama.generate(**repeated(prompt(batch=1), 4), past_key_values=cache, max_new_tokens=9)
+    llama.generate(**repeated(prompt(batch=1), 4), **cache_kwarg(cache), max_new_tokens=9)
     text = str(cache.report())
     assert (
         "branches: 4 in the batch, 0 parked; unshared" in text
@@ -245,7 +246,7 @@ def test_different_prompts_are_not_shared_and_equal_ones_are(llama):
     mask[4, 0] = 0
     cache = SharedBranchCache(llama.config)
     with torch.no_grad():
-        llama(ids, attention_mask=mask, past_key_values=cache)
+        llama(ids, attention_mask=mask, **cache_kwarg(cache))
     for layer in cache.layers:
         paths = layer.trunk.paths
         assert paths[0] == paths[2] and len(set(paths)) == 4
@@ -258,7 +259,7 @@ def test_prompts_with_a_common_beginning_share_it_if_it_comes_in_chunks(llama):
     cache = SharedBranchCache(llama.config)
     with torch.no_grad():
         for part in ids.split(8, 1):
-            llama(part, past_key_values=cache)
+            llama(part, **cache_kwarg(cache))
     for layer in cache.layers:
         lengths = [[part.tokens for part in path] for path in layer.trunk.paths]
         assert lengths == [[8, 13]] * 4 and list(layer.trunk.readers.values()) == [4, 2, 2]
@@ -308,7 +309,7 @@ def test_budget_of_a_branch_counts_its_prompt(llama, kind, changes):
     shared = SharedBranchCache(llama.config, suffix=make_policy(kind, **changes))
     alone = make_cache(kind, llama, **changes)
     for cache in (shared, alone):
-        llama.generate(**inputs, past_key_values=cache, max_new_tokens=70)
+        llama.generate(**inputs, **cache_kwarg(cache), max_new_tokens=70)
     for mine, other in zip(shared.report().layers, alone.report().layers, strict=True):
         assert torch.tensor(mine.held).sum(1).tolist() == torch.tensor(other.held).sum(1).tolist()
     assert shared.report().evictions == alone.report().evictions > 0
@@ -328,11 +329,11 @@ def test_compressed_branches_are_dropped_and_scored_alone(llama):
     assert length > 30 and len(lengths.unique()) > 2
     cache = SharedBranchCache(llama.config, suffix=policy)
     with torch.no_grad():
-        logits = llama(out.sequences[row : row + 1, :21], past_key_values=cache).logits[:, -1]
+        logits = llama(out.sequences[row : row + 1, :21], **cache_kwarg(cache)).logits[:, -1]
         for step, expected in enumerate(out.logits[:length]):
             torch.testing.assert_close(logits[0], expected[row], atol=1e-4, rtol=1e-4)
             logits = llama(
-                out.sequences[row : row + 1, 21 + step, None], past_key_values=cache
+                out.sequences[row : row + 1, 21 + step, None], **cache_kwarg(cache)
             ).logits[:, -1]
     assert cache.report().evictions > 0
 
@@ -378,7 +379,7 @@ def test_assisted_decoding_of_compressed_branches(llama):
     cache = SharedBranchCache(llama.config, suffix=POLICIES[0])
     with refused("assisted decoding", "suffix"):
         llama.generate(
-            **prompt(batch=1), past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5
+            **prompt(batch=1), **cache_kwarg(cache), prompt_lookup_num_tokens=3, max_new_tokens=5
         )
 
 
@@ -404,7 +405,7 @@ def test_budget_below_the_prompt(llama):
 )
 def test_what_prefill_once_cannot_do(llama, changes, words):
     inputs = prompt(batch=1)
-    arguments = {"past_key_values": SharedBranchCache(llama.config), "max_new_tokens": 3} | changes
+    arguments = cache_kwarg(SharedBranchCache(llama.config)) | {"max_new_tokens": 3} | changes
     with refused(*words):
         llama.generate(**inputs, **arguments, custom_generate=prefill_once)
 
@@ -416,7 +417,7 @@ def test_used_cache(llama):
     with refused("empty SharedBranchCache", "23 tokens", "reset"):
         branch_generate(llama, prompt(), num_branches=2, past_key_values=cache)
     with refused("a used cache"):
-        llama.generate(**prompt(), past_key_values=cache, custom_generate=prefill_once)
+        llama.generate(**prompt(), **cache_kwarg(cache), custom_generate=prefill_once)
     with refused("suffix", "got both"):
         branch_generate(
             llama, prompt(), num_branches=2, past_key_values=SharedBranchCache(llama.config),
@@ -431,7 +432,7 @@ def test_finished_rows_without_a_token_to_fill_them_with(llama):
 
     with refused("pad_token_id: expected a token", "drop_finished=False"):
         llama.generate(
-            **prompt(), past_key_values=SharedBranchCache(llama.config), pad_token_id=None,
+            **prompt(), **cache_kwarg(SharedBranchCache(llama.config)), pad_token_id=None,
             custom_generate=prefill_once, stopping_criteria=[FirstRow()], max_new_tokens=4,
         )  # fmt: skip
 
@@ -445,7 +446,8 @@ def test_inputs_that_are_no_prompts(llama):
     with refused("prefill_once", "token_type_ids as well"):
         _check(
             llama.generation_config,
-            {"past_key_values": SharedBranchCache(llama.config), "token_type_ids": torch.zeros(1)},
+            SharedBranchCache(llama.config),
+            {"token_type_ids": torch.zeros(1)},
         )
     with refused("assistant_model: expected None"):
         branch_generate(llama, prompt(), num_branches=2, assistant_model=llama)

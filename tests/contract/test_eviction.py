@@ -4,6 +4,7 @@ plain."""
 import pytest
 import torch
 
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV, StreamingLLM
 from tests.caches import BRANCHED, KINDS, make_cache
 from tests.models import VOCABULARY, build, prompt
@@ -119,7 +120,7 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
     def run(ids, mask):
         cache = make_cache(kind, model, profile=[1.0, 9.0, 4.0], **changes)
         out = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=60
+            input_ids=ids, attention_mask=mask, **cache_kwarg(cache), max_new_tokens=60
         )
         return out[:, ids.shape[1] :], [cache.held_positions(i) for i in range(3)]
 
@@ -163,7 +164,7 @@ def test_assisted_equals_plain(mode, kind, changes):
 
     def run(**more):
         cache = make_cache(kind, model, profile=[1, 9, 4], prompt_length=length, **changes)
-        out = model.generate(**inputs, **more, past_key_values=cache, max_new_tokens=70)
+        out = model.generate(**inputs, **more, **cache_kwarg(cache), max_new_tokens=70)
         return out, cache.report().evictions
 
     plain, evictions = run()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from hf_reasoncache.releases import cache_kwarg
 from tests.caches import KINDS, exact_cache
 from tests.models import BUILDERS, build, prompt
 
@@ -35,7 +36,7 @@ def test_tokens_equal_dynamic_cache(name, mode):
     def run(cache):
         torch.manual_seed(7)
         return model.generate(
-            **inputs, **arguments, past_key_values=cache, max_new_tokens=40, use_cache=True
+            **inputs, **arguments, **cache_kwarg(cache), max_new_tokens=40, use_cache=True
         )
 
     expected = run(DynamicCache(config=model.config))

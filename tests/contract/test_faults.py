@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import RKV
 from tests.caches import CLASSES, SETTINGS, exact_cache, make_cache
 from tests.models import build, prompt
@@ -30,7 +31,7 @@ def llama():
 
 def generate(model, cache, inputs=None, **arguments):
     arguments = dict(max_new_tokens=30, do_sample=False) | arguments
-    return model.generate(**(inputs or prompt()), past_key_values=cache, **arguments)
+    return model.generate(**(inputs or prompt()), **cache_kwarg(cache), **arguments)
 
 
 class Counter(transformers.StoppingCriteria):
@@ -290,9 +291,9 @@ def test_generation_interrupted_between_cache_and_attention(llama, kind, make, l
     with monkeypatch.context() as patch:
         patch.setattr(cache.layers[layer], "take_incoming", interrupt)
         with pytest.raises(KeyboardInterrupt), torch.no_grad():
-            llama(token, past_key_values=cache)
+            llama(token, **cache_kwarg(cache))
     with pytest.raises(ValueError, match=r"interrupted|reset\(\)"), torch.no_grad():
-        llama(token, past_key_values=cache)
+        llama(token, **cache_kwarg(cache))
     cache.reset()
     assert torch.equal(generate(llama, cache), generate(llama, make(kind, llama)))
 
@@ -305,7 +306,7 @@ def test_cache_that_is_still_generating_is_not_shared(llama):
     def nested(*args, **kwargs):
         layer.update = update
         guards = update(*args, **kwargs)
-        llama(torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
+        llama(torch.ones(2, 3, dtype=torch.long), **cache_kwarg(cache))
         return guards
 
     layer.update = nested
@@ -343,7 +344,7 @@ def test_guarded_keys_cannot_be_computed_with(llama, compute):
 def test_a_compiled_forward_is_refused_by_name(llama):
     forward = torch.compile(llama.forward, backend="eager")
     with pytest.raises(Exception, match=r"torch\.compile traces the forward"):
-        forward(**prompt(), past_key_values=ReasonAllocCache(llama.config, budget=None))
+        forward(**prompt(), **cache_kwarg(ReasonAllocCache(llama.config, budget=None)))
 
 
 def test_default_settings_are_accepted(llama):

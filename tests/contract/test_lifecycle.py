@@ -10,6 +10,7 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random
 from tests.caches import CLASSES, KINDS, exact_cache, make_cache
 from tests.caches import SETTINGS as BY_KIND
@@ -33,7 +34,7 @@ def new_cache(model, kind="reason_alloc", **changes):
 
 def tokens(model, cache, inputs=None, **arguments):
     arguments = dict(max_new_tokens=60, do_sample=False) | arguments
-    return model.generate(**(inputs or prompt()), past_key_values=cache, **arguments)
+    return model.generate(**(inputs or prompt()), **cache_kwarg(cache), **arguments)
 
 
 class Driver:
@@ -51,7 +52,7 @@ class Driver:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         with torch.no_grad():
             return self.model(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache
+                ids, attention_mask=mask, position_ids=positions, **cache_kwarg(self.cache)
             ).logits
 
     def greedy(self, logits, steps):

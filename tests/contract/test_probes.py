@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes
 from tests.caches import CLASSES, exact_cache, make_cache
 from tests.contract.test_lifecycle import LAYERS, Driver, now_held
@@ -72,7 +73,7 @@ def test_probes_change_nothing_and_are_zero_where_nothing_is_evicted(kind):
     plain = make_cache(kind, model)
     probed = make_cache(kind, model, probes=ALL)
     out = [
-        model.generate(**prompt(), past_key_values=cache, max_new_tokens=40)
+        model.generate(**prompt(), **cache_kwarg(cache), max_new_tokens=40)
         for cache in (plain, probed)
     ]
     assert torch.equal(*out)
@@ -85,7 +86,7 @@ def test_probes_change_nothing_and_are_zero_where_nothing_is_evicted(kind):
     assert plain.report().probe_errors is None
     large = {"reason_alloc": {"budget": 400}, "sliding_window": {"window": 128}}
     whole = make_cache(kind, model, probes=ALL, **large[kind])
-    model.generate(**prompt(), past_key_values=whole, max_new_tokens=20)
+    model.generate(**prompt(), **cache_kwarg(whole), max_new_tokens=20)
     assert float(whole.report().probe_errors.max()) < 1e-6
 
 
@@ -101,7 +102,7 @@ def test_a_shadow_follows_rows_and_drafts(mode):
 
     def run(**more):
         cache = make_cache("reason_alloc", model, prompt_length=21, probes=ALL)
-        out = model.generate(**inputs, **more, past_key_values=cache, max_new_tokens=60)
+        out = model.generate(**inputs, **more, **cache_kwarg(cache), max_new_tokens=60)
         return out, cache
 
     out, cache = run(**mode)
@@ -165,7 +166,7 @@ def test_captured_steps_and_other_objects_are_refused():
     with pytest.raises(ValueError, match=r"probes: expected a risk.Probes, got True"):
         make_cache("reason_alloc", model, probes=True)
     cache = make_cache("reason_alloc", model, probes=ALL)
-    model(**prompt(), past_key_values=cache)
+    model(**prompt(), **cache_kwarg(cache))
     with pytest.raises(ValueError, match="captured steps, which a shadow cannot follow"):
         cache.layers[0].prepare()
     exact = exact_cache("reason_alloc", model)

@@ -7,6 +7,7 @@ import torch
 
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.protection import Fair, Spans, spans
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random
 from tests.caches import BRANCHED, make_cache
 from tests.contract.test_lifecycle import LAYERS, Driver, now_held
@@ -68,7 +69,7 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
             chosen = [SPANS[row] for row in rows]
             own["fair"] = Fair(own["fair"].strength, chosen, own["fair"].window)
         cache = new_cache(kind, model, **(own | {"protect": [LISTED[row] for row in rows]}))
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=50)
+        out = model.generate(ids, attention_mask=mask, **cache_kwarg(cache), max_new_tokens=50)
         return out[:, ids.shape[1] :], [now_held(cache, layer) for layer in range(LAYERS)]
 
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -94,7 +95,7 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
 def test_listed_tokens_stay_in_every_mode_of_generate(kind, changes, mode):
     model, inputs = build("llama"), prompt(batch=3, tokens=30, padding=PADDING)
     cache = new_cache(kind, model, **changes)
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=40, **mode)
+    model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=40, **mode)
     copies = len(now_held(cache, 0)) // 3
     assert copies == max(mode.get("num_beams", 1), mode.get("num_return_sequences", 1))
     for layer in range(LAYERS):
@@ -114,7 +115,7 @@ def test_assisted_equals_plain(kind, changes):
         # Without a profile no layer cuts the prompt, which the first draft would see whole.
         settings = changes | {"protect": [LISTED[0]], "prompt_length": 30, "profile": None}
         cache = new_cache(kind, model, **settings)
-        out = model.generate(**inputs, **more, past_key_values=cache, max_new_tokens=60)
+        out = model.generate(**inputs, **more, **cache_kwarg(cache), max_new_tokens=60)
         return out, cache
 
     plain, _ = run()
@@ -158,7 +159,7 @@ def test_fair_eviction_keeps_more_of_the_span_that_scores_lowest():
             protect_prompt=False,
             fair=Fair(strength, halves, window=24),
         )
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+        model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=2)
         rates[strength] = cache.keep_rates(halves)[:, 0, 0]
     assert bool((rates[0.0] < rates[0.5]).all() and (rates[0.5] < rates[1.0]).all())
     assert bool(((rates[1.0] - 32 / 49).abs() < 1 / 24).all()), "its share by length"
@@ -169,7 +170,7 @@ def test_fair_eviction_keeps_more_of_the_span_that_scores_lowest():
 
 def generate(cache, model, **changes):
     inputs = prompt(batch=3, tokens=30, padding=PADDING) | changes
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=8)
+    return model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=8)
 
 
 @pytest.mark.parametrize("mode", [{}, {"prefill_chunk_size": 7}], ids=str)
@@ -255,7 +256,7 @@ def test_from_text_to_tokens_that_stay():
     out = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        past_key_values=cache,
+        **cache_kwarg(cache),
         max_new_tokens=40,
     )
     for row, heads in enumerate(now_held(cache, 1)):
@@ -268,7 +269,7 @@ def test_branches_evict_fairly_and_keep_their_prompt():
     held = {}
     for fair in (None, Fair(1.0, window=8)):
         cache = make_cache(BRANCHED, model, fair=fair)
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=60)
+        model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=60)
         held[fair] = cache.held_positions(0)[0]
         for head in held[fair]:
             assert head[:21] == list(range(21)), "the shared prompt"

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from tests.contract.test_attention import fake_flash, sliding_first  # noqa: F401
 from tests.contract.test_lifecycle import new_cache, start, tensors_reachable_from, tokens
@@ -64,9 +65,9 @@ def test_forward_with_gradients_enabled_keeps_no_graph(budget):
     model, inputs = build("llama"), prompt()
     cache = new_cache(model, budget=budget)
     with torch.enable_grad():
-        logits = model(**inputs, past_key_values=cache).logits
+        logits = model(**inputs, **cache_kwarg(cache)).logits
         for _ in range(30):
-            logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
+            logits = model(logits[:, -1:].argmax(-1), **cache_kwarg(cache)).logits
     for layer in cache.layers:
         assert not any(field.requires_grad for field in layer.pool.fields.values())
     copy.deepcopy(cache)
@@ -77,9 +78,9 @@ def test_cache_filled_in_inference_mode_serves_outside_of_it(budget):
     model, inputs = build("llama"), prompt()
     cache = new_cache(model, budget=budget)
     with torch.inference_mode():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_kwarg(cache))
     with torch.no_grad():
-        model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(2, 1, dtype=torch.long), **cache_kwarg(cache))
 
 
 @pytest.mark.parametrize("scorer", [RKV, Random, H2O])
@@ -123,10 +124,10 @@ def test_generation_interrupted_between_two_layers(budget):
     hook = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
     token = torch.ones(2, 1, dtype=torch.long)
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
-        model(token, past_key_values=cache)
+        model(token, **cache_kwarg(cache))
     hook.remove()
     with pytest.raises(ValueError, match=r"reset\(\)"), torch.no_grad():
-        model(token, past_key_values=cache)
+        model(token, **cache_kwarg(cache))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])

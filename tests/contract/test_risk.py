@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import RKV, Random
 from tests.caches import BRANCHED, CLASSES, exact_cache, make_cache
@@ -77,7 +78,7 @@ def test_measuring_changes_nothing_and_rows_are_independent(kind):
 
     def run(ids, mask, **changes):
         cache = make_cache(kind, model, **changes)
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=50)
+        out = model.generate(ids, attention_mask=mask, **cache_kwarg(cache), max_new_tokens=50)
         return out[:, ids.shape[1] :], [layer.risk for layer in cache.layers]
 
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -112,7 +113,7 @@ def test_assisted_decoding_measures_what_plain_decoding_does():
 
     def run(**more):
         cache = make_cache("reason_alloc", model, measure_risk=True, prompt_length=21)
-        model.generate(**inputs, **more, past_key_values=cache, max_new_tokens=60)
+        model.generate(**inputs, **more, **cache_kwarg(cache), max_new_tokens=60)
         return cache.layers[1].risk
 
     plain, assisted = run(), run(assistant_model=build("llama"))
@@ -151,7 +152,7 @@ def test_a_guard_of_windows_keeps_its_share_and_the_bound():
     errors = {}
     for limit in (None, 0.1):
         cache = make_cache("sliding_window", model, **settings, measure_risk=True, max_risk=limit)
-        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
+        out = model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=100)
         errors[limit] = float(cache.report().errors.mean())
         for layer in range(LAYERS):
             phase = layer * 16 // LAYERS
@@ -181,7 +182,7 @@ def test_a_guard_never_evicts_what_is_protected():
             protect=[(2, 9)],
             max_risk=Guard(0.1, action),
         )
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=60)
+        model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=60)
         assert bool((cache.keep_rates([(2, 9)]) == 1).all())
 
 
@@ -192,7 +193,7 @@ def test_report_shows_the_risk_and_says_what_it_is_not():
     model = build("llama")
     cache = make_cache("reason_alloc", model, measure_risk=True)
     assert "no eviction was measured yet" in str(cache.report())
-    model.generate(**prompt(), past_key_values=cache, max_new_tokens=60)
+    model.generate(**prompt(), **cache_kwarg(cache), max_new_tokens=60)
     report = cache.report()
     text = str(report)
     assert "not the quality of the answer" in text
@@ -213,12 +214,12 @@ def test_report_warns_when_a_budget_never_evicted(kind):
     large = {"reason_alloc": {"budget": 400}, "sliding_window": {"window": 128}}
     cache = make_cache(kind, model, **large[kind])
     assert not cache.report().nothing_evicted, "nothing was seen yet"
-    model.generate(**prompt(), past_key_values=cache, max_new_tokens=20)
+    model.generate(**prompt(), **cache_kwarg(cache), max_new_tokens=20)
     assert cache.report().nothing_evicted
     assert "WARNING: nothing was evicted" in str(cache.report())
     assert max(map(len, str(cache.report()).splitlines())) <= 80
     for other in (make_cache(kind, model), exact_cache(kind, model)):
-        model.generate(**prompt(), past_key_values=other, max_new_tokens=40)
+        model.generate(**prompt(), **cache_kwarg(other), max_new_tokens=40)
         assert not other.report().nothing_evicted
 
 

@@ -14,6 +14,7 @@ from hf_reasoncache import (
 from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Fair
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import H2O, Random
 
@@ -61,7 +62,7 @@ def generate(make, rows=2, **arguments):
         cache = make(model)
         set_seed(0)
         settings = dict(do_sample=False, max_new_tokens=44) | arguments
-        out = model.generate(**inputs(rows), past_key_values=cache, **settings)
+        out = model.generate(**inputs(rows), **cache_kwarg(cache), **settings)
         return out, cache
 
     return run
@@ -83,7 +84,7 @@ def chunked(make):
                 input_ids=tokens,
                 attention_mask=mask[:, :seen],
                 position_ids=place,
-                past_key_values=cache,
+                **cache_kwarg(cache),
                 use_cache=True,
             )
             found.append(out.logits[:, -1:].argmax(-1))

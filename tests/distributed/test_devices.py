@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from examples.benchmarks.moves import Moves
 from hf_reasoncache.attention import LogicalMask
+from hf_reasoncache.releases import cache_kwarg
 from tests.caches import KINDS, exact_cache, make_cache
 from tests.models import build, prompt
 
@@ -47,7 +48,7 @@ WAYS = [offload_to_cpu, offload_to_disk, device_map]
 
 def generate(model, cache, **arguments):
     settings = dict(do_sample=False, max_new_tokens=24) | arguments
-    return model.generate(**prompt(), past_key_values=cache, **settings)
+    return model.generate(**prompt(), **cache_kwarg(cache), **settings)
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: way.__name__)
@@ -87,7 +88,7 @@ def steps(model, cache, given, count):
                 input_ids=tokens,
                 attention_mask=mask[:, :seen],
                 position_ids=places[:, seen - tokens.shape[1] : seen],
-                past_key_values=cache,
+                **cache_kwarg(cache),
                 use_cache=True,
             )
         yield out.logits[:, -1]

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from examples.benchmarks.moves import Moves
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.releases import cache_kwarg
 from tests.caches import KINDS, exact_cache, make_cache
 from tests.models import build, prompt
 
@@ -32,7 +33,7 @@ def here():
 def generate(model, cache, tokens=60):
     inputs = {name: tensor.cuda() for name, tensor in prompt().items()}
     return model.generate(
-        **inputs, past_key_values=cache, do_sample=False, max_new_tokens=tokens
+        **inputs, **cache_kwarg(cache), do_sample=False, max_new_tokens=tokens
     ).cpu()
 
 
@@ -64,7 +65,7 @@ def test_a_step_crosses_as_often_as_without_us(kind, spread):
         mask = torch.ones(2, cache.get_seq_length() + 1, dtype=torch.long, device="cuda:0")
         mask[1, :7] = 0
         with Moves() as moves, torch.no_grad():
-            spread(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            spread(input_ids=ids, attention_mask=mask, **cache_kwarg(cache), use_cache=True)
         found.append(crossings(moves))
     ours, theirs = found
     assert sum(ours.values()) > 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_reasoncache import ReasonAllocCache, decode_graphs
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
 from tests.models import build, prompt
 from triton_ops.backend import use_backend
@@ -14,7 +15,7 @@ SETTINGS = dict(budget=40, buffer=8, window=4)
 def generate(model, cache, **arguments):
     inputs = {key: value.cuda() for key, value in prompt().items()}
     settings = dict(do_sample=False, max_new_tokens=200) | arguments
-    return model.generate(**inputs, **settings, past_key_values=cache)
+    return model.generate(**inputs, **settings, **cache_kwarg(cache))
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +44,15 @@ def test_a_step_waits_for_nothing(model):
     cache = ReasonAllocCache(model.config, **SETTINGS)
     ids = prompt()["input_ids"].cuda()
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **cache_kwarg(cache), use_cache=True)
         token, place = ids[:, -1:], torch.full((2, 1), 21, device="cuda")
         for _ in range(3):
-            model(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True)
+            model(input_ids=token, position_ids=place, **cache_kwarg(cache), use_cache=True)
         for layer in cache.layers:
             layer.prepare()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            model(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True)
+            model(input_ids=token, position_ids=place, **cache_kwarg(cache), use_cache=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -64,12 +65,10 @@ def test_memory_is_bounded_over_20000_steps():
     cache = ReasonAllocCache(model.config, **SETTINGS)
     ids = prompt(batch=1, padding=())["input_ids"].cuda()
     with torch.no_grad(), decode_graphs(model, cache) as graphs:
-        token = (
-            model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        )
+        token = model(input_ids=ids, **cache_kwarg(cache), use_cache=True).logits[:, -1:].argmax(-1)
         used = []
         for step in range(20_000):
-            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            out = model(input_ids=token, **cache_kwarg(cache), use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
             if step % 1000 == 999:
                 torch.cuda.synchronize()

@@ -21,6 +21,7 @@ from examples.benchmarks.prefill_memory import Allocations
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.planning import ModelSize, row_bytes
 from hf_reasoncache.planning.model import _routing
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import BUILDERS, build
 
 
@@ -122,7 +123,7 @@ def test_memory_while_a_prompt_is_read(kind: str, compressed: bool) -> None:
     row = row_bytes(cache, config, prompt=512, generated=0, dtype=torch.bfloat16)
     ids = torch.randint(3, 500, (2, 512))
     with torch.no_grad(), Allocations() as mode:
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, **cache_kwarg(cache), use_cache=True, logits_to_keep=1)
     planned = 2 * row.prompt + size.activation_bytes(2 * 512, 2)
     assert planned == pytest.approx(mode.peak, rel=0.1)
 

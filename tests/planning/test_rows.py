@@ -17,6 +17,7 @@ from hf_reasoncache import (
 )
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.planning import RowBytes, row_bytes
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.report import storage_bytes
 from hf_reasoncache.scorers import H2O, RKV, KeyNorm, StreamingLLM
 from tests.models import VOCABULARY, build
@@ -35,12 +36,12 @@ def run(model, cache, prompt: int, generated: int, rows: int = 1, branches: int 
     """Read a prompt in every row and feed random tokens."""
     model.set_attn_implementation("eager" if isinstance(cache, DynamicCache) else "reasoncache")
     ids = torch.randint(3, VOCABULARY, (rows, prompt))
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, **cache_kwarg(cache), use_cache=True)
     if branches > 1:
         cache.batch_repeat_interleave(branches)
     for _ in range(generated):
         ids = torch.randint(3, VOCABULARY, (rows * branches, 1))
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **cache_kwarg(cache), use_cache=True)
 
 
 def make(kind: str, name: str, **changes):
@@ -101,7 +102,7 @@ def test_no_step_holds_more_than_the_most(case: str, prompt: int) -> None:
     seen = [held(cache)]
     for _ in range(70):
         ids = torch.randint(3, VOCABULARY, (1, 1))
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **cache_kwarg(cache), use_cache=True)
         seen.append(held(cache))
     assert max(seen[1:]) <= most.peak and max(seen) <= most.most()
     assert most.peak == pytest.approx(max(seen[1:]), rel=0.02)

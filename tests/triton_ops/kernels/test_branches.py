@@ -6,6 +6,7 @@ import torch
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.graphs import CudaRecorder, decode_graphs
 from hf_reasoncache.layers import branched
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import prompt
 from tests.triton_ops.kernels.tape import TapeRecorder
 from tests.triton_ops.kernels.test_generate import small_llama
@@ -30,7 +31,7 @@ def test_tokens_equal_those_of_pytorch(prompts, suffix, device):
     for backend in ("triton", "torch"):
         with use_backend(backend):
             cache = SharedBranchCache(model.config, suffix=suffix)
-            tokens = model.generate(**branches(device, prompts), past_key_values=cache)
+            tokens = model.generate(**branches(device, prompts), **cache_kwarg(cache))
             found.append((tokens, cache.report()))
     (tokens, report), (expected, wanted) = found
     assert "triton" in report.backend and wanted.backend == "torch"
@@ -47,12 +48,12 @@ def test_forked_rows_equal_those_of_pytorch(device):
     for backend in ("triton", "torch"):
         with use_backend(backend), torch.no_grad():
             cache = SharedBranchCache(model.config)
-            model(ids[:1], past_key_values=cache)
+            model(ids[:1], **cache_kwarg(cache))
             cache.fork(0)
-            model(ids[:, :1], past_key_values=cache)
-            model(ids[:, 1:2], past_key_values=cache)
+            model(ids[:, :1], **cache_kwarg(cache))
+            model(ids[:, 1:2], **cache_kwarg(cache))
             cache.fork(1)
-            found.append(model(ids[[0, 1, 0], 2:4], past_key_values=cache).logits)
+            found.append(model(ids[[0, 1, 0], 2:4], **cache_kwarg(cache)).logits)
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
@@ -61,9 +62,9 @@ def test_graphs_of_branches_give_the_same_tokens(device, monkeypatch):
     model = small_llama(query_heads=2).to(device)
     arguments = branches(device, 1)
     plain, cache = (SharedBranchCache(model.config) for _ in range(2))
-    expected = model.generate(**arguments, past_key_values=plain)
+    expected = model.generate(**arguments, **cache_kwarg(plain))
     recorder = TapeRecorder(lambda: host_tensors(cache)) if interpreting() else CudaRecorder()
     with decode_graphs(model, cache, recorder=recorder) as graphs:
-        assert torch.equal(model.generate(**arguments, past_key_values=cache), expected)
+        assert torch.equal(model.generate(**arguments, **cache_kwarg(cache)), expected)
     assert graphs.replayed > 0
     assert cache.held_positions(0) == plain.held_positions(0)

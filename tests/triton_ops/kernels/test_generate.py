@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
 from tests.models import SHAPE, build, prompt
 from triton_ops.backend import interpreting, use_backend
@@ -12,7 +13,7 @@ from triton_ops.backend import interpreting, use_backend
 
 def generate(model, cache, inputs, **arguments):
     arguments = {"max_new_tokens": 9} | arguments
-    return model.generate(**inputs, **arguments, past_key_values=cache, do_sample=False)
+    return model.generate(**inputs, **arguments, **cache_kwarg(cache), do_sample=False)
 
 
 def small_llama(query_heads=4):

@@ -6,6 +6,7 @@ import torch
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.graphs import CudaRecorder, decode_graphs
 from hf_reasoncache.layers import pooled
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
 from tests.models import prompt
 from tests.triton_ops.kernels.tape import NotReplayableError, Tape, TapeRecorder
@@ -38,10 +39,10 @@ def test_tokens_and_contents_are_those_without_graphs(name, device, monkeypatch)
     inputs = {k: v.to(device) for k, v in prompt(tokens=9, padding=(0, 3)).items()}
     plain, cache = (kind(model.config, **settings) for _ in range(2))
     arguments = inputs | {"max_new_tokens": steps + 1, "do_sample": False}
-    expected = model.generate(**arguments, past_key_values=plain)
+    expected = model.generate(**arguments, **cache_kwarg(plain))
     recorder = TapeRecorder(lambda: host_tensors(cache)) if interpreting() else CudaRecorder()
     with decode_graphs(model, cache, recorder=recorder) as graphs:
-        assert torch.equal(model.generate(**arguments, past_key_values=cache), expected)
+        assert torch.equal(model.generate(**arguments, **cache_kwarg(cache)), expected)
     assert (graphs.recorded, graphs.eager) == counts, "evictions in place keep the graph"
     assert graphs.replayed == steps - sum(counts)
     assert name == "everything" or cache.report().evictions >= 6
@@ -60,14 +61,14 @@ def test_graphs_may_begin_where_no_query_is_kept_yet(device):
     plain, cache = (ReasonAllocCache(model.config, **settings) for _ in range(2))
     arguments = {"do_sample": False, "min_new_tokens": 3}
     for each in (plain, cache):
-        first = model.generate(**inputs, **arguments, past_key_values=each, max_new_tokens=6)
+        first = model.generate(**inputs, **arguments, **cache_kwarg(each), max_new_tokens=6)
     assert cache.layers[0]._log.last() is None
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
     arguments |= {"input_ids": first, "attention_mask": mask, "max_new_tokens": 9}
-    expected = model.generate(**arguments, past_key_values=plain)
+    expected = model.generate(**arguments, **cache_kwarg(plain))
     recorder = TapeRecorder(lambda: host_tensors(cache)) if interpreting() else CudaRecorder()
     with decode_graphs(model, cache, recorder=recorder) as graphs:
-        assert torch.equal(model.generate(**arguments, past_key_values=cache), expected)
+        assert torch.equal(model.generate(**arguments, **cache_kwarg(cache)), expected)
     assert graphs.replayed and cache.report().evictions >= 2
     for layer in range(2):
         assert cache.held_positions(layer) == plain.held_positions(layer)
