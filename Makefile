@@ -7,23 +7,32 @@ STAMP  := $(VENV)/.installed
 # Two workers on two cores: more threads than that only take turns.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# The lower end of the transformers range, read from pyproject.toml, in a folder laid over .venv; with it what
-# that release accepts only in versions older than constraints.txt has, and what those need in turn.
+# The lower end of the transformers range, read from pyproject.toml; with it what that release accepts only in
+# versions older than constraints.txt has, and what those need in turn.
 LOWEST := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-OVERLAY := .venv-lowest
-OVERLAY_STAMP := $(OVERLAY)/.installed
-WITH_OVERLAY := PYTHONPATH=$(CURDIR)/$(OVERLAY)
-OVERLAY_PACKAGES := transformers==$(LOWEST) tokenizers==0.22.2 huggingface_hub==1.33.0 \
+LOWEST_PACKAGES := transformers==$(LOWEST) tokenizers==0.22.2 huggingface_hub==1.33.0 \
 	httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18
 
+# The newest release that the package index has, asked anew at every run; with it what it needs in versions newer
+# than .venv has.
+RESOLVED := $(VENV)/newest.json
+NEWEST_PACKAGES = $(BIN)/python -c 'import json; \
+	print(*("{name}=={version}".format(**each["metadata"]) for each in json.load(open("$(RESOLVED)"))["install"]))'
+TEST_NEWEST = packages="$$($(NEWEST_PACKAGES))" && \
+	$(MAKE) --no-print-directory overlay-tests OVERLAY=.venv-newest PACKAGES="$$packages"
+
+WITH_OVERLAY = PYTHONPATH=$(CURDIR)/$(OVERLAY)
+EXPECTED = $(patsubst transformers==%,%,$(filter transformers==%,$(PACKAGES)))
+
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-lowest lint format docs clean
+.PHONY: help venv demo test test-lowest test-newest overlay-tests lint format docs clean
 
 help:
 	@echo 'make venv         create $(VENV) with the package, its tests and tools, versions from constraints.txt'
 	@echo 'make demo         run the main job on the shipped model'
 	@echo 'make test         run all tests, the kernels in the interpreter, then test-lowest'
 	@echo 'make test-lowest  run the contract tests with transformers $(LOWEST), the oldest that is supported'
+	@echo 'make test-newest  run the contract, branching and graph tests with the newest transformers of the index'
 	@echo 'make lint         check format, style and types'
 	@echo 'make format       format the code and sort its imports'
 	@echo 'make docs         build the documentation into site/'
@@ -52,15 +61,27 @@ test: $(STAMP)
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton_ops/kernels
 	@$(MAKE) --no-print-directory test-lowest
 
-$(OVERLAY_STAMP): $(STAMP) Makefile
-	rm -rf $(OVERLAY)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(OVERLAY) $(OVERLAY_PACKAGES)
-	@touch $@
+test-lowest: $(STAMP)
+	@$(MAKE) --no-print-directory overlay-tests OVERLAY=.venv-lowest PACKAGES='$(LOWEST_PACKAGES)' TESTS=tests/contract
 
+# No part of `make test`: what others release must not turn it red.
+test-newest: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --dry-run --upgrade --report $(RESOLVED) transformers
+	@$(TEST_NEWEST) TESTS='tests/contract tests/branching tests/test_graphs.py'
+	@TRITON_INTERPRET=1 $(TEST_NEWEST) TESTS=tests/triton_ops/kernels/test_graphs.py
+
+# TESTS with the PACKAGES in a folder OVERLAY laid over .venv, which is made anew where they or .venv have changed.
 # The version is asked of the module that the tests will import, not of the installer.
-test-lowest: $(OVERLAY_STAMP)
-	@$(WITH_OVERLAY) $(BIN)/python -c 'import sys, transformers as t; print("contract tests with transformers", t.__version__); sys.exit(t.__version__ != "$(LOWEST)" and "error: expected transformers $(LOWEST), got " + t.__file__)'
-	$(WITH_OVERLAY) $(PYTEST) tests/contract
+overlay-tests:
+	@case ' $(PACKAGES)' in *' torch=='*) \
+		echo 'error: expected packages for the torch of $(VENV), got $(PACKAGES)' >&2; exit 1;; esac
+	@stamp=$(OVERLAY)/.installed; \
+	[ $$stamp -nt $(STAMP) ] && [ "$$(cat $$stamp)" = '$(PACKAGES)' ] || { \
+		rm -rf $(OVERLAY) && mkdir $(OVERLAY) && \
+		{ [ -z '$(PACKAGES)' ] || $(BIN)/python -m pip install --quiet --no-deps --target $(OVERLAY) $(PACKAGES); } && \
+		echo '$(PACKAGES)' >$$stamp; }
+	@$(WITH_OVERLAY) $(BIN)/python -c 'import sys, transformers as t; print("$(TESTS) with transformers", t.__version__); sys.exit("$(EXPECTED)" not in ("", t.__version__) and "error: expected transformers $(EXPECTED), got " + t.__file__)'
+	$(WITH_OVERLAY) $(PYTEST) $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -77,5 +98,5 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OVERLAY) build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
