@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes
 from hf_reasoncache.scorers import H2O, RKV, Random
 from tests.caches import KINDS, exact_cache, make_cache
@@ -64,7 +65,7 @@ def conversation(model, cache, side, mode, assistant=None):
     if assistant is not None:
         first["assistant_model"] = assistant
     torch.manual_seed(5)
-    common = {"do_sample": False, "past_key_values": cache, "use_cache": True}
+    common = {"do_sample": False, **cache_kwarg(cache), "use_cache": True}
     ids = model.generate(**inputs, **common | first, max_new_tokens=14)
     mask = inputs["attention_mask"].repeat_interleave(len(ids) // len(inputs["input_ids"]), 0)
     for seed in (11, 12):
@@ -101,7 +102,7 @@ def steps_of(model, cache, forwards):
     for ids, mask, positions in forwards:
         with torch.no_grad():
             out = model(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+                ids, attention_mask=mask, position_ids=positions, **cache_kwarg(cache)
             ).logits
         found.append(out)
     return torch.cat(found, 1)
@@ -334,9 +335,9 @@ def test_a_step_whose_mask_hides_nothing_new_moves_nothing(monkeypatch):
     monkeypatch.setattr(PooledLayer, "hide", lambda self, hidden: calls.append(hidden))
     for kind in KINDS:
         cache = exact_cache(kind, model)
-        ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        ids = model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=9, do_sample=False)
         mask = pad(inputs["attention_mask"], (0, ids.shape[1] - 21), value=1)
-        model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9)
+        model.generate(input_ids=ids, attention_mask=mask, **cache_kwarg(cache), max_new_tokens=9)
     assert not calls
 
 
@@ -360,9 +361,9 @@ def test_assisted_decoding_over_a_used_cache_is_noticed(kind):
     for row in (0, 1):  # without padding, and with a mask of the text as it is
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
         cache = exact_cache(kind, model)
-        ids = model.generate(**alone, past_key_values=cache, **common)
+        ids = model.generate(**alone, **cache_kwarg(cache), **common)
         mask = pad(alone["attention_mask"], (0, 5), value=1)
-        arguments = dict(input_ids=ids, attention_mask=mask, past_key_values=cache, **common)
+        arguments = dict(input_ids=ids, attention_mask=mask, **cache_kwarg(cache), **common)
         if row == 0:
             with pytest.warns(UserWarning, match="continue the 25 .* seen, got .* reset"):
                 model.generate(**arguments, prompt_lookup_num_tokens=3)
@@ -374,9 +375,9 @@ def test_assisted_decoding_over_a_used_cache_is_noticed(kind):
 def test_another_prompt_is_noticed_where_it_shows():
     """A shorter one has a shorter mask; a longer one reads like the next turn of a conversation."""
     model, cache = build("llama"), ReasonAllocCache(build("llama").config, budget=None)
-    model.generate(**prompt(), past_key_values=cache, max_new_tokens=5)
+    model.generate(**prompt(), **cache_kwarg(cache), max_new_tokens=5)
     with pytest.raises(ValueError, match=r"attention_mask: expected .* reset"):
-        model.generate(**prompt(tokens=12, padding=(0, 2)), past_key_values=cache, max_new_tokens=5)
+        model.generate(**prompt(tokens=12, padding=(0, 2)), **cache_kwarg(cache), max_new_tokens=5)
     seen = cache.get_seq_length()
     new, mask = some_tokens(2, 4), torch.ones(2, seen + 4, dtype=torch.long)
     with pytest.warns(UserWarning, match="continue the .* begin at 0 again"):

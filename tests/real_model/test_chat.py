@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from hf_reasoncache.releases import cache_kwarg
 from tests.caches import KINDS, exact_cache
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -25,7 +26,7 @@ def chat(model, tokenizer, cache):
         ids = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **cache_kwarg(cache),
             max_new_tokens=24,
             do_sample=False,
         )

@@ -33,6 +33,7 @@ from hf_reasoncache import (
     SlidingWindowCompressCache,
     decode_graphs,
 )
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O
 from tests.models import SHAPE, VOCABULARY
 from tests.support.fake_device import DEVICE, Counts, Event, FakeDevice, fake_device
@@ -188,18 +189,18 @@ def events_of(case: Case) -> list[Event]:
         *early, warming, counted = _inputs(case)
         with use_backend("torch"):
             for inputs in early:
-                model(**inputs, past_key_values=cache, use_cache=True)
+                model(**inputs, **cache_kwarg(cache), use_cache=True)
         with use_backend("triton"):
             if case.captured:
                 recorder = _Recorder(device)
                 with decode_graphs(model, cache, recorder=recorder):
                     for inputs in (warming, counted):
-                        model(**inputs, past_key_values=cache, use_cache=True)
+                        model(**inputs, **cache_kwarg(cache), use_cache=True)
                 return recorder.events
-            model(**warming, past_key_values=cache, use_cache=True)
+            model(**warming, **cache_kwarg(cache), use_cache=True)
             before = _states(cache)
             with device.counting() as events:
-                model(**counted, past_key_values=cache, use_cache=True)
+                model(**counted, **cache_kwarg(cache), use_cache=True)
     found = [
         (now - then, layout is not old)
         for (now, layout), (then, old) in zip(_states(cache), before, strict=True)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache, SlidingWindowCompressCache
+from hf_reasoncache.releases import cache_kwarg
 from tests.models import build, prompt
 from tests.support.fake_device import DEVICE, Counts, DeviceTensor, MixedDevicesError, fake_device
 
@@ -197,11 +198,11 @@ def test_a_generation_is_that_of_the_cpu(make, device):
     model, inputs = build("llama"), prompt()
     arguments = {"max_new_tokens": 7, "do_sample": False}
     plain = make(model.config)
-    expected = model.generate(**inputs, **arguments, past_key_values=plain)
+    expected = model.generate(**inputs, **arguments, **cache_kwarg(plain))
     cache = make(model.to(DEVICE).config)
     inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
     with device.counting() as events:
-        tokens = model.generate(**inputs, **arguments, past_key_values=cache)
+        tokens = model.generate(**inputs, **arguments, **cache_kwarg(cache))
     assert torch.equal(tokens.cpu(), expected)
     assert str(cache.report()) == str(plain.report())
     assert Counts.of(events).operations > 500

@@ -83,13 +83,13 @@ def test_a_mask_that_hides_is_honoured_between_replays(device):
     def run(cache, forward):
         mask, found = inputs["attention_mask"], []
         with torch.no_grad():
-            forward(**inputs, past_key_values=cache, use_cache=True)
+            forward(**inputs, **cache_kwarg(cache), use_cache=True)
             for step in range(9):
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 mask[1, list(hidden.get(step, ()))] = 0
                 ids = torch.full((2, 1), 5 + step, device=device)
                 at = torch.full_like(ids, seen + step)
-                settings = dict(attention_mask=mask, position_ids=at, past_key_values=cache)
+                settings = dict(attention_mask=mask, position_ids=at, **cache_kwarg(cache))
                 found.append(forward(input_ids=ids, use_cache=True, **settings).logits)
         return torch.cat(found, 1)
 
