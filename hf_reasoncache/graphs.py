@@ -31,13 +31,36 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs."""
+    """Records CUDA graphs, one after another in the same memory.
+
+    Parameters
+    ----------
+    device : device, optional
+        Where the steps run; by default the current device when the first one is recorded.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._last: torch.cuda.CUDAGraph | None = None
 
     def record(self, step: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        """See `Recorder.record`."""
+        """See `Recorder.record`; what an earlier graph returned must no longer be needed."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = step()
+        # The earlier graph lives until this one shares its pool: a pool without graphs is gone.
+        pool = None if self._last is None else self._last.pool()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        # `torch.cuda.graph` would give the allocator's cache back at each recording, forbid other
+        # threads to allocate, and leave its stream current when a recording fails.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                result = step()
+            finally:
+                graph.capture_end()
+        self._last = graph
         # Recording launches nothing.
         graph.replay()
         return result, graph.replay
@@ -221,7 +244,7 @@ def decode_graphs(
             "on the host; choose 'auto' or 'triton' and float32, float16 or bfloat16."
         )
     own, forward = model.__dict__.get("forward"), model.forward
-    graphs = DecodeGraphs(forward, cache, CudaRecorder() if recorder is None else recorder)
+    graphs = DecodeGraphs(forward, cache, recorder or CudaRecorder(parameters[0].device))
 
     @functools.wraps(forward)
     def replaced(*args: Any, **kwargs: Any) -> Any:

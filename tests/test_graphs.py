@@ -2,12 +2,13 @@
 kernels."""
 
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from hf_reasoncache import ReasonAllocCache, decode_graphs
-from hf_reasoncache.graphs import DecodeGraphs, _remember, _same
+from hf_reasoncache.graphs import CudaRecorder, DecodeGraphs, _remember, _same
 from hf_reasoncache.releases import cache_kwarg
 from tests.models import build, prompt
 from triton_ops.backend import use_backend
@@ -89,3 +90,84 @@ def test_what_is_remembered_is_not_kept_alive():
     watch = weakref.ref(tensor)
     del tensor
     assert watch() is None and not _same(remembered, [None, ("use_cache", True)][:1])
+
+
+class FakeCuda:
+    """`torch.cuda` as far as a recorder sees it; `log` is what was asked of it."""
+
+    def __init__(self):
+        self.log, self.current, self.fails = [], "main", False
+
+    def graph(self):
+        return FakeGraph(self)
+
+    def stream(self, name):
+        @contextmanager
+        def entered():
+            before, self.current = self.current, name
+            try:
+                yield
+            finally:
+                self.current = before
+
+        return entered()
+
+
+class FakeGraph:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def pool(self):
+        return ("pool of", id(self))
+
+    def capture_begin(self, pool, capture_error_mode):
+        self.cuda.log.append((self.cuda.current.name, pool, capture_error_mode))
+
+    def capture_end(self):
+        if self.cuda.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self):
+        self.cuda.log.append(("replay", self.cuda.current))
+
+
+class FakeStream:
+    def __init__(self, device):
+        self.name = f"side of {device}"
+
+    def wait_stream(self, stream):
+        assert stream == "main"
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.graph)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", fake.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: fake.current)
+    # `torch.cuda.graph` would ask for it.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: fake.log.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: fake.log.append("synchronize"))
+    return fake
+
+
+def test_recordings_share_one_pool_and_leave_the_allocator_alone(cuda):
+    recorder = CudaRecorder(torch.device("cuda", 1))
+    assert recorder.record(lambda: 1)[0] == 1
+    pool = recorder._last.pool()
+    assert recorder.record(lambda: 2)[0] == 2
+    begun = [entry for entry in cuda.log if entry[0] != "replay"]
+    assert begun == [
+        ("side of cuda:1", None, "thread_local"),
+        ("side of cuda:1", pool, "thread_local"),
+    ]
+    assert cuda.log[1::2] == [("replay", "main")] * 2
+
+
+def test_a_failed_recording_leaves_the_stream_as_it_was(cuda):
+    cuda.fails = True
+    recorder = CudaRecorder()
+    with pytest.raises(RuntimeError, match="during capture"):
+        recorder.record(lambda: 1)
+    assert cuda.current == "main" and recorder._last is None
