@@ -11,7 +11,10 @@ from importlib.metadata import version
 
 import torch
 
+from hf_reasoncache.graphs import CudaRecorder
 from triton_ops.backend import interpreting
+
+Call = Callable[[], object]
 
 COPY_BYTES = 1 << 30
 
@@ -83,26 +86,28 @@ class Gpu:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         return max(1, min(64, -(-3 * cache // max(size, 1))))
 
-    def seconds(self, calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
+    def seconds(self, calls: Sequence[Call], *, graph: bool = True, repeats: int = 20) -> float:
         """Median time of one call; the calls do the same on different memory.
 
-        They are launched as one CUDA graph, so that the host's launches do not count.
+        They are launched as one CUDA graph, so that the host's launches do not count. Calls that
+        read from the device cannot be; without a graph their launches count.
         """
         if not self.real:
             start = self.clock()
             calls[0]()
             return self.clock() - start
-        for call in calls:
-            call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def step() -> None:
             for call in calls:
                 call()
+
+        step()
+        launch = CudaRecorder().record(step)[1] if graph else step
         times = []
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            graph.replay()
+            launch()
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end) / 1e3 / len(calls))

@@ -4,8 +4,9 @@
     TRITON_INTERPRET=1 python -m examples.benchmarks.gpu_kernels --interpret
 
 Shapes are those of Llama 8B (8 KV heads of size 128, 4 query heads each). Calls take turns on
-buffers that together exceed the GPU's L2 cache, and are launched as one CUDA graph. The second form
-needs no GPU: it runs everything once at toy size, and its times mean nothing.
+buffers that together exceed the GPU's L2 cache, and are launched as one CUDA graph, but for those
+marked "eager", which read from the device. The second form needs no GPU: it runs everything once at
+toy size, and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from examples.benchmarks.gpu import Gpu
+from examples.benchmarks.gpu import Call, Gpu
 from examples.benchmarks.machine import Machine
 from examples.benchmarks.results import write_csv
 from triton_ops.backend import use_backend
@@ -31,7 +32,27 @@ from triton_ops.prefix_attention import prefix_attention
 from triton_ops.redundancy import redundancy
 from triton_ops.window_scores import window_scores
 
-Call = Callable[[], object]
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to do what a case asks for.
+
+    Attributes
+    ----------
+    call : Callable or None
+        None if it is not here, for which `note` is the reason.
+    note : str
+    graph : bool
+        False for a call that reads from the device, which no graph can hold: the host's launches
+        are in its time.
+    """
+
+    call: Call | None
+    note: str = ""
+    graph: bool = True
+
+
+Made = dict[str, Implementation]
 
 
 @dataclass(frozen=True)
@@ -102,16 +123,16 @@ class Row:
     note: str = ""
 
     def __str__(self) -> str:
-        measured = f"{self.note:>19}"
+        measured = " not run:"
         if self.us is not None and self.share is not None:
-            measured = f"{self.us:10.1f}{100 * self.share:8.1f}%"
+            measured = f"{self.us:9.1f}{100 * self.share:7.1f}%"
         return (
-            f"{self.op:17}{self.case:13}{self.implementation:11}{self.megabytes:7.1f}"
-            f"{self.floor_us:8.1f}{measured} {self.goal}".rstrip()
+            f"{self.op:17}{self.case:14}{self.implementation:11}{self.megabytes:6.1f}"
+            f"{self.floor_us:7.1f}{measured} {self.goal or self.note}".rstrip()
         )
 
 
-HEADER = f"{'':41}{'MB':>7}{'floor':>8}{'us':>10}{'share':>9} goal"
+HEADER = f"{'':42}{'MB':>6}{'floor':>7}{'us':>9}{'share':>8} goal"
 
 
 @dataclass(frozen=True)
@@ -124,15 +145,14 @@ class Case:
     size : int
         Bytes that must be read and written.
     make : Callable
-        Makes buffers and returns implementations by name; an error's text instead of one that is
-        not here.
+        Makes buffers and returns implementations by name.
     goal : str
     """
 
     op: str
     name: str
     size: int
-    make: Callable[[], dict[str, Call | str]]
+    make: Callable[[], Made]
     goal: str = ""
 
 
@@ -177,10 +197,10 @@ class Cases:
         plan = self.plan
         return self._random(rows, plan.kv_heads, plan.group, 1, plan.head_size)
 
-    def _decode(self, tokens: int, rows: int = 1) -> Callable[[], dict[str, Call | str]]:
+    def _decode(self, tokens: int, rows: int = 1) -> Callable[[], Made]:
         plan, scaling = self.plan, self.plan.head_size**-0.5
 
-        def make() -> dict[str, Call | str]:
+        def make() -> Made:
             query, (keys, values, positions, layout) = self._query(rows), self._pool(rows, tokens)
             length = layout.capacity.to(self.device)
             shape = (rows, plan.kv_heads, tokens, plan.head_size)
@@ -199,28 +219,42 @@ class Cases:
                     scaling=scaling,
                 )
 
+            def sdpa() -> object:
+                return F.scaled_dot_product_attention(*dense, enable_gqa=True)
+
             def flash() -> object:
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                    return F.scaled_dot_product_attention(*dense, enable_gqa=True)
+                    return sdpa()
 
             return {
-                "ours": ours,
-                "sdpa": lambda: F.scaled_dot_product_attention(*dense, enable_gqa=True),
-                "sdpa flash": flash if self.device.type == "cuda" else "needs a GPU",
+                "ours": Implementation(ours),
+                "sdpa": Implementation(sdpa),
+                "sdpa flash": self._flash(flash),
                 "flashinfer": self._flashinfer(*dense),
             }
 
         return make
 
-    def _flashinfer(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+    def _flash(self, call: Call) -> Implementation:
+        if self.plan.dtype == torch.float32:
+            return Implementation(None, "bf16, fp16 only")
+        if self.device.type != "cuda":
+            return Implementation(None, "needs a GPU")
+        return Implementation(call)
+
+    def _flashinfer(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> Implementation:
         if self.device.type != "cuda" or importlib.util.find_spec("flashinfer") is None:
-            return "not installed"
+            return Implementation(None, "not installed")
         if query.shape[0] != 1:
-            return "one row only"
+            return Implementation(None, "one row only")
         import flashinfer
 
         q, k, v = query[0, :, 0], keys[0], values[0]
-        return lambda: flashinfer.single_decode_with_kv_cache(q, k, v, kv_layout="HND")
+        return Implementation(
+            lambda: flashinfer.single_decode_with_kv_cache(q, k, v, kv_layout="HND")
+        )
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self.plan
@@ -231,7 +265,7 @@ class Cases:
         )
         return keys, torch.ones(shape, dtype=torch.bool, device=self.device)
 
-    def _scores(self) -> dict[str, Call | str]:
+    def _scores(self) -> Made:
         plan, (keys, valid) = self.plan, self._held()
         size = (plan.event_rows, plan.kv_heads, plan.group, plan.window, plan.head_size)
         at = torch.arange(plan.event_tokens, device=self.device)
@@ -244,11 +278,11 @@ class Cases:
         )
         return self._both(lambda: window_scores(*arguments, group="max", sees="past"))
 
-    def _redundancy(self) -> dict[str, Call | str]:
+    def _redundancy(self) -> Made:
         keys, valid = self._held()
-        return {"ours": lambda: redundancy(keys, valid), "torch": self._waits}
+        return self._both(lambda: redundancy(keys, valid))
 
-    def _compact(self) -> dict[str, Call | str]:
+    def _compact(self) -> Made:
         plan = self.plan
         keys, values, positions, layout = self._pool(plan.event_rows, plan.event_tokens)
         offset = torch.arange(plan.event_tokens, device=self.device)
@@ -256,15 +290,12 @@ class Cases:
         slots = layout.start_on(self.device)[..., None] + offset
         keep = offset % 8 != 0
         fields = (keys, values, positions)
-        return {"ours": lambda: compact(fields, slots, offset, keep), "torch": self._waits}
+        return self._both(lambda: compact(fields, slots, offset, keep))
 
-    _waits = "waits for the host"
-    """The reference reads from the device, which no graph can hold."""
-
-    def _branches(self, count: int) -> Callable[[], dict[str, Call | str]]:
+    def _branches(self, count: int) -> Callable[[], Made]:
         plan, scaling = self.plan, self.plan.head_size**-0.5
 
-        def make() -> dict[str, Call | str]:
+        def make() -> Made:
             query = self._query(count)
             shared_keys, shared_values, _, shared = self._pool(1, plan.prefix)
             prefix = SharedPrefix(
@@ -289,16 +320,21 @@ class Cases:
                     query, *whole, whole[3].capacity, device_length=lengths[1], **settings
                 )
 
-            return {"ours": shares, "copies": copies}
+            return {"ours": Implementation(shares), "copies": Implementation(copies)}
 
         return make
 
-    def _both(self, call: Call) -> dict[str, Call | str]:
+    def _both(self, call: Call) -> Made:
+        """Kernels and references; all references of an eviction's operations read the device."""
+
         def with_torch() -> object:
             with use_backend("torch"):
                 return call()
 
-        return {"ours": call, "torch": with_torch}
+        return {
+            "ours": Implementation(call),
+            "torch": Implementation(with_torch, "eager", graph=False),
+        }
 
 
 def measure(case: Case, gpu: Gpu, bandwidth: float) -> Iterator[Row]:
@@ -307,8 +343,9 @@ def measure(case: Case, gpu: Gpu, bandwidth: float) -> Iterator[Row]:
     sets = [case.make() for _ in range(gpu.buffers(case.size))]
     for name, first in sets[0].items():
         seconds = None
-        if not isinstance(first, str):
-            seconds = gpu.seconds([each[name] for each in sets])  # type: ignore[misc]
+        calls = [each[name].call for each in sets]
+        if first.call is not None:
+            seconds = gpu.seconds(calls, graph=first.graph)
         yield Row(
             op=case.op,
             case=case.name,
@@ -318,7 +355,7 @@ def measure(case: Case, gpu: Gpu, bandwidth: float) -> Iterator[Row]:
             us=None if seconds is None else round(1e6 * seconds, 2),
             share=None if seconds is None else round(floor / seconds, 4),
             goal=case.goal if name == "ours" else "",
-            note=first if isinstance(first, str) else "",
+            note=first.note,
         )
 
 
