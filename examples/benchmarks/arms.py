@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 from examples.benchmarks.workload import Work
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.releases import cache_kwarg
+from hf_reasoncache.scorers import RKV, Scorer
 
 WARM_UP_ROUNDS = 4
 """Evictions before the first timed one; `4 * buffer` new tokens fill the default budget."""
@@ -189,10 +191,20 @@ class Compressed(Arm):
             self.model.config,
             budget=self.work.budget,
             buffer=self.work.buffer,
+            scorer=self._scorer(),
             protect_prompt=False,
         )
-        self.work.fill(cache, self.work.context)
+        for layer in cache.layers:
+            # Every eviction shares the heads out anew, as it does with the default buffer.
+            layer.policy = replace(layer.policy, head_interval=self.work.buffer)
+        self._fill(cache)
         return cache
+
+    def _scorer(self) -> Scorer:
+        return RKV()
+
+    def _fill(self, cache: ReasonAllocCache) -> None:
+        self.work.fill(cache, self.work.context)
 
     def warm_up(self) -> None:
         """Fill the buffer, after which every round starts with an eviction, and run some rounds.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from examples.benchmarks.arms import Arm, Compiled, Compressed, NoCache, NotBuiltError, Uncompressed
+from examples.benchmarks.arms import Arm, Compiled, NotBuiltError
 from examples.benchmarks.gpu import Gpu
+from examples.benchmarks.gpu_arms import ARMS, BASELINES, FLOORS
 from examples.benchmarks.machine import Machine
 from examples.benchmarks.results import write_csv
 from examples.benchmarks.workload import Shape, Work, held_bytes
@@ -35,69 +35,31 @@ SHAPES = {
     "qwen-14b": Shape(40, 5120, 17408, 40, 8, 128, 151936),
     "toy": Shape(2, 32, 64, 4, 2, 16, 64),
 }
-COMPILE_LIMIT = 900.0
-GOALS = {1: 1.2, 16: 4.5}
-"""Speed over the best baseline, by batch."""
+GOALS = {(1, 32768): 1.2, (16, 32768): 4.5}
+"""Speed over the best baseline, by batch and context."""
 
 THROUGHPUT_GOAL = 10.0
 """Tokens per second at the largest batch that fits, over the best baseline at its own."""
 
 
-class Flash(Arm):
-    """`DynamicCache` with the flash attention 2 package."""
-
-    name = "DynamicCache + flash 2"
-    attention = "flash_attention_2"
-
-    def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
-        if importlib.util.find_spec("flash_attn") is None:
-            raise NotBuiltError("flash_attn is not installed")
-        super().__init__(model, work)
-
-
-class Static(Compiled):
-    """`StaticCache` compiled as transformers compiles it for `generate`."""
-
-    mode = "reduce-overhead"
-
-    def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
-        super().__init__(model, work, COMPILE_LIMIT if work.device == "cuda" else 0.0)
-
-
-def _graphs(arm: Arm) -> DecodeGraphs:
-    if arm.work.device != "cuda":
-        raise NotBuiltError("CUDA graphs need a GPU")
-    return DecodeGraphs(arm.model, arm.cache, CudaRecorder())
-
-
-class UncompressedGraphs(Uncompressed):
-    """Our cache without a budget, steps from CUDA graphs."""
-
-    name = "budget=None, graphs"
-
-    def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
-        super().__init__(model, work)
-        self.forward = _graphs(self)
-
-
-class CompressedGraphs(Compressed):
-    """Our cache with a budget, steps from CUDA graphs between evictions."""
-
-    name = "with a budget, graphs"
-
-    def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
-        super().__init__(model, work)
-        self.name = f"budget={work.budget}, graphs"
-        self.forward = _graphs(self)
-
-
-BASELINES = (Arm, Flash, Static)
-OURS = (UncompressedGraphs, Compressed, CompressedGraphs)
-
-
 @dataclass(frozen=True)
 class Row:
-    """One arm at one batch; memory in bytes, of which `peak` counts all of the process."""
+    """One arm in one case.
+
+    Attributes
+    ----------
+    shape, batch, context, arm, kind
+    ms : float or None
+        Per step: the mean of a round, of which the median of all rounds.
+    median_ms, worst_ms : float or None
+        Over single steps. The worst one has an eviction.
+    tokens_per_second : float or None
+    held, peak : int or None
+        Bytes of the cache, and the most that the process had allocated.
+    recorded, replayed, eager : int or None
+        Steps of an arm with graphs, the warm-up included.
+    note : str
+    """
 
     shape: str
     batch: int
@@ -105,32 +67,61 @@ class Row:
     arm: str
     kind: str
     ms: float | None = None
+    median_ms: float | None = None
+    worst_ms: float | None = None
     tokens_per_second: float | None = None
     held: int | None = None
     peak: int | None = None
+    recorded: int | None = None
+    replayed: int | None = None
+    eager: int | None = None
     note: str = ""
 
     def __str__(self) -> str:
+        case = f"{f'{self.batch}x{self.context}':10}{self.arm:30}"
         if self.ms is None or self.tokens_per_second is None:
-            return f"{self.batch:5d}  {self.arm:29}  not run: {self.note}"
+            return f"{case}not run: {self.note[:31]}"
         return (
-            f"{self.batch:5d}  {self.arm:29}{self.ms:10.2f}{self.tokens_per_second:12.1f}"
-            f"{(self.held or 0) / 1e9:10.3f}{(self.peak or 0) / 1e9:10.2f}"
+            f"{case}{self.ms:8.2f}{self.tokens_per_second:10.1f}"
+            f"{(self.held or 0) / 1e9:9.3f}{(self.peak or 0) / 1e9:8.2f}"
         )
 
 
-HEADER = f"{'batch':7}{'':29}{'ms/step':>10}{'tokens/s':>12}{'cache GB':>10}{'peak GB':>10}"
+HEADER = f"{'':40}{'ms/step':>8}{'tokens/s':>10}{'cache GB':>9}{'peak GB':>8}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run depends on."""
+    """Everything that a run depends on.
+
+    Attributes
+    ----------
+    shape : str
+    work : Work
+    cases : tuple of (int, int)
+        Batch and context.
+    arms : tuple of str
+    rounds : int
+    compile_limit : float
+        Seconds.
+    largest : int
+        The largest batch to try; 0 tries none.
+    profiled : tuple of str
+        Arms whose first step of a round is profiled.
+    """
 
     shape: str
     work: Work
-    batches: tuple[int, ...]
+    cases: tuple[tuple[int, int], ...]
+    arms: tuple[str, ...]
     rounds: int
-    largest: bool
+    compile_limit: float
+    largest: int
+    profiled: tuple[str, ...]
+
+    def sized(self, batch: int, context: int) -> Work:
+        """Return the work of one case."""
+        return replace(self.work, batch=batch, context=context)
 
 
 @contextmanager
@@ -144,48 +135,104 @@ def _new_tensors(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def measure(kind: type[Arm], model: LlamaForCausalLM, plan: Plan, work: Work, gpu: Gpu) -> Row:
-    """Run one arm alone."""
-    row = Row(plan.shape, work.batch, work.context, getattr(kind, "name", ""), kind.__name__)
-    if gpu.real:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        arm = kind(model, work)
-        arm.warm_up()
-        rounds = [list(arm.round(gpu.clock)) for _ in range(plan.rounds)]
-    except NotBuiltError as error:
-        return replace(row, note=str(error))
-    except torch.OutOfMemoryError:
-        return replace(row, note="out of memory")
-    ms = 1e3 * statistics.median(statistics.mean(steps) for steps in rounds)
-    return replace(
-        row,
-        arm=arm.name,
-        ms=ms,
-        tokens_per_second=1e3 * work.batch / ms,
-        held=held_bytes(arm.cache),
-        peak=torch.cuda.max_memory_allocated() if gpu.real else None,
-        note=arm.note,
-    )
+class Run:
+    """What has been measured so far, printed and written after each arm."""
 
-
-def largest(kind: type[Arm], model: LlamaForCausalLM, plan: Plan, gpu: Gpu) -> Row | None:
-    """Double the batch until the memory is full; return the last one that ran."""
-    best, batch = None, 2 * max(plan.batches)
-    while True:
-        row = measure(kind, model, plan, replace(plan.work, batch=batch), gpu)
-        if row.ms is None:
-            return best
-        best, batch = row, 2 * batch
+    def __init__(self, plan: Plan, output: Path | None, say: Callable[[str], None]) -> None:
+        self.plan, self.output, self.say = plan, output, say
+        self.gpu, self.machine = _device(plan), Machine.here(plan.work.seed)
+        self.rows: list[Row] = []
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+        gpu = self.gpu
+        say(f"{gpu.gpu}, CUDA {gpu.cuda}, triton {gpu.triton}, {gpu.date}\n{self.machine}")
         if not gpu.real:
-            return best
+            say("toy sizes on a CPU: the times mean nothing")
+        with _new_tensors(plan.work.device, plan.work.dtype):
+            self.model: LlamaForCausalLM = plan.work.shape.build(plan.work.seed)
+        say(f"{plan.shape}, budget {plan.work.budget}, buffer {plan.work.buffer}\n{HEADER}")
+
+    def measure(self, name: str, work: Work) -> Row:
+        """Run one arm alone."""
+        kind = ARMS[name]
+        row = Row(self.plan.shape, work.batch, work.context, kind.name, kind.__name__)
+        if self.gpu.real:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            arm = self._build(kind, work)
+            arm.warm_up()
+            rounds = [list(arm.round(self.gpu.clock)) for _ in range(self.plan.rounds)]
+            if name in self.plan.profiled:
+                self._profile(arm, f"{arm.name}, {work.batch}x{work.context}")
+        except NotBuiltError as error:
+            return replace(row, note=str(error))
+        except torch.OutOfMemoryError:
+            return replace(row, note="out of memory")
+        ms = 1e3 * statistics.median(statistics.mean(steps) for steps in rounds)
+        steps = [step for steps in rounds for step in steps]
+        row = replace(
+            row,
+            arm=arm.name,
+            ms=ms,
+            median_ms=1e3 * statistics.median(steps),
+            worst_ms=1e3 * max(steps),
+            tokens_per_second=1e3 * work.batch / ms,
+            held=held_bytes(arm.cache),
+            peak=torch.cuda.max_memory_allocated() if self.gpu.real else None,
+            note=arm.note,
+        )
+        graphs = arm.forward
+        if isinstance(graphs, DecodeGraphs):
+            counts = (graphs.recorded, graphs.replayed, graphs.eager)
+            row = replace(row, **dict(zip(("recorded", "replayed", "eager"), counts, strict=True)))
+        return row
+
+    def _build(self, kind: type[Arm], work: Work) -> Arm:
+        if issubclass(kind, Compiled):
+            return kind(self.model, work, self.plan.compile_limit)
+        return kind(self.model, work)
+
+    def _profile(self, arm: Arm, title: str) -> None:
+        """Append what the first step of a round does, an eviction if the arm evicts."""
+        with torch.profiler.profile() as profile:
+            next(arm.round(self.gpu.clock))
+        key = "self_cuda_time_total" if self.gpu.real else "self_cpu_time_total"
+        table = profile.key_averages().table(sort_by=key, row_limit=25)
+        if self.output is not None:
+            with (self.output / "gpu_decode_profile.txt").open("a") as file:
+                file.write(f"{title}\n{table}\n")
+
+    def note(self, row: Row) -> None:
+        """Print a row and write all of them."""
+        self.say(str(row))
+        self.rows.append(row)
+        if self.output is not None:
+            work = self.plan.work
+            columns = self.gpu.row() | {
+                "dtype": str(work.dtype),
+                "budget": work.budget,
+                "buffer": work.buffer,
+            }
+            write_csv(self.output / "gpu_decode.csv", self.rows, self.machine, **columns)
+
+    def largest(self, name: str) -> Row | None:
+        """Double the batch until the memory is full; return the last one that ran."""
+        context = self.plan.cases[0][1]
+        batch = 2 * max(batch for batch, _ in self.plan.cases)
+        best = None
+        while batch <= self.plan.largest:
+            row = self.measure(name, self.plan.sized(batch, context))
+            if row.ms is None:
+                break
+            best, batch = row, 2 * batch
+        return best
 
 
-def judge(rows: Sequence[Row], goal: float, what: str) -> str:
+def judge(rows: Sequence[Row], goal: float | None, what: str) -> str:
     """Hold our best arm against the best baseline."""
-    names = {kind.__name__ for kind in BASELINES}
+    names = {kind.__name__ for kind in BASELINES.values()}
     speed = {True: 0.0, False: 0.0}
     for row in rows:
         baseline = row.kind in names
@@ -193,57 +240,57 @@ def judge(rows: Sequence[Row], goal: float, what: str) -> str:
     if not speed[True] or not speed[False]:
         return f"{what}: not measured"
     ratio = speed[False] / speed[True]
+    if goal is None:
+        return f"{what}: {ratio:.2f}x"
     return f"{what}: {ratio:.2f}x (goal >= {goal:g}, {'met' if ratio >= goal else 'missed'})"
 
 
 @torch.no_grad()
 def run(plan: Plan, output: Path | None, say: Callable[[str], None]) -> list[Row]:
-    """Measure, print, and write `gpu_decode.csv` after each batch."""
-    gpu, machine = _device(plan), Machine.here(plan.work.seed)
-    say(f"{gpu.gpu}, CUDA {gpu.cuda}, triton {gpu.triton}, {gpu.date}\n{machine}")
-    if not gpu.real:
-        say("toy sizes on a CPU: the times mean nothing")
-    with _new_tensors(plan.work.device, plan.work.dtype):
-        model = plan.work.shape.build(plan.work.seed)
-    work, rows = plan.work, []
-    say(f"{plan.shape}, {work.context} tokens, budget {work.budget}\n{HEADER}")
-
-    def note(row: Row | None) -> list[Row]:
-        found = [] if row is None else [row]
-        for each in found:
-            say(str(each))
-        rows.extend(found)
-        if output is not None and rows:
-            output.mkdir(parents=True, exist_ok=True)
-            columns = gpu.row() | {"dtype": str(work.dtype), "budget": work.budget}
-            write_csv(output / "gpu_decode.csv", rows, machine, **columns)
-        return found
-
-    for batch in plan.batches:
-        at = replace(work, batch=batch)
-        found = [
-            each
-            for kind in (*BASELINES, *OURS, NoCache)
-            for each in note(measure(kind, model, plan, at, gpu))
-        ]
-        if gpu.real and batch in GOALS:
-            timed = [row for row in found if row.kind != NoCache.__name__]
-            say(judge(timed, GOALS[batch], f"batch {batch}, over the best baseline"))
+    """Measure, print, and write `gpu_decode.csv` after each arm."""
+    run = Run(plan, output, say)
+    timed = [name for name in plan.arms if name not in FLOORS]
+    for batch, context in plan.cases:
+        before = len(run.rows)
+        for name in plan.arms:
+            run.note(run.measure(name, plan.sized(batch, context)))
+        if run.gpu.real:
+            floors = {kind.__name__ for kind in FLOORS.values()}
+            found = [row for row in run.rows[before:] if row.kind not in floors]
+            what = f"{batch}x{context}, over the best baseline"
+            say(judge(found, GOALS.get((batch, context)), what))
     if plan.largest:
-        found = [
-            each
-            for kind in (*BASELINES, CompressedGraphs if gpu.real else Compressed)
-            for each in note(largest(kind, model, plan, gpu))
-        ]
-        if gpu.real:
+        found = [row for row in map(run.largest, timed) if row is not None]
+        for row in found:
+            run.note(row)
+        if run.gpu.real:
             say(judge(found, THROUGHPUT_GOAL, "largest batches, over the best baseline"))
-    return rows
+    return run.rows
 
 
 def _device(plan: Plan) -> Gpu:
     if plan.work.device == "cuda":
         return Gpu.here()
     return Gpu.of(torch.device("cpu"), "none (toy sizes)")
+
+
+def _cases(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        pairs = [tuple(int(number) for number in case.split("x")) for case in text.split(",")]
+        return tuple((batch, context) for batch, context in pairs)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected BATCHxCONTEXT, comma-separated, got {text!r}; for example 1x32768,16x8192"
+        ) from error
+
+
+def _arms(text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, text.split(",")))
+    if unknown := set(names) - set(ARMS):
+        raise argparse.ArgumentTypeError(
+            f"expected some of {','.join(ARMS)}, got {','.join(sorted(unknown))}"
+        )
+    return names
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None]:
@@ -254,23 +301,48 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None]:
     )
     parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-8b")
-    parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
+    parser.add_argument(
+        "--cases",
+        type=_cases,
+        default="1x32768,16x8192",
+        help="batch x tokens of the prompt, comma-separated; 16x32768 takes 85 GB",
+    )
+    parser.add_argument("--arms", type=_arms, default=",".join(ARMS), help="comma-separated")
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--buffer", type=int, default=128)
-    parser.add_argument("--batches", default="1,16", help="comma-separated")
     parser.add_argument("--steps", type=int, default=32, help="steps per round at full context")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-largest", action="store_true", help="leave the largest batch out")
+    parser.add_argument(
+        "--compile-limit",
+        type=float,
+        default=120,
+        help="seconds for torch.compile; 0 leaves it out",
+    )
+    parser.add_argument(
+        "--largest",
+        type=int,
+        default=256,
+        help="double the batch at the first context until the memory is full, or up to this; "
+        "0 leaves it out",
+    )
+    parser.add_argument("--profile", type=_arms, default="", help="arms to profile a step of")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for gpu_decode.csv")
     chosen = parser.parse_args(arguments)
     if chosen.toy:
         parser.set_defaults(
-            shape="toy", context=48, budget=16, buffer=4, batches="1", steps=2, rounds=1
+            shape="toy",
+            cases="1x48,2x48",
+            budget=16,
+            buffer=4,
+            steps=2,
+            rounds=1,
+            compile_limit=0,
+            largest=4,
         )
         chosen = parser.parse_args(arguments)
     work = Work(
-        context=chosen.context,
+        context=chosen.cases[0][1],
         batch=1,
         dtype=torch.float32 if chosen.toy else torch.bfloat16,
         budget=chosen.budget,
@@ -279,9 +351,18 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None]:
         seed=chosen.seed,
         shape=SHAPES[chosen.shape],
         device="cpu" if chosen.toy else "cuda",
+        recorder=None if chosen.toy else CudaRecorder,
     )
-    batches = tuple(int(batch) for batch in chosen.batches.split(","))
-    plan = Plan(chosen.shape, work, batches, chosen.rounds, not chosen.no_largest)
+    plan = Plan(
+        shape=chosen.shape,
+        work=work,
+        cases=chosen.cases,
+        arms=chosen.arms,
+        rounds=chosen.rounds,
+        compile_limit=chosen.compile_limit,
+        largest=chosen.largest,
+        profiled=chosen.profile,
+    )
     return plan, chosen.output
 
 

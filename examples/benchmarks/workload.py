@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.graphs import Recorder
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.report import storage_bytes
 
@@ -71,6 +72,8 @@ class Work:
     shape : Shape
     device : str
         Where the tokens are drawn.
+    recorder : Callable or None
+        Makes what records the steps of arms with graphs; None where nothing can.
     """
 
     context: int
@@ -82,6 +85,7 @@ class Work:
     seed: int
     shape: Shape = field(default_factory=Shape)
     device: str = "cpu"
+    recorder: Callable[[], Recorder] | None = None
 
     def random_kv(self, tokens: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield index, keys and values `[B, H_kv, tokens, D]` of every layer."""

@@ -1,0 +1,40 @@
+"""The benchmark of decoding with graphs, at toy size, with a tape in place of CUDA graphs."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+
+from examples.benchmarks import arms, gpu_decode
+from tests.triton_ops.kernels.tape import TapeRecorder
+from triton_ops.backend import interpreting
+
+ARMS = "exact-graphs,moving-graphs,unequal-graphs,floor-graph"
+ROUNDS, BUFFER = 3, 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not interpreting(), reason="a GPU records graphs, not tapes")
+def test_arms_with_graphs_record_again_after_evictions(tmp_path, monkeypatch):
+    monkeypatch.setattr(arms, "WARM_UP_ROUNDS", ROUNDS - 2)
+    plan, _ = gpu_decode.parse(["--toy", "--arms", ARMS, "--cases", "2x24", "--largest", "0"])
+    plan = replace(plan, work=replace(plan.work, recorder=TapeRecorder))
+    gpu_decode.run(plan, tmp_path, lambda line: None)
+    with (tmp_path / "gpu_decode.csv").open(newline="") as file:
+        rows = {row["kind"]: row for row in csv.DictReader(file)}
+    assert {kind for kind, row in rows.items() if row["ms"]} == {
+        "UncompressedGraphs",
+        "MovingGraphs",
+        "UnequalGraphs",
+        "NoCacheGraphs",
+    }
+
+    def counts(kind):
+        return tuple(int(rows[kind][name]) for name in ("recorded", "replayed", "eager"))
+
+    # A warm-up and a round of two steps on one pool; a round is one eviction, after which the heads
+    # lie elsewhere: one step eagerly, one recorded, two repeated.
+    assert counts("UncompressedGraphs") == (1, 2, 1)
+    assert counts("MovingGraphs") == (ROUNDS, ROUNDS * (BUFFER - 2), ROUNDS)
+    assert sum(counts("UnequalGraphs")) == ROUNDS * BUFFER
+    assert counts("UnequalGraphs")[0] > 0
