@@ -12,11 +12,10 @@ def by_definition(keys, valid, threshold=0.5):
         unit = torch.where(norm > 0, held / norm, 0.0)
         cosine = unit @ unit.T
         cosine.fill_diagonal_(0.0)
-        for i in range(len(held)):
-            repeats = [j for j in range(len(held)) if j != i and cosine[i, j] > threshold]
-            if repeats:
-                cosine[i, repeats[-1]] = 0.0
-        scores[row, head, valid[row, head]] = cosine.mean(0)
+        repeats = (cosine > threshold).fill_diagonal_(False)
+        place = torch.arange(len(held))
+        newest = torch.where(repeats, place, -1).amax(-1, keepdim=True) if len(held) else place
+        scores[row, head, valid[row, head]] = cosine.where(place != newest, 0.0).mean(0)
     return scores
 
 

@@ -297,3 +297,15 @@ def test_a_wrong_shape_of_what_is_known_is_named():
     keys, valid = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"known \[1, 2, 3\] like valid, got \[1, 2, 4\]"):
         redundancy(keys, valid, known=torch.full((1, 2, 4), UNSEEN))
+
+
+def test_the_definition_is_what_loops_say():
+    keys, valid = keys_with(0.3, (1, 1, 12, 4)), prefix([[11]], 12)
+    unit = torch.nn.functional.normalize(keys[0, 0, :11], dim=-1)
+    expected = torch.zeros(12, dtype=torch.float64)
+    for i in range(11):
+        others = [(j, float(unit[i] @ unit[j])) for j in range(11) if j != i]
+        exempt = max([j for j, cosine in others if cosine > 0.5], default=None)
+        for j, cosine in others:
+            expected[j] += 0.0 if j == exempt else cosine / 11
+    torch.testing.assert_close(by_definition(keys, valid)[0, 0], expected, rtol=0, atol=1e-14)
