@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_ops.launch import launcher
+
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """A move copies bits, whatever they mean."""
 
@@ -60,6 +62,7 @@ def move_kernel(
         tl.store(field + target[:, None] * size + element[None, :], found, mask=inside)
 
 
+@launcher
 def compact_triton(
     fields: Iterable[torch.Tensor], slots: torch.Tensor, offset: torch.Tensor, keep: torch.Tensor
 ) -> None:

@@ -9,6 +9,7 @@ import triton.language as tl
 from triton_ops.decode_attention.chunk_kernel import attend_chunk, store_partial
 from triton_ops.decode_attention.mass_kernel import add_mass
 from triton_ops.decode_attention.work import PrefixWork, work
+from triton_ops.launch import launcher
 from triton_ops.layout import RaggedLayout, SharedPrefix
 from triton_ops.merge_state.kernel import join
 from triton_ops.prefix_attention.kernel import attend_prefix
@@ -124,6 +125,7 @@ def attend_kernel(
         )  # fmt: skip
 
 
+@launcher
 def decode_attention_triton(
     query: torch.Tensor,
     keys: torch.Tensor,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_ops.launch import launcher
 from triton_ops.tiles import LOG2_E, NOTHING, block_d, load_rows
 
 
@@ -147,6 +148,7 @@ def merge_kernel(
     )
 
 
+@launcher
 def merge_state_triton(
     out: torch.Tensor, logsumexp: torch.Tensor, other: torch.Tensor, other_logsumexp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_ops.launch import launcher
 from triton_ops.redundancy import places
 from triton_ops.tiles import Tile, block_d, dot_rows, load_rows
 
@@ -136,6 +137,7 @@ def means_kernel(
     tl.store(means + base + column, mean, mask=inside)
 
 
+@launcher
 def redundancy_triton(
     keys: torch.Tensor, valid: torch.Tensor, *, threshold: float, known: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_ops.launch import launcher
 from triton_ops.tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
 
 
@@ -141,6 +142,7 @@ def scores_kernel(
     tl.store(scores + head.to(tl.int64) * tokens + index, score, mask=index < tokens)
 
 
+@launcher
 def window_scores_triton(
     queries: torch.Tensor,
     keys: torch.Tensor,

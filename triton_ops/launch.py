@@ -1,0 +1,35 @@
+"""What every launch needs, whichever kernels it launches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_HERE = nullcontext()
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Make the GPU of a tensor the current one inside a `with` block; nothing for other tensors."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else _HERE
+
+
+def launcher(run: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that launches kernels do so on the GPU of its first tensor.
+
+    Triton launches on the current device, whatever device the pointers belong to. A model spread
+    over several GPUs (`device_map`) calls its layers with the first one current.
+    """
+
+    @functools.wraps(run)
+    def launched(*args: P.args, **kwargs: P.kwargs) -> T:
+        with on_device(next(each for each in args if isinstance(each, torch.Tensor))):
+            return run(*args, **kwargs)
+
+    return launched
