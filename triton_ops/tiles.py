@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -54,9 +55,22 @@ def tile_logits(q, k, scale, softcap):
     return logits * LOG2_E
 
 
+# Triton's own functions for the next two are made for kernels and take microseconds on the host.
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks hold `size` things."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """Return the smallest power of two that is not below `size >= 1`."""
+    return 1 << (size - 1).bit_length()
+
+
 def block_d(size: int) -> int:
     """Columns of a tile of keys or values."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 @dataclass(frozen=True)
@@ -79,13 +93,14 @@ class Tile:
     stages: int
 
     @staticmethod
+    @lru_cache(maxsize=256)
     def of(dtype: torch.dtype, rows: int, *sizes: int) -> Tile:
         """Choose for `rows` queries and the row sizes of what a step of the loop loads."""
         widest = max(block_d(size) for size in sizes)
         if dtype == torch.float32:
             # No matrix unit takes float32 as it is: the products live in registers.
             return Tile(16, 64, 4, 1) if widest <= 128 else Tile(16, 32, 8, 1)
-        m, n = min(64, max(16, triton.next_power_of_2(rows))), 64
+        m, n = min(64, max(16, power_of_two(rows))), 64
         step = n * sum(block_d(size) for size in sizes) * dtype.itemsize
         stages = max(1, min(3, SHARED_BYTES // step))
         return Tile(m, n, 8 if m * widest >= 64 * 256 else 4, stages)

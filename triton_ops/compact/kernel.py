@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from triton_ops.launch import launcher
+from triton_ops.tiles import blocks, power_of_two
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """A move copies bits, whatever they mean."""
@@ -84,15 +85,15 @@ def compact_triton(
         targets,
         moves,
         tokens,
-        BLOCK=min(1024, triton.next_power_of_2(tokens)),
+        BLOCK=min(1024, power_of_two(tokens)),
         num_warps=4,
     )
     for field in fields:
         bits = field.view(BITS[field.dtype.itemsize])
         size = field.shape[1:].numel()
-        width = min(256, triton.next_power_of_2(size))
+        width = min(256, power_of_two(size))
         block = min(1024, 4096 // width)
-        move_kernel[(rows * heads, triton.cdiv(tokens, block))](
+        move_kernel[(rows * heads, blocks(tokens, block))](
             bits,
             sources,
             targets,

@@ -13,7 +13,7 @@ from triton_ops.launch import launcher
 from triton_ops.layout import RaggedLayout, SharedPrefix
 from triton_ops.merge_state.kernel import join
 from triton_ops.prefix_attention.kernel import attend_prefix
-from triton_ops.tiles import Tile, block_d, load_rows
+from triton_ops.tiles import Tile, block_d, blocks, load_rows
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def decode_attention_triton(
     tile = Tile.of(keys.dtype, rows, head_size, value_size)
     # One launch has one number of warps: that of the larger tile.
     wide = Tile.of(keys.dtype, rows * most, head_size, value_size)
-    tiles, wide_tiles = triton.cdiv(rows, tile.m), triton.cdiv(rows * most, wide.m)
+    tiles, wide_tiles = blocks(rows, tile.m), blocks(rows * most, wide.m)
     plan = work(layout, tiles, device, prefix, wide_tiles)
     query = query.contiguous()
     start, length = layout.start_on(device), length.to(device)

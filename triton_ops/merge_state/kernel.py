@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from triton_ops.launch import launcher
-from triton_ops.tiles import LOG2_E, NOTHING, block_d, load_rows
+from triton_ops.tiles import LOG2_E, NOTHING, block_d, blocks, load_rows
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def merge_state_triton(
     rows, size = total.numel(), out.shape[-1]
     if merged.numel():
         block = max(1, 1024 // block_d(size))
-        merge_kernel[(triton.cdiv(rows, block),)](
+        merge_kernel[(blocks(rows, block),)](
             out.contiguous(),
             logsumexp.float().contiguous(),
             other.contiguous(),

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from triton_ops.launch import launcher
 from triton_ops.redundancy import places
-from triton_ops.tiles import Tile, block_d, dot_rows, load_rows
+from triton_ops.tiles import Tile, block_d, blocks, dot_rows, load_rows
 
 NONE = tl.constexpr(places.NONE)
 UNSEEN = tl.constexpr(places.UNSEEN)
@@ -156,12 +156,12 @@ def redundancy_triton(
     whole = keys.dtype == torch.float32
     wide = block_d(size) > 128
     tile = Tile(16, 16, 8, 1) if whole else Tile.of(keys.dtype, 32 if wide else tokens, size)
-    columns = (rows * heads, triton.cdiv(tokens, tile.n))
+    columns = (rows * heads, blocks(tokens, tile.n))
     inverse, cosine = torch.empty_like(means), torch.empty_like(means)
     sums = means.new_empty(*columns, size)
-    blocks = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps)
-    units_kernel[columns](keys, mask, inverse, sums, tokens, size, **blocks)
-    search_kernel[(rows * heads, triton.cdiv(tokens, tile.m))](
+    shared = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps)
+    units_kernel[columns](keys, mask, inverse, sums, tokens, size, **shared)
+    search_kernel[(rows * heads, blocks(tokens, tile.m))](
         keys,
         mask,
         inverse,
@@ -173,9 +173,9 @@ def redundancy_triton(
         threshold,
         size,
         BLOCK_M=tile.m,
-        **blocks,
+        **shared,
     )
     total, count = sums.sum(1), valid.sum(-1).clamp(min=1)
     arguments = (keys, mask, inverse, total, count, repeat, cosine, means, tokens, size)
-    means_kernel[columns](*arguments, BLOCK_M=64, **blocks)
+    means_kernel[columns](*arguments, BLOCK_M=64, **shared)
     return means, repeat

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from triton_ops.launch import launcher
-from triton_ops.tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
+from triton_ops.tiles import LOG2_E, NOTHING, Tile, block_d, blocks, load_rows, tile_logits
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def window_scores_triton(
     key_positions = key_positions.contiguous()
 
     tile = Tile.of(keys.dtype, window, size)
-    grid = (rows * heads, triton.cdiv(tokens, tile.n))
+    grid = (rows * heads, blocks(tokens, tile.n))
     partial = scores.new_empty(rows * heads, grid[1], lines * window)
     sizes = (heads, members, lines, window, tokens, scaling, size)
     shared = dict(
