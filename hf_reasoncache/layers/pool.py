@@ -203,13 +203,14 @@ class RaggedPool:
         offset : LongTensor[R, H_kv, N]
             Slot counted from the head's first one, -1 for filler.
         """
-        device = self.fields["positions"].device
-        length, start = self.length[rows], self.layout.start[rows]
-        offset = torch.arange(max(int(length.max()), 0), device="cpu").expand(*length.shape, -1)
-        offset = offset.masked_fill(offset >= length[..., None], -1)
+        device, length = self.fields["positions"].device, self.length[rows]
         # A head without any capacity has its start at the end of the storage.
-        slots = (start[..., None] + offset.clamp_min(0)).clamp_max(max(self.layout.slots - 1, 0))
-        return slots.to(device), offset.to(device)
+        start = self.layout.start[rows].clamp_max(max(self.layout.slots - 1, 0))
+        place = torch.arange(max(int(length.max()), 0), device=device)
+        # One small copy; what has a number per token is made where it is needed.
+        start, length = torch.stack([start, length]).to(device)[..., None]
+        held = place < length
+        return torch.where(held, start + place, start), torch.where(held, place, -1)
 
     def take(self, name: str, slots: torch.Tensor) -> torch.Tensor:
         """Copy a field of some slots: Tensor `[*slots.shape, ...]`."""

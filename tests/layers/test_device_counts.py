@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.query_log import QueryLog
@@ -96,3 +97,30 @@ def test_a_ring_of_nothing_stays_nothing():
     log.append(torch.ones(1, 1, 1, 2))
     log.count_appended()
     assert log.last() is None and list(log.tensors()) == []
+
+
+class Made(TorchDispatchMode):
+    """Notes the largest tensor that is made on the host, and what is copied from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_host, self.copied = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_cpu:
+            self.on_host = max(self.on_host, result.numel())
+        if func is torch.ops.aten._to_copy.default and args[0].is_cpu and not result.is_cpu:
+            self.copied.append(args[0].numel())
+        return result
+
+
+def test_what_has_a_number_per_token_is_made_on_the_device():
+    """A meta tensor stands for one on another device: nothing of it can be read."""
+    nowhere = torch.zeros(3, device="meta")
+    pool = RaggedPool(torch.full((4, 2), 100), nowhere, nowhere)
+    pool.length = torch.full((4, 2), 90)
+    with Made() as made:
+        slots, offset = pool.slots(torch.arange(3))
+    assert slots.is_meta and offset.is_meta and slots.shape == offset.shape == (3, 2, 90)
+    assert made.on_host < 90 and made.copied == [2 * 3 * 2]
