@@ -17,6 +17,7 @@ from hf_reasoncache.reason_alloc import ReasonAllocCache
 from hf_reasoncache.shared_branch import SharedBranchCache
 from hf_reasoncache.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.version import __version__
+from hf_reasoncache.warm_up import warm_up
 
 __all__ = [
     "BudgetProfile",
@@ -31,6 +32,7 @@ __all__ = [
     "calibrate_exit",
     "decode_graphs",
     "prefill_once",
+    "warm_up",
 ]
 
 register()

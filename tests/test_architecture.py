@@ -39,6 +39,7 @@ PARTS: dict[str, set[str]] = {
     "report": {"layers", "protection", "risk", "triton_ops"},
     "arguments": {"scorers", "budgets", "protection", "risk", "calibration.profile"},
     "graphs": CACHES | {"layers", "releases", "triton_ops"},
+    "warm_up": CACHES | {"geometry", "layers", "scorers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry", "releases"},
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
     "calibration": {"scorers", "budgets", "geometry", "layers", "risk", "triton_ops", "version"}

@@ -15,7 +15,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """A move copies bits, whatever they mean."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def pair_kernel(slots, offset, keep, kept, sources, targets, moves, tokens, BLOCK: tl.constexpr):
     """List, for one head, the slots of tokens to move and of holes, in the order of the input."""
     head = tl.program_id(0)
@@ -38,7 +38,7 @@ def pair_kernel(slots, offset, keep, kept, sources, targets, moves, tokens, BLOC
     tl.store(moves + head, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def move_kernel(
     field,
     sources,
@@ -85,7 +85,7 @@ def compact_triton(
         targets,
         moves,
         tokens,
-        BLOCK=min(1024, power_of_two(tokens)),
+        BLOCK=512,
         num_warps=4,
     )
     for field in fields:

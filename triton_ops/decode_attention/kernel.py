@@ -67,7 +67,7 @@ def attend_own(
     store_partial(partial_out, partial_lse, partial * rows + row, real, out, lse, DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_count"])
 def attend_kernel(
     query,
     keys,

@@ -109,7 +109,7 @@ def join(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_kernel(
     out,
     logsumexp,

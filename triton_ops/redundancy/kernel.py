@@ -14,7 +14,7 @@ NONE = tl.constexpr(places.NONE)
 UNSEEN = tl.constexpr(places.UNSEEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def units_kernel(
     keys,
     valid,
@@ -41,7 +41,7 @@ def units_kernel(
     tl.store(sums + tile * D + column, total, mask=column < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def search_kernel(
     keys,
     valid,
@@ -97,7 +97,7 @@ def search_kernel(
     tl.store(cosine + base + row, tl.sum(product, 1) * scale * near, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def means_kernel(
     keys,
     valid,
@@ -153,9 +153,12 @@ def redundancy_triton(
     compared = (place * (known != places.UNSEEN) * valid).amax(-1)
     mask = valid.contiguous().view(torch.uint8)
     # Without a known end the search is not pipelined, and products of larger tiles spill.
-    whole = keys.dtype == torch.float32
-    wide = block_d(size) > 128
-    tile = Tile(16, 16, 8, 1) if whole else Tile.of(keys.dtype, 32 if wide else tokens, size)
+    if keys.dtype == torch.float32:
+        tile = Tile(16, 16, 8, 1)
+    elif block_d(size) > 128:
+        tile = Tile(32 if block_d(size) == 256 else 16, 32, 4, 1)
+    else:
+        tile = Tile.of(keys.dtype, 64, size)
     columns = (rows * heads, blocks(tokens, tile.n))
     inverse, cosine = torch.empty_like(means), torch.empty_like(means)
     sums = means.new_empty(*columns, size)

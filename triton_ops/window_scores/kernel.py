@@ -64,7 +64,7 @@ def line_logits(
     return logits, (at >= 0)[None, :] & (at[None, :] <= limit[:, None]), a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "window", "tokens"])
 def sums_kernel(
     queries,
     keys,
@@ -101,7 +101,7 @@ def sums_kernel(
             tl.store(partial + base + line * window + a, lse, mask=a < window)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "window", "tokens"])
 def scores_kernel(
     queries,
     keys,

@@ -1,0 +1,78 @@
+"""Compile what evictions launch before a generation needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.geometry import head_shape
+from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layers.pool import RaggedPool
+from hf_reasoncache.scorers.base import HeldTokens
+from triton_ops.backend import chosen
+
+TOKENS = 32
+"""Tokens of the eviction that is tried: kernels are the same for any number."""
+
+
+@torch.no_grad()
+def warm_up(model: torch.nn.Module, cache: ReasonCache) -> None:
+    """Compile the kernels of an eviction, so that the first one in a generation does not wait.
+
+    Triton compiles a kernel when it is first launched, about a second each, and keeps it on disk
+    for later processes. A prompt beyond the budget is cut while it is read; with a shorter one the
+    compiler would run between two tokens. Nothing happens where no kernel runs.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    cache : ReasonCache
+        Its scorers are tried on random tokens; it stays as it is.
+
+    Examples
+    --------
+    >>> cache = ReasonAllocCache(model.config, budget=1024)
+    >>> warm_up(model, cache)
+    >>> out = model.generate(**inputs, past_key_values=cache, max_new_tokens=16384)
+    """
+    config: Any = model.config
+    decoder = config.get_text_config(decoder=True)
+    for device, dtype in {(tensor.device, tensor.dtype) for tensor in model.parameters()}:
+        if not dtype.is_floating_point or chosen(device, dtype) != "triton":
+            continue
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, EvictingLayer):
+                heads, size = head_shape(decoder, index)
+                keys = torch.randn(1, heads, TOKENS, size, dtype=dtype, device=device)
+                _evict(layer, keys, decoder.num_attention_heads // heads)
+
+
+def _evict(layer: EvictingLayer, keys: torch.Tensor, group: int) -> None:
+    """Score and compact tokens as the layer would, in a pool of their own."""
+    scorer, (_, heads, tokens, size) = layer.policy.scorer, keys.shape
+    pool = RaggedPool(torch.full((1, heads), tokens, device="cpu"), keys, keys, layer.statistics)
+    pool.append(keys, keys, torch.arange(tokens, device=keys.device))
+    rows = torch.arange(1, device="cpu")
+    slots, offset = pool.slots(rows)
+    asked = min(scorer.queries, layer.log_size)
+    queries = asked_at = None
+    if asked:
+        queries = torch.randn(1, heads, group, asked, size, dtype=keys.dtype, device=keys.device)
+        asked_at = torch.arange(tokens - asked, tokens, device=keys.device)[None].clamp_min(-1)
+    statistics: dict[str, Any] = {name: pool.take(name, slots) for name in layer.statistics}
+    held = HeldTokens(
+        keys=keys,
+        positions=offset,
+        valid=offset >= 0,
+        length=torch.full((1,), tokens, device=keys.device),
+        scaling=size**-0.5,
+        layer=layer.index,
+        load_values=lambda: keys,
+        queries=queries,
+        query_positions=asked_at,
+        **statistics,
+    )
+    scorer.score(held)
+    pool.compact(rows, slots, offset, offset % 2 == 0)
