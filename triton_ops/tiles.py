@@ -20,9 +20,9 @@ NOTHING = tl.constexpr(-1.0e30)
 # Whether kernels are interpreted is decided when they are imported, hence once.
 UPCAST = tl.constexpr(interpreting())
 
-SHARED_BYTES = 96 * 1024
-"""Keys and values in flight per program: two programs fit a multiprocessor of sm_90 (228 KB), and
-one fits sm_80 (164 KB)."""
+AHEAD_BYTES = 64 * 1024
+"""Keys and values that are on their way while a program computes: two programs and more fit a
+multiprocessor of sm_90 (228 KB) and of sm_80 (164 KB)."""
 
 
 @triton.jit
@@ -99,8 +99,9 @@ class Tile:
         widest = max(block_d(size) for size in sizes)
         if dtype == torch.float32:
             # No matrix unit takes float32 as it is: the products live in registers.
-            return Tile(16, 64, 4, 1) if widest <= 128 else Tile(16, 32, 8, 1)
-        m, n = min(64, max(16, power_of_two(rows))), 64
+            return Tile(16, 64 if widest <= 128 else 32, 8, 1)
+        n, most = (64, 64) if widest <= 256 else (32, 32)
+        m = min(most, max(16, power_of_two(rows)))
         step = n * sum(block_d(size) for size in sizes) * dtype.itemsize
-        stages = max(1, min(3, SHARED_BYTES // step))
+        stages = min(3, 1 + AHEAD_BYTES // step)
         return Tile(m, n, 8 if m * widest >= 64 * 256 else 4, stages)

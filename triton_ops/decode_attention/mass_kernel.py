@@ -109,7 +109,8 @@ def add_mass(
         steps,
         head_size,
         BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
+        # Logits and keys of a tile are held at once: 64 keys of size 256 spill.
+        BLOCK_N=tile.n if head_size <= 128 else 32,
         BLOCK_D=block_d(head_size),
         num_warps=tile.warps,
         num_stages=tile.stages,
