@@ -7,7 +7,6 @@ forwards attend to the pool.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_reasoncache.base_attention import run_base
 from hf_reasoncache.geometry import head_shape
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
 from hf_reasoncache.layers.guarded import GuardedLayer
+from hf_reasoncache.layers.precision import as_attended, without_autocast
 from hf_reasoncache.shards import ALONE, Shard, find_shard, in_several_processes
 
 BASES = {
@@ -157,7 +157,7 @@ def attention_function(
     """
     if not isinstance(key, GuardTensor):
         mask = attention_mask.dense if isinstance(attention_mask, LogicalMask) else attention_mask
-        return _run_base(base, module, query, key, value, mask, *args, **kwargs)
+        return run_base(base, module, query, key, value, mask, *args, **kwargs)
     layer = key.layer
     if not isinstance(attention_mask, LogicalMask):
         raise ValueError(
@@ -176,12 +176,13 @@ def attention_function(
         "softcap": kwargs.get("softcap"),
         "s_aux": kwargs.get("s_aux"),
     }
-    tokens = (query.detach(), keys.detach(), values.detach())
-    chunk = Chunk(*tokens, attention_mask.valid, settings)
+    (asking,) = as_attended(query.detach())
+    chunk = Chunk(asking, keys.detach(), values.detach(), attention_mask.valid, settings)
     if layer.rows is None:
         layer.shard = _shard(module, layer, keys.shape[1])
-        result = _run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
-        layer.store_first(chunk)
+        result = run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
+        with without_autocast(query.device):
+            layer.store_first(chunk)
         return result
     if query.shape[2] > 1 and not attention_mask.is_plain:
         raise ValueError(
@@ -189,7 +190,8 @@ def attention_function(
             "model-specific mask pattern over several tokens; feed such a prompt in one forward."
         )
     _expect_continuation(layer, attention_mask, query.shape[2], kwargs.get("position_ids"))
-    return layer.attend(chunk), None
+    with without_autocast(query.device):
+        return layer.attend(chunk), None
 
 
 def _expect_continuation(
@@ -222,69 +224,6 @@ def _shard(module: Any, layer: GuardedLayer, heads: int) -> Shard:
 def _scaling(kwargs: dict[str, Any], query: torch.Tensor) -> float:
     scaling = kwargs.get("scaling")
     return query.shape[-1] ** -0.5 if scaling is None else scaling
-
-
-def _run_base(
-    base: str,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    unknown_to_sdpa = kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None
-    if base == "sdpa" and unknown_to_sdpa:
-        # sdpa drops sinks without a word and refuses softcap; the model's own eager code honours
-        # both.
-        base, mask = "eager", _additive(mask, query, key)
-    function: Callable[..., Any] = (
-        _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
-    )
-    caller: Any = module
-    if base == "flash_attention_2":
-        # It loads the kernel that the config names, and ours is no kernel's name.
-        caller = _View(module, config=_View(module.config, _attn_implementation=base))
-    return function(caller, query, key, value, mask, *args, **kwargs)
-
-
-class _View:
-    """Another object with some attributes replaced; the object itself stays as it is."""
-
-    def __init__(self, target: Any, **replaced: Any) -> None:
-        self.__dict__.update(replaced)
-        self._target = target
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-
-def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
-    modeling = sys.modules[type(module).__module__]
-    function = getattr(modeling, "eager_attention_forward", None)
-    if function is None:
-        raise ValueError(
-            f"{type(module).__name__}: expected an eager_attention_forward in {modeling.__name__}, "
-            "got none; use attn_implementation='reasoncache'."
-        )
-    return function
-
-
-def _additive(
-    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor | None:
-    """Turn sdpa's mask (None or bool) into eager's (added to the logits)."""
-    steps, length = query.shape[2], key.shape[2]
-    if mask is None:
-        if steps == 1:
-            return None
-        # sdpa leaves the mask out when plain causality does, aligned at the first key.
-        mask = torch.ones(steps, length, dtype=torch.bool, device=query.device).tril()[None, None]
-    if mask.dtype != torch.bool:
-        return mask
-    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-    return bias.masked_fill_(~mask, torch.finfo(query.dtype).min)
 
 
 def register() -> None:

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
+from hf_reasoncache.layers.precision import as_attended, without_autocast
 from hf_reasoncache.shards import ALONE, Agreement, Shard
 
 
@@ -100,8 +101,9 @@ class GuardedLayer(CacheLayerMixin):
         """
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Note dtype and device."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        """Note device, and the type in which tokens are held."""
+        (keys,) = as_attended(key_states)
+        self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
     def update(
@@ -132,10 +134,12 @@ class GuardedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         steps = key_states.shape[-2]
-        self._begin(steps)
-        self._incoming = (key_states, value_states)
+        with without_autocast(key_states.device):
+            self._begin(steps)
+        keys, values = as_attended(key_states, value_states)
+        self._incoming = (keys, values)
         self.seen += steps
-        return GuardTensor.wrap(key_states, self), GuardTensor.wrap(value_states, self)
+        return GuardTensor.wrap(keys, self), GuardTensor.wrap(values, self)
 
     def take_incoming(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand over the plain keys and values that the last `update` announced."""
@@ -175,7 +179,8 @@ class GuardedLayer(CacheLayerMixin):
         if columns == self.seen:
             self._clear()
         elif columns:
-            self._crop(columns)
+            with without_autocast(self.device):
+                self._crop(columns)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows for beam search."""

@@ -12,6 +12,7 @@ from hf_reasoncache.layers.aside import exchange, gathered
 from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.guarded import GuardedLayer
 from hf_reasoncache.layers.pool import RaggedPool
+from hf_reasoncache.layers.precision import without_autocast
 from triton_ops.backend import uses_triton
 from triton_ops.decode_attention import decode_attention, even_attention
 
@@ -108,7 +109,8 @@ class PooledLayer(GuardedLayer):
         Afterwards the step has static shapes, allocates nothing that stays, and never waits: it can
         be captured, and replayed if `static_parts` are the same objects.
         """
-        self._begin(1)
+        with without_autocast(self.device):
+            self._begin(1)
         self._make_room(1)
         # Asked for here, so that it is not made within the step.
         _ = self._require_pool().device_length
