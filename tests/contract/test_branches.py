@@ -253,6 +253,23 @@ def test_different_prompts_are_not_shared_and_equal_ones_are(llama):
         assert sum(layer.trunk.readers.values()) == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padding", [(0, 0, 0), (3, 3, 9), (20, 20, 0)], ids=str)
+def test_prompts_of_tokens_that_look_alike_are_not_shared(dtype, padding):
+    """Rows 0 and 1 read the same prompt, row 2 one in which a token has a twin 3% away."""
+    model = build("llama").to(dtype)
+    with torch.no_grad():
+        weight = model.model.embed_tokens.weight
+        weight[3] = weight[4] * (1 + 0.03 * torch.randn(weight.shape[1]))
+    inputs = prompt(batch=3, padding=padding)
+    ids = inputs["input_ids"][:1].expand(3, -1).clone()
+    ids[:, -1] = torch.tensor([4, 4, 3])
+    inputs["input_ids"] = ids.masked_fill(inputs["attention_mask"] == 0, 0)
+    cache = SharedBranchCache(model.config)
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    assert [list(readers.values()) for readers in segments(cache)] == [[2, 1]] * LAYERS
+
+
 def test_prompts_with_a_common_beginning_share_it_if_it_comes_in_chunks(llama):
     ids = prompt(batch=1, padding=(0,))["input_ids"].repeat(4, 1)
     ids[2:, 15:] += 1
