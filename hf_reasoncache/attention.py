@@ -24,6 +24,7 @@ from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
 from hf_reasoncache.layers.guarded import GuardedLayer
 from hf_reasoncache.layers.precision import as_attended, without_autocast
 from hf_reasoncache.shards import ALONE, Shard, find_shard, in_several_processes
+from hf_reasoncache.weights_and_gradients import asks_for_weights, require_weights, without_gradient
 
 BASES = {
     "reasoncache": "sdpa",
@@ -146,9 +147,10 @@ def attention_function(
     Returns
     -------
     output : Tensor[B, T, H_q, D_v]
-        No gradient flows through a pool: the caches are for inference.
+        The first forward gives gradients as its base does; later ones answer a backward pass with
+        an error, as no gradient flows through a pool.
     weights : Tensor or None
-        None whenever the pool is attended to.
+        As its base does in the first forward; later only if they are asked for.
 
     Raises
     ------
@@ -159,6 +161,23 @@ def attention_function(
         mask = attention_mask.dense if isinstance(attention_mask, LogicalMask) else attention_mask
         return run_base(base, module, query, key, value, mask, *args, **kwargs)
     layer = key.layer
+    try:
+        return _attend(module, query, layer, attention_mask, *args, base=base, **kwargs)
+    except Exception as error:
+        key.on_failure(error)
+        raise
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    layer: GuardedLayer,
+    attention_mask: Any,
+    *args: Any,
+    base: str,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention_function` with one of our layers."""
     if not isinstance(attention_mask, LogicalMask):
         raise ValueError(
             f"layer {layer.index}: expected a 2-D padding mask or none, got a mask that was "
@@ -170,6 +189,16 @@ def attention_function(
             f"{kwargs['sliding_window']} on a layer that the config calls full_attention; this "
             "model is not supported."
         )
+    if layer.rows is not None and query.shape[2] > 1 and not attention_mask.is_plain:
+        raise ValueError(
+            f"layer {layer.index}: expected causal attention after the first forward, got a "
+            "model-specific mask pattern over several tokens; feed such a prompt in one forward."
+        )
+    if layer.rows is None:
+        _require_layers(module, layer)
+    weighs = asks_for_weights(module, layer, kwargs)
+    if weighs:
+        require_weights(layer, base)
     keys, values = layer.take_incoming()
     settings: dict[str, Any] = {
         "scaling": _scaling(kwargs, query),
@@ -181,17 +210,28 @@ def attention_function(
     if layer.rows is None:
         layer.shard = _shard(module, layer, keys.shape[1])
         result = run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
+        layer.differentiable = result[0].requires_grad
         with without_autocast(query.device):
             layer.store_first(chunk)
         return result
-    if query.shape[2] > 1 and not attention_mask.is_plain:
-        raise ValueError(
-            f"layer {layer.index}: expected causal attention after the first forward, got a "
-            "model-specific mask pattern over several tokens; feed such a prompt in one forward."
-        )
     _expect_continuation(layer, attention_mask, query.shape[2], kwargs.get("position_ids"))
     with without_autocast(query.device):
-        return layer.attend(chunk), None
+        out = layer.attend(chunk)
+    weights = None
+    if weighs:
+        held: tuple[Any, ...] = (layer.keys, layer.values, attention_mask.dense)
+        _, weights = run_base(base, module, query, *held, *args, **kwargs)
+    return without_gradient(out, layer, query, keys, values), weights
+
+
+def _require_layers(module: Any, layer: GuardedLayer) -> None:
+    """Raise ValueError if the model has another number of layers than the cache."""
+    found = module.config.get_text_config(decoder=True).num_hidden_layers
+    if layer.layers not in (0, found):
+        raise ValueError(
+            f"expected a model of {layer.layers} layers, as in the config of this cache, got one "
+            f"of {found}; make the cache from this model's config."
+        )
 
 
 def _expect_continuation(

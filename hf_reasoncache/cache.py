@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.geometry import supported_layers
-from hf_reasoncache.layers.contract import LogicalLength
+from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
 from hf_reasoncache.layers.keep_rates import keep_rates
 from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layers.precision import as_attended
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
 from hf_reasoncache.shards import Agreement, require_agreement
@@ -61,7 +63,7 @@ class ReasonCache(Cache):
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         for rank, index in enumerate(ours):
             layer = layers[index] = make_layer(index, rank, len(ours))
-            layer.agreement = self.tensor_parallel
+            layer.agreement, layer.layers = self.tensor_parallel, len(layers)
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
         self._blank = {
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
@@ -86,7 +88,14 @@ class ReasonCache(Cache):
         return SuffixPolicy(cls, settings)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return length and offset for the mask of a layer; see `transformers.Cache`."""
+        """Return length and offset for the mask of a layer, at the beginning of a forward.
+
+        Raises
+        ------
+        ValueError
+            If an earlier forward did not reach all layers.
+        """
+        self._check_complete()
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if isinstance(length, LogicalLength):
             length.cache = self
@@ -155,6 +164,12 @@ class ReasonCache(Cache):
     def _pooled_layers(self) -> list[PooledLayer]:
         return [layer for layer in self.layers if isinstance(layer, PooledLayer)]
 
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """Yield keys, values and size of a sliding window of each layer, as `DynamicCache` does."""
+        for layer in self.layers:
+            names = ("keys", "values", "_sliding_window_tensor")
+            yield tuple(getattr(layer, name, None) for name in names)
+
     def reset(self) -> None:
         """Make the cache new: no token, no storage."""
         for layer in self._pooled_layers():
@@ -175,14 +190,40 @@ class ReasonCache(Cache):
         Raises
         ------
         ValueError
-            If the batch is another one than before, or an earlier forward did not reach all layers.
+            If the batch or the dtype is another one than before, an earlier forward did not reach
+            all layers, or the model has more layers than the cache.
         """
         if layer_idx == 0:
-            self._check_forward(key_states.shape[0])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            self._check_forward(key_states)
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"expected a model of {len(self.layers)} layers, as in the config of this cache, "
+                f"got layer {layer_idx}; reset() the cache, or make one from this model's config."
+            )
+        try:
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except Exception:
+            self._forget_first()
+            raise
+        if isinstance(keys, GuardTensor):
+            keys.on_failure = partial(self._undo, layer_idx, key_states.shape[-2])
+        return keys, values
 
-    def _check_forward(self, batch: int) -> None:
+    def _forget_first(self) -> bool:
+        """Make the cache new if its first forward is still going on."""
+        first = any(layer.rows is None for layer in self._pooled_layers())
+        if first:
+            self.reset()
+        return first
+
+    def _undo(self, layer_idx: int, steps: int, error: Exception) -> None:
+        """Leave no trace of a forward that a layer has refused, where that is possible."""
+        if not self._forget_first() and layer_idx == 0 and isinstance(error, ValueError):
+            cast(PooledLayer, self.layers[0]).take_back(steps)
+
+    def _check_complete(self) -> None:
         ours = self._pooled_layers()
+        ours[0].expect_idle()
         seen = sorted({layer.seen for layer in ours})
         if len(seen) > 1:
             raise ValueError(
@@ -190,7 +231,6 @@ class ReasonCache(Cache):
                 "interrupted, or has not ended (a cache serves one generation at a time). reset() "
                 "the cache, or use a new one."
             )
-        self._check_batch(batch)
 
     def _check_batch(self, batch: int) -> None:
         rows = self._pooled_layers()[0].rows
@@ -198,6 +238,17 @@ class ReasonCache(Cache):
             raise ValueError(
                 f"expected a batch of {rows} rows as before, got {batch}; reset() the cache, or "
                 "use a new one, for another batch."
+            )
+
+    def _check_forward(self, keys: torch.Tensor) -> None:
+        self._check_complete()
+        self._check_batch(keys.shape[0])
+        first = self._pooled_layers()[0]
+        (keys,) = as_attended(keys)
+        if first.rows is not None and first.dtype != keys.dtype:
+            raise ValueError(
+                f"expected keys and values in {first.dtype} as before, got {keys.dtype}; reset() "
+                "the cache, or use a new one, for a model in another type."
             )
 
     def report(self) -> CacheReport:

@@ -36,7 +36,9 @@ PARTS: dict[str, set[str]] = {
     "processes": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "shards", "triton_ops"},
     "base_attention": set(),
-    "attention": {"base_attention", "geometry", "layers", "shards", "triton_ops"},
+    "weights_and_gradients": {"layers"},
+    "attention": {"base_attention", "weights_and_gradients", "geometry", "layers", "shards"}
+    | {"triton_ops"},
     "report": {"layers", "protection", "risk", "triton_ops"},
     "arguments": {"scorers", "budgets", "protection", "risk", "calibration.profile"},
     "graphs": CACHES | {"layers", "releases", "triton_ops"},

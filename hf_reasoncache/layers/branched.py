@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.layers.dense import add_trunk
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
 from hf_reasoncache.layers.segments import Path, Segment
@@ -170,6 +171,11 @@ class Branching(PooledLayer):
             [sorted({*shared, *head}) for head in heads]
             for shared, heads in zip(self.trunk.columns(), own, strict=True)
         ]
+
+    def dense(self, name: str) -> torch.Tensor | None:
+        """See `GuardedLayer.dense`."""
+        own = super().dense(name)
+        return None if own is None else add_trunk(own, self.trunk, name)
 
     @property
     def unshared_bytes(self) -> int:

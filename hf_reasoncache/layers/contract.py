@@ -6,6 +6,7 @@ but not the cache. The two objects here bridge that without patching any model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +20,10 @@ _METADATA = frozenset(
 )
 
 
+def _nothing(error: Exception) -> None:
+    """Nothing to undo: the layer belongs to no cache."""
+
+
 class GuardTensor(torch.Tensor):
     """The new keys or values of one layer, which only our attention function may use.
 
@@ -30,15 +35,18 @@ class GuardTensor(torch.Tensor):
     ----------
     layer : GuardedLayer
         The cache layer it came from.
+    on_failure : Callable[[Exception], None]
+        What the cache does when the attention fails.
     """
 
     layer: GuardedLayer
+    on_failure: Callable[[Exception], None]
 
     @staticmethod
     def wrap(tensor: torch.Tensor, layer: GuardedLayer) -> GuardTensor:
         """Guard a tensor without copying it."""
         guard = tensor.as_subclass(GuardTensor)
-        guard.layer = layer
+        guard.layer, guard.on_failure = layer, _nothing
         return guard
 
     @classmethod

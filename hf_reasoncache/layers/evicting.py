@@ -30,15 +30,7 @@ _MASS_BLOCK = 64  # prompt queries per pass while attention mass is accumulated
 
 
 class EvictingLayer(WatchedLayer):
-    """One layer that holds some of the tokens it has seen.
-
-    Attributes
-    ----------
-    evictions : int
-        Compactions so far, each row counted.
-    evicted : int
-        Tokens evicted so far, each row and head counted.
-    """
+    """One layer that holds some of the tokens it has seen."""
 
     _STATE = ("aside", "budgets", "evictions", "evicted", "risk", "_tail")
 

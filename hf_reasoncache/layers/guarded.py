@@ -34,8 +34,14 @@ class GuardedLayer(CacheLayerMixin):
         layer of a cache only.
     shard : Shard
         Which KV heads of the layer are here; set with the first forward.
+    layers : int
+        Layers of the model that the cache was made for; 0 is not known.
     agreement : {"agree", "local"}
         Whether processes with other heads of the layer decide together with this one.
+    differentiable : bool
+        Whether the model would give the tokens that are stored a gradient.
+    gives_weights : bool
+        Whether the model's config asks for attention weights.
     """
 
     is_compileable = False
@@ -43,9 +49,11 @@ class GuardedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, index: int) -> None:
-        super().__init__()
+        # Not the mixin's, which sets keys and values: here they are made when somebody reads them.
+        self.is_initialized = False
         self.index = index
         self.record_past = False
+        self.layers = 0
         self.shard: Shard = ALONE
         self.agreement: Agreement = "agree"
         self._clear()
@@ -54,7 +62,13 @@ class GuardedLayer(CacheLayerMixin):
         """Forget all tokens and free their storage."""
         self.seen = 0
         self.shown: torch.Tensor | None = None
+        self.differentiable = self.gives_weights = False
         self._incoming: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def may_evict(self) -> bool:
+        """Whether anything is evicted once the text is long enough."""
 
     @property
     @abstractmethod
@@ -86,6 +100,34 @@ class GuardedLayer(CacheLayerMixin):
         hidden : BoolTensor[B, T]
             True for columns that the attention mask hides; nothing for those after the last.
         """
+
+    def dense(self, name: str) -> torch.Tensor | None:
+        """Copy all keys or values into one tensor, as stock layers hold them.
+
+        Parameters
+        ----------
+        name : {"keys", "values"}
+
+        Returns
+        -------
+        Tensor[B, H_kv, seen, D] or None
+            Zeros for padding; None before the first forward.
+
+        Raises
+        ------
+        ValueError
+            If tokens have been evicted.
+        """
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """All keys, see `dense`; for reading."""
+        return self.dense("keys")
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """All values, see `dense`; for reading."""
+        return self.dense("values")
 
     @abstractmethod
     def store_first(self, chunk: Chunk) -> None:
@@ -125,12 +167,7 @@ class GuardedLayer(CacheLayerMixin):
         ValueError
             If the attention of the last forward never ran.
         """
-        if self._incoming is not None:
-            raise ValueError(
-                f"layer {self.index}: expected the attention of the last forward to run before the "
-                "next update, got two updates in a row; a cache serves one generation at a time "
-                "(reset() makes it new after an interrupted one)."
-            )
+        self.expect_idle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         steps = key_states.shape[-2]
@@ -140,6 +177,16 @@ class GuardedLayer(CacheLayerMixin):
         self._incoming = (keys, values)
         self.seen += steps
         return GuardTensor.wrap(keys, self), GuardTensor.wrap(values, self)
+
+    def expect_idle(self) -> None:
+        """Raise ValueError if an `update` was announced whose attention never ran."""
+        if self._incoming is not None:
+            raise ValueError(
+                f"layer {self.index}: expected the attention of the last forward to run before the "
+                "next update, got two updates in a row; a cache serves one generation at a time "
+                "(reset() makes it new after an interrupted one) and cannot be filled by hand "
+                "(prefix tuning: use DynamicCache)."
+            )
 
     def take_incoming(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand over the plain keys and values that the last `update` announced."""

@@ -10,6 +10,7 @@ import torch
 
 from hf_reasoncache.layers.aside import exchange, gathered
 from hf_reasoncache.layers.chunk import Chunk
+from hf_reasoncache.layers.dense import dense_tokens
 from hf_reasoncache.layers.guarded import GuardedLayer
 from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.precision import without_autocast
@@ -44,8 +45,11 @@ class PooledLayer(GuardedLayer):
         wherever the host's count would otherwise become part of the graph.
     aside : RaggedPool or None
         Tokens that the attention mask hides; replaced, never written to.
+    evictions, evicted : int
+        Compactions so far, each row counted; tokens evicted so far, each row and head counted.
     """
 
+    evictions = evicted = 0
     statistics: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def _clear(self) -> None:
@@ -63,6 +67,11 @@ class PooledLayer(GuardedLayer):
     def rows(self) -> int | None:
         """Batch rows stored; None before the first forward."""
         return None if self.pool is None else self.pool.length.shape[0]
+
+    @property
+    def may_evict(self) -> bool:
+        """See `GuardedLayer.may_evict`."""
+        return False
 
     # --------------------------------------------------------------------------------- one forward
 
@@ -82,6 +91,15 @@ class PooledLayer(GuardedLayer):
         self._make_room(chunk.steps)
         self._append(chunk, self.seen)
         return self._attend(chunk, self.seen)
+
+    def take_back(self, steps: int) -> None:
+        """Undo a forward of `steps` columns that was refused before or after they were stored."""
+        if self._incoming is not None:
+            self._incoming = None
+            self.seen -= steps
+        else:
+            self._tail = 0
+            self._crop(steps)
 
     def hide(self, hidden: torch.Tensor) -> None:
         """See `GuardedLayer.hide`."""
@@ -240,6 +258,19 @@ class PooledLayer(GuardedLayer):
     def held(self) -> torch.Tensor:
         """See `GuardedLayer.held`."""
         return torch.zeros(0, 0, device="cpu") if self.pool is None else self.pool.length
+
+    def dense(self, name: str) -> torch.Tensor | None:
+        """See `GuardedLayer.dense`."""
+        if self.pool is None:
+            return None
+        if self.evicted:
+            raise ValueError(
+                f"layer {self.index}: expected to hold all {self.seen} columns, for {name} in one "
+                f"tensor, got heads that hold {self.held().min()} to {self.held().max()} tokens, "
+                "each its own; cache.held_positions(layer_idx) says which."
+            )
+        pools = [self.pool] if self.aside is None else [self.pool, self.aside]
+        return dense_tokens(pools, name, self.seen)
 
     def kv_tensors(self) -> Iterator[torch.Tensor]:
         """Yield all keys and values."""

@@ -46,6 +46,11 @@ class WatchedLayer(PooledLayer):
         self._log = QueryLog(self.log_size)
 
     @property
+    def may_evict(self) -> bool:
+        """See `PooledLayer.may_evict`."""
+        return self.policy.may_evict
+
+    @property
     def log_size(self) -> int:
         """Newest columns whose queries an eviction needs."""
         return max(self.policy.scorer.queries, self._risk_queries)

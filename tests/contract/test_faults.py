@@ -18,8 +18,10 @@ from transformers import (
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import RKV
-from tests.caches import CLASSES, SETTINGS, exact_cache, make_cache
-from tests.models import build, prompt
+from tests.caches import CLASSES, KINDS, SETTINGS, exact_cache, make_cache
+from tests.contract.test_attention import sliding_first
+from tests.contract.test_lifecycle import Driver
+from tests.models import SHAPE, build, prompt
 
 HUGE = 10**30
 
@@ -312,6 +314,149 @@ def test_cache_that_is_still_generating_is_not_shared(llama):
     layer.update = nested
     with pytest.raises(ValueError, match="one generation at a time"):
         generate(llama, cache)
+
+
+# ------------------------------------------------------------------------------ refused forwards
+
+
+def small(kind, model):
+    """A cache whose bound is too small for the prompts of 30 tokens, and not for those of 8."""
+    settings = dict(budget=24) if kind != "sliding_window" else dict(max_budget=24)
+    return make_cache(kind, model, **settings)
+
+
+def of_length(tokens, batch=2):
+    return prompt(batch=batch, tokens=tokens, padding=(0, 3)[:batch])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["reason_alloc", "branched", "sliding_window"])
+def test_a_refused_prompt_leaves_the_cache_as_new(name, kind):
+    """Another prompt, another batch, and the report say so, without a reset."""
+    model = build(name)
+    cache = small(kind, model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="budget"):
+            generate(model, cache, of_length(30))
+        assert cache.get_seq_length() == 0
+        assert cache.report() == small(kind, model).report()
+    inputs = of_length(8, batch=1)
+    expected = generate(model, small(kind, model), inputs, max_new_tokens=12)
+    assert torch.equal(generate(model, cache, inputs, max_new_tokens=12), expected)
+
+
+def test_a_first_forward_that_runs_out_of_memory_leaves_the_cache_as_new(llama, monkeypatch):
+    cache = ReasonAllocCache(llama.config, budget=40, window=4)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1], "store_first", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(llama, cache)
+    fewer = {key: x[1:] for key, x in prompt().items()}
+    fresh = ReasonAllocCache(llama.config, budget=40, window=4)
+    assert torch.equal(generate(llama, cache, fewer), generate(llama, fresh, fewer))
+
+
+@pytest.mark.parametrize("kind", ["reason_alloc", "branched"])
+def test_a_refused_chunk_of_a_prompt_is_taken_back(llama, kind):
+    """The chunks before it are held, and a shorter rest fits."""
+    inputs, cache, fresh = of_length(30), small(kind, llama), small(kind, llama)
+    with pytest.raises(ValueError, match="budget too small"):
+        generate(llama, cache, inputs, prefill_chunk_size=16)
+    assert [layer.seen for layer in cache.layers] == [16] * 3
+    first, second = (Driver(llama, x, inputs["attention_mask"]) for x in (cache, fresh))
+    first.seen = 16
+    second(inputs["input_ids"][:, :16])
+    rest = inputs["input_ids"][:, 16:18]
+    found = [torch.cat([x(rest), x.greedy(x(rest), 20)], 1) for x in (first, second)]
+    assert torch.allclose(*found, atol=1e-5)
+    assert cache.held_positions(1) == fresh.held_positions(1)
+
+
+@pytest.mark.parametrize("make", [exact_cache, make_cache])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_mask_that_was_refused_is_forgotten(llama, kind, make):
+    cache, fresh = make(kind, llama), make(kind, llama)
+    generate(llama, cache, max_new_tokens=3)
+    generate(llama, fresh, max_new_tokens=3)
+    token = torch.ones(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="expected a 2-D padding mask"):
+            llama(token, attention_mask=torch.zeros(2, 1, 1, 24), past_key_values=cache)
+        found = [llama(token, past_key_values=each).logits for each in (cache, fresh)]
+    assert torch.equal(*found)
+
+
+def test_a_forward_that_was_interrupted_says_so_before_torch_does(llama):
+    """A shorter prompt would have no new token, which is an error of torch's deep in the model."""
+    cache = ReasonAllocCache(llama.config, budget=None)
+    hook = llama.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(llama, cache)
+    hook.remove()
+    with pytest.raises(ValueError, match=r"got \[0, 21\]: a forward was interrupted.*reset\(\)"):
+        generate(llama, cache, of_length(8))
+
+
+# ------------------------------------------------------------------------------ the wrong model
+
+
+def other(layers, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, head_dim=16)
+    model = transformers.LlamaForCausalLM(config).eval().to(dtype)
+    model.set_attn_implementation("reasoncache")
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("make", [exact_cache, make_cache])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_cache_for_another_number_of_layers(llama, layers, kind, make):
+    cache, chosen = make(kind, other(layers)), Counter()
+    said = rf"expected a model of {layers} layers, as in .*got one of 3; make the cache from this"
+    with pytest.raises(ValueError, match=said):
+        generate(llama, cache, stopping_criteria=[chosen])
+    assert chosen.tokens == 0 and cache.get_seq_length() == 0
+    generate(other(layers), cache)
+
+
+@pytest.mark.parametrize("make", [exact_cache, make_cache])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_another_dtype_in_mid_cache(name, dtype, kind, make):
+    """As after `model.half()` between two turns; going back goes on."""
+    model = sliding_first(name) if name == "gemma3" else build(name)
+    cache, fresh = make(kind, model), make(kind, model)
+    for each in (cache, fresh):
+        generate(model, each, max_new_tokens=30)
+    token = torch.ones(2, 1, dtype=torch.long)
+    said = rf"expected keys and values in torch.float32 as before, got {dtype}; reset\(\) the cache"
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=said):
+            model.to(dtype)(token, past_key_values=cache)
+        model.float()
+        found = [model(token, past_key_values=each).logits for each in (cache, fresh)]
+    if dtype == torch.float64:
+        assert torch.equal(*found)
+    cache.reset()
+    generate(model.to(dtype), cache, max_new_tokens=3)
+
+
+def test_keys_and_values_put_in_by_hand(llama):
+    """As prefix tuning fills a cache, without an attention."""
+    cache = ReasonAllocCache(llama.config, budget=None)
+    for layer in range(3):
+        cache.update(torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16), layer)
+    with pytest.raises(ValueError, match=r"cannot be filled by hand \(prefix tuning: use Dynamic"):
+        generate(llama, cache, max_new_tokens=3)
+    cache.reset()
+    assert generate(llama, cache).shape == (2, 51)
 
 
 # ------------------------------------------------------------------------------- guarded tensors
