@@ -9,6 +9,7 @@ import torch
 
 from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
+from hf_reasoncache.layers.tables import tensors_of
 from hf_reasoncache.risk import RiskLog
 from triton_ops.backend import describe
 
@@ -28,7 +29,10 @@ class LayerReport:
     kv_bytes : int
         Bytes of the key and value storages.
     other_bytes : int
-        Bytes of positions, statistics, and queries kept for scoring.
+        Bytes of positions, statistics, masks, and queries kept for scoring: what tokens bring.
+    table_bytes : int
+        Bytes of all else: where heads lie, what they hold and may hold, and what evictions did (the
+        risk log). Mostly CPU memory.
     evictions : int
         Compactions, each row counted.
     evicted : int
@@ -42,7 +46,7 @@ class LayerReport:
     probes : RiskLog or None
         How far heads with a shadow were from attention to all tokens, if there are any.
     shadow_bytes : int
-        CPU memory of the shadow, in no other number.
+        CPU memory of the shadow, its log included, in no other number.
     """
 
     index: int
@@ -57,6 +61,7 @@ class LayerReport:
     risk: RiskLog | None = None
     probes: RiskLog | None = None
     shadow_bytes: int = 0
+    table_bytes: int = 0
 
     @staticmethod
     def of(index: int, layer: PooledLayer) -> LayerReport:
@@ -76,6 +81,7 @@ class LayerReport:
             risk=evicting.risk if evicting and evicting.policy.risk else None,
             probes=evicting.shadow.log if evicting and evicting.shadow else None,
             shadow_bytes=evicting.shadow.nbytes if evicting and evicting.shadow else 0,
+            table_bytes=distinct_bytes(tensors_of(layer)) - layer.nbytes,
         )
 
 
@@ -158,11 +164,16 @@ class CacheReport:
         return sum(layer.kv_bytes for layer in self.layers)
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of tables and logs in the full-attention layers; see `LayerReport`."""
+        return sum(layer.table_bytes for layer in self.layers)
+
+    @property
     def total_bytes(self) -> int:
-        """Bytes of everything the cache holds."""
+        """Bytes of everything the cache holds, shadows apart."""
         parked = 0 if self.branches is None else self.branches.parked_bytes
         ours = self.kv_bytes + parked + sum(layer.other_bytes for layer in self.layers)
-        return ours + self.other_bytes
+        return ours + self.table_bytes + self.other_bytes
 
     @property
     def evictions(self) -> int:

@@ -62,10 +62,11 @@ def row_bytes(
 ) -> RowBytes:
     """Compute what a row takes in a cache that has read its prompt and so many tokens more.
 
-    Counts what `report().total_bytes` counts: keys, values, positions, statistics, and the queries
-    that are kept for scoring, with the slots that the pools allocate in advance; sliding-window
-    layers of hybrids too. A batch of equal rows takes as many times that. In a batch of unequal
-    rows a `DynamicCache` pads all to the longest; so does the room of a cache without budget.
+    Counts what `report().total_bytes` counts but for `table_bytes`: keys, values, positions,
+    statistics, and the queries that are kept for scoring, with the slots that the pools allocate in
+    advance; sliding-window layers of hybrids too. A batch of equal rows takes as many times that.
+    In a batch of unequal rows a `DynamicCache` pads all to the longest; so does the room of a cache
+    without budget.
 
     Parameters
     ----------

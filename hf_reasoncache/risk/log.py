@@ -72,6 +72,11 @@ class RiskLog:
         return RiskLog(*(x[chosen] for x in entries))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return sum(x.untyped_storage().nbytes() for x in vars(self).values())
+
+    @property
     def latest(self) -> torch.Tensor:
         """Tensor[H]: largest error over the rows of the newest eviction; NaN without one."""
         if not len(self):

@@ -184,4 +184,5 @@ class Shadow:
     @property
     def nbytes(self) -> int:
         """Bytes of CPU memory."""
-        return sum(x.untyped_storage().nbytes() for chunk in self._chunks for x in chunk)
+        stored = sum(x.untyped_storage().nbytes() for chunk in self._chunks for x in chunk)
+        return stored + self.log.nbytes

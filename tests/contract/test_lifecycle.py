@@ -214,17 +214,39 @@ def tensors_reachable_from(value, found, seen):
         tensors_reachable_from(vars(value), found, seen)
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
-def test_no_tensor_of_size_escapes_the_report(kind, changes):
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [*VARIANTS, ("reason_alloc", {"measure_risk": True}), ("sliding_window", {"max_risk": 0.1})],
+    ids=str,
+)
+def test_no_tensor_escapes_the_report(kind, changes, mode):
     model = build("llama")
     cache = new_cache(model, kind, **changes)
-    tokens(model, cache)
-    found = {}
+    tokens(model, cache, **mode)
+    cache.report()  # It asks for some tables for the first time.
+    report, found = cache.report(), {}
     for layer in cache.layers:
-        tensors_reachable_from(vars(layer), found, set())
-    # Lengths and budgets are a few numbers per head, on the CPU.
-    large = sum(size for size in found.values() if size > 48)
-    assert large == cache.report().total_bytes
+        # Which rows are alike is known once for all layers.
+        own = {name: value for name, value in vars(layer).items() if name != "twins"}
+        tensors_reachable_from(own, found, set())
+    assert sum(found.values()) == report.total_bytes
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_risk_log_is_counted_and_grows_with_evictions(kind):
+    model, bytes_of = build("llama"), []
+    for steps in (60, 100):
+        cache = new_cache(model, kind, measure_risk=True)
+        tokens(model, cache, max_new_tokens=steps)
+        report, plain = cache.report(), new_cache(model, kind)
+        tokens(model, plain, max_new_tokens=steps)
+        logs = [layer.risk for layer in report.layers]
+        logged = sum(x.nbytes for log in logs for x in vars(log).values())
+        assert logged == sum(len(log) * (2 * 8 + 3 * HEADS * 4) for log in logs) > 0
+        assert report.table_bytes == plain.report().table_bytes + logged
+        bytes_of.append(report.table_bytes)
+    assert bytes_of[0] < bytes_of[1]
 
 
 def test_growing_cache_doubles_and_stays_exact():

@@ -28,7 +28,8 @@ build_once = once(build)
 def held(cache) -> int:
     if isinstance(cache, DynamicCache):
         return sum(storage_bytes(layer) for layer in cache.layers)
-    return cache.report().total_bytes
+    report = cache.report()
+    return report.total_bytes - report.table_bytes
 
 
 @torch.inference_mode()
