@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_reasoncache import SharedBranchCache, branch_generate, scorers
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes, damage
 from tests.caches import CLASSES, KINDS, exact_cache, make_cache
 from tests.contract.test_lifecycle import Driver
@@ -22,7 +23,7 @@ def autocast(dtype=torch.bfloat16):
 def generate(model, cache, inputs=None, **arguments):
     arguments = dict(max_new_tokens=60, do_sample=False) | arguments
     with autocast():
-        return model.generate(**(inputs or prompt()), past_key_values=cache, **arguments)
+        return model.generate(**(inputs or prompt()), **cache_kwarg(cache), **arguments)
 
 
 def logits_of(model, cache, dtype, feed=None):

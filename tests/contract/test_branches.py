@@ -266,7 +266,7 @@ def test_prompts_of_tokens_that_look_alike_are_not_shared(dtype, padding):
     ids[:, -1] = torch.tensor([4, 4, 3])
     inputs["input_ids"] = ids.masked_fill(inputs["attention_mask"] == 0, 0)
     cache = SharedBranchCache(model.config)
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=2, do_sample=False)
     assert [list(readers.values()) for readers in segments(cache)] == [[2, 1]] * LAYERS
 
 

@@ -385,8 +385,8 @@ def test_a_mask_that_was_refused_is_forgotten(llama, kind, make):
     token = torch.ones(2, 1, dtype=torch.long)
     with torch.no_grad():
         with pytest.raises(ValueError, match="expected a 2-D padding mask"):
-            llama(token, attention_mask=torch.zeros(2, 1, 1, 24), past_key_values=cache)
-        found = [llama(token, past_key_values=each).logits for each in (cache, fresh)]
+            llama(token, attention_mask=torch.zeros(2, 1, 1, 24), **cache_kwarg(cache))
+        found = [llama(token, **cache_kwarg(each)).logits for each in (cache, fresh)]
     assert torch.equal(*found)
 
 
@@ -439,9 +439,9 @@ def test_another_dtype_in_mid_cache(name, dtype, kind, make):
     said = rf"expected keys and values in torch.float32 as before, got {dtype}; reset\(\) the cache"
     with torch.no_grad():
         with pytest.raises(ValueError, match=said):
-            model.to(dtype)(token, past_key_values=cache)
+            model.to(dtype)(token, **cache_kwarg(cache))
         model.float()
-        found = [model(token, past_key_values=each).logits for each in (cache, fresh)]
+        found = [model(token, **cache_kwarg(each)).logits for each in (cache, fresh)]
     if dtype == torch.float64:
         assert torch.equal(*found)
     cache.reset()

@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg
 from tests.caches import KINDS, exact_cache, make_cache
 from tests.models import BUILDERS, build, prompt
 
 
 def generate(model, cache, inputs=None, **arguments):
     arguments = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True) | arguments
-    return model.generate(**(inputs or prompt()), past_key_values=cache, **arguments)
+    return model.generate(**(inputs or prompt()), **cache_kwarg(cache), **arguments)
 
 
 def dynamic(model):
@@ -33,11 +34,11 @@ def test_layers_show_the_keys_and_values_of_stock_layers(name, mode):
     for kind in KINDS:
         cache = exact_cache(kind, model)
         found = generate(model, cache, inputs, **mode)
-        assert found.past_key_values is cache
-        assert len(cache) == len(expected.past_key_values) == model.config.num_hidden_layers
+        assert found[CACHE_ARGUMENT] is cache
+        assert len(cache) == len(expected[CACHE_ARGUMENT]) == model.config.num_hidden_layers
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 11, dtype=torch.long)], 1)
         real = mask.repeat_interleave(mode.get("num_beams", 1), 0)[:, None, :, None].bool()
-        pairs = list(zip(cache.layers, expected.past_key_values.layers, strict=True))
+        pairs = list(zip(cache.layers, expected[CACHE_ARGUMENT].layers, strict=True))
         for index, (ours, theirs) in enumerate(pairs):
             assert ours.is_initialized and ours.get_seq_length() == theirs.get_seq_length()
             for got, want in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
@@ -101,7 +102,10 @@ def arguments_of(mode, name):
     if mode in ("prompt_lookup", "assisted"):
         inputs = {key: x[:1] for key, x in inputs.items()}
     if mode == "assisted":
-        arguments["assistant_model"] = build(name, "eager")
+        # A few of the assistant's drafts are right: its weights are a disturbed copy.
+        arguments["assistant_model"] = assistant = stock(name)
+        with torch.no_grad():
+            assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight) * 0.02)
     return arguments, inputs
 
 
@@ -163,8 +167,8 @@ def test_attention_weights_asked_for_by_the_config():
     model.set_attn_implementation("reasoncache_eager")
     cache = exact_cache("reason_alloc", model)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
-        out = model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        model(**inputs, **cache_kwarg(cache))
+        out = model(torch.ones(2, 1, dtype=torch.long), **cache_kwarg(cache))
     assert [x.shape for x in out.attentions] == [(2, 6, 1, 22)] * 3
 
 
@@ -205,7 +209,7 @@ def test_the_first_forward_gives_gradients(kind):
     for attention in ("sdpa", "reasoncache"):
         model, inputs = build("llama", attention), prompt()
         cache = dynamic(model) if attention == "sdpa" else make_cache(kind, model)
-        model.train()(**inputs, past_key_values=cache, labels=inputs["input_ids"]).loss.backward()
+        model.train()(**inputs, **cache_kwarg(cache), labels=inputs["input_ids"]).loss.backward()
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -219,12 +223,12 @@ def test_gradients_through_a_pool_are_an_error(kind, make, trained):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained == "all" or trained in name)
     cache, token = make(kind, model), torch.ones(2, 1, dtype=torch.long)
-    model(**inputs, past_key_values=cache)
-    out = model(token, past_key_values=cache, labels=token)
+    model(**inputs, **cache_kwarg(cache))
+    out = model(token, **cache_kwarg(cache), labels=token)
     with pytest.raises(ValueError, match=r"expected inference, got a backward pass.*DynamicCache"):
         out.loss.backward()
     with torch.no_grad():
-        assert model(token, past_key_values=cache).logits.shape == (2, 1, 97)
+        assert model(token, **cache_kwarg(cache)).logits.shape == (2, 1, 97)
 
 
 def test_gradients_for_what_was_stored_are_an_error():
@@ -232,10 +236,10 @@ def test_gradients_for_what_was_stored_are_an_error():
     model = build("llama").requires_grad_(False)
     soft = torch.randn(2, 5, 48, requires_grad=True)
     cache = exact_cache("reason_alloc", model)
-    model(inputs_embeds=soft, past_key_values=cache)
+    model(inputs_embeds=soft, **cache_kwarg(cache))
     token = torch.ones(2, 1, dtype=torch.long)
     with pytest.raises(ValueError, match="expected inference, got a backward pass"):
-        model(token, past_key_values=cache, labels=token).loss.backward()
+        model(token, **cache_kwarg(cache), labels=token).loss.backward()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,8 +249,8 @@ def test_a_loop_in_grad_mode_is_as_one_without(kind):
     for grad in (True, False):
         cache.reset()
         with torch.set_grad_enabled(grad):
-            logits = model(**inputs, past_key_values=cache).logits
+            logits = model(**inputs, **cache_kwarg(cache)).logits
             for _ in range(30):
-                logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
+                logits = model(logits[:, -1:].argmax(-1), **cache_kwarg(cache)).logits
         found.append(logits.detach())
     assert torch.equal(*found) and cache.report().evicted > 0
