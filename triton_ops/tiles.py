@@ -99,9 +99,9 @@ class Tile:
         widest = max(block_d(size) for size in sizes)
         if dtype == torch.float32:
             # No matrix unit takes float32 as it is: the products live in registers.
-            return Tile(16, 64 if widest <= 128 else 32, 8, 1)
-        n, most = (64, 64) if widest <= 256 else (32, 32)
-        m = min(most, max(16, power_of_two(rows)))
+            return Tile(16, 32, 8, 1)
+        m = min(64 if widest <= 128 else 32, max(16, power_of_two(rows)))
+        n = 64 if widest <= 256 else 32
         step = n * sum(block_d(size) for size in sizes) * dtype.itemsize
         stages = min(3, 1 + AHEAD_BYTES // step)
-        return Tile(m, n, 8 if m * widest >= 64 * 256 else 4, stages)
+        return Tile(m, n, 8 if widest > 128 and m > 16 else 4, stages)

@@ -58,16 +58,14 @@ def attend_own(
         asking = tl.load(query_positions + head // heads * steps + row % steps, mask=real, other=-1)
     begin = tl.load(start + head) + offset
     held = tl.minimum(chunk, tl.load(length + head) - offset)
-    # A tile beyond the queries, which a launch with a prefix has, has nothing to read.
-    end = begin + tl.where(tile * BLOCK_M < rows, held, 0)
     out, lse = attend_chunk(
-        q, asking, keys, values, positions, begin, end, scale, softcap,
+        q, asking, keys, values, positions, begin, begin + held, scale, softcap,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     store_partial(partial_out, partial_lse, partial * rows + row, real, out, lse, DV)
 
 
-@triton.jit(do_not_specialize=["prefix_count"])
+@triton.jit(do_not_specialize=["prefix_programs"])
 def attend_kernel(
     query,
     keys,
@@ -85,6 +83,7 @@ def attend_kernel(
     heads,
     rows,
     steps,
+    tiles,
     first,
     prefix_keys,
     prefix_values,
@@ -94,7 +93,8 @@ def attend_kernel(
     prefix_members,
     prefix_first,
     prefix_chunk,
-    prefix_count,
+    prefix_programs,
+    prefix_tiles,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -103,24 +103,28 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """The first programs read shared prefixes, if there are any, the others own tokens."""
+    """The first programs read shared prefixes, if there are any, the others own tokens.
+
+    All tiles of queries of a chunk are neighbours, so that its keys are read once.
+    """
     program = tl.program_id(0)
-    tile = tl.program_id(1)
     own = True
     if prefix_items is not None:
-        own = program >= prefix_count
-        if program < prefix_count:
+        own = program >= prefix_programs
+        if program < prefix_programs:
             attend_prefix(
-                program, tile, query, prefix_keys, prefix_values, prefix_start, prefix_length,
-                prefix_items, prefix_members, prefix_first, first, partial_out, partial_lse,
+                program // prefix_tiles, program % prefix_tiles, query,
+                prefix_keys, prefix_values, prefix_start, prefix_length, prefix_items,
+                prefix_members, prefix_first, first, partial_out, partial_lse,
                 scale, softcap, prefix_chunk, heads, rows,
                 D, DV, BLOCK_P, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-        program -= prefix_count
+        program -= prefix_programs
     if own:
         attend_own(
-            program, tile, query, keys, values, positions, query_positions, start, length,
-            items, partial_out, partial_lse, scale, softcap, chunk, heads, rows, steps,
+            program // tiles, program % tiles, query, keys, values, positions, query_positions,
+            start, length, items, partial_out, partial_lse, scale, softcap, chunk, heads, rows,
+            steps,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
@@ -163,8 +167,8 @@ def decode_attention_triton(
     partial_out = query.new_empty(plan.partials, rows, value_size, dtype=torch.float32)
     partial_lse = query.new_empty(plan.partials, rows, dtype=torch.float32)
     if plan.partials:
-        programs = plan.count + (0 if plan.prefix is None else plan.prefix.count)
-        attend_kernel[(programs, max(tiles, 1 if prefix is None else wide_tiles))](
+        shared = 0 if plan.prefix is None else plan.prefix.count * wide_tiles
+        attend_kernel[(shared + plan.count * tiles,)](
             query,
             keys,
             values,
@@ -181,8 +185,9 @@ def decode_attention_triton(
             kv_heads,
             rows,
             steps,
+            tiles,
             plan.first,
-            *_prefix_arguments(prefix, plan.prefix),
+            *_prefix_arguments(prefix, plan.prefix, wide_tiles),
             head_size,
             value_size,
             BLOCK_M=tile.m,
@@ -212,9 +217,11 @@ def decode_attention_triton(
     return out
 
 
-def _prefix_arguments(prefix: SharedPrefix | None, plan: PrefixWork | None) -> tuple[object, ...]:
+def _prefix_arguments(
+    prefix: SharedPrefix | None, plan: PrefixWork | None, tiles: int
+) -> tuple[object, ...]:
     if prefix is None or plan is None:
-        return (None,) * 9
+        return (None,) * 10
     return (
         prefix.keys,
         prefix.values,
@@ -224,5 +231,6 @@ def _prefix_arguments(prefix: SharedPrefix | None, plan: PrefixWork | None) -> t
         plan.members,
         plan.first,
         plan.chunk,
-        plan.count,
+        plan.count * tiles,
+        tiles,
     )

@@ -7,18 +7,26 @@ waits for the GPU, and a captured graph stays valid while the heads grow.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from triton_ops.layout import RaggedLayout, SharedPrefix
+from triton_ops.tiles import blocks
 
-SMALLEST = 64
-"""Slots of the smallest chunk: one tile of keys."""
+SMALLEST, STEP = 32, 64
+"""Slots of the smallest chunk, half a tile of keys, and what others are a multiple of."""
 
 LARGEST = 512
-"""Slots of the largest chunk while the queries of a head fit one tile: equal pieces keep ragged
-heads in balance, and partial results cost at most 2 % of the traffic of the keys and values."""
+"""Slots of the largest chunk while the queries of a head fit one tile and there are few programs:
+equal pieces keep ragged heads in balance, and partial results cost at most 2 % of the traffic of
+the keys and values."""
+
+ROOMY = 4
+"""Largest chunks grow to so many times their size where there are still so many times the programs
+that fill a GPU: what one of them is longer than the others matters less then."""
 
 PROGRAMS = 264
 """Programs that fill a GPU: two for each of the 132 multiprocessors of an H100 or H200."""
@@ -90,7 +98,7 @@ def counts(layout: RaggedLayout, chunk: int) -> torch.Tensor:
 
 
 def chunk_size(layout: RaggedLayout, tiles: int) -> int:
-    """Return the largest chunk that still gives every multiprocessor work.
+    """Return the largest chunk that still gives every multiprocessor work, in equal pieces.
 
     Parameters
     ----------
@@ -99,10 +107,22 @@ def chunk_size(layout: RaggedLayout, tiles: int) -> int:
         Programs per chunk, one per tile of queries. With several, chunks may be longer: there are
         programs enough, and each chunk costs a partial result per query.
     """
-    chunk = SMALLEST
-    while chunk < LARGEST * tiles and int(counts(layout, 2 * chunk).sum()) * tiles >= PROGRAMS:
-        chunk *= 2
-    return chunk
+    heads = Counter(layout.capacity.flatten().tolist())
+
+    def programs(size: int) -> int:
+        return tiles * sum(count * blocks(capacity, size) for capacity, count in heads.items())
+
+    def largest(limit: int, least: int) -> int:
+        sizes = (SMALLEST, *range(STEP, limit + 1, STEP))
+        return sizes[max(bisect_right(sizes, -least, key=lambda size: -programs(size)) - 1, 0)]
+
+    chunk = largest(LARGEST * tiles, PROGRAMS)
+    if chunk == LARGEST * tiles:
+        chunk = max(chunk, largest(ROOMY * LARGEST * tiles, ROOMY * PROGRAMS))
+    # As many chunks of the longest head, all of them equally long.
+    longest = max(heads)
+    even = blocks(longest, max(blocks(longest, chunk), 1))
+    return min(chunk, max(blocks(even, STEP), 1) * STEP)
 
 
 def work(
@@ -135,6 +155,9 @@ def work(
         first = torch.cat([own.new_zeros(1), (own + before).cumsum(0)])
         head, ordinal = _enumerate(own)
         items = torch.stack([head, ordinal * chunk, first[head] + before[head] + ordinal], dim=1)
+        # Longest first: what is left over at the end of a head fills the gaps at the end.
+        long = (layout.capacity.flatten()[head] - ordinal * chunk).clamp_max(chunk)
+        items = items[long.argsort(descending=True, stable=True)]
         return Work(chunk, items.int().to(device), first.int().to(device), int(first[-1]), shared)
 
     return layout.derive(("work", tiles, device, prefix, prefix_tiles), make)

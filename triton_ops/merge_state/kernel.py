@@ -104,7 +104,7 @@ def join(
         steps,
         value_size,
         block_d(value_size),
-        BLOCK_S=16,
+        BLOCK_S=max(16, min(64, 8192 // block_d(value_size))),
         num_warps=4,
     )
 

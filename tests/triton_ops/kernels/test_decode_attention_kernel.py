@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.triton_ops.attention_cases import OPTIONS, arguments_of, cases, expected, make_case
 from triton_ops.decode_attention import work
 
-TILE = work.SMALLEST
+TILE = work.STEP
 SHAPES = {
     "one_head": ([[4]], [[3]]),
     "nothing_held": ([[5, 0]], [[0, 0]]),
@@ -85,7 +85,8 @@ def test_any_pool(case, options, device):
 def test_the_number_of_splits_changes_nothing(chunk, device, monkeypatch):
     case = make_case(*SHAPES["empty_splits"], 4, 1).to(device)
     fine = case.run()
-    monkeypatch.setattr(work, "SMALLEST", chunk)
+    for name in ("SMALLEST", "STEP"):
+        monkeypatch.setattr(work, name, chunk)
     other = replace(case, layout=replace(case.layout))
     torch.testing.assert_close(other.run(), fine, atol=1e-6, rtol=1e-6)
     assert work.work(other.layout, 1, fine.device).chunk == chunk
