@@ -48,11 +48,13 @@ class CudaRecorder:
         """See `Recorder.record`; what an earlier graph returned must no longer be needed."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
+            # The pool is allocated while recording, when the allocator can take nothing back.
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # The earlier graph lives until this one shares its pool: a pool without graphs is gone.
         pool = None if self._last is None else self._last.pool()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # `torch.cuda.graph` would give the allocator's cache back at each recording, forbid other
+        # `torch.cuda.graph` would empty the allocator's cache at each recording, forbid other
         # threads to allocate, and leave its stream current when a recording fails.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool, capture_error_mode="thread_local")
