@@ -209,8 +209,8 @@ class RaggedPool:
         place = torch.arange(max(int(length.max()), 0), device=device)
         # One small copy; what has a number per token is made where it is needed.
         start, length = torch.stack([start, length]).to(device)[..., None]
-        held = place < length
-        return torch.where(held, start + place, start), torch.where(held, place, -1)
+        offset = place.masked_fill(place >= length, -1)
+        return torch.maximum(start + offset, start), offset
 
     def take(self, name: str, slots: torch.Tensor) -> torch.Tensor:
         """Copy a field of some slots: Tensor `[*slots.shape, ...]`."""
