@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.profile import BudgetProfile
+from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Protection, Spans
 from hf_reasoncache.risk import Guard, Probes, Risk
 from hf_reasoncache.scorers.base import Scorer
@@ -28,28 +29,28 @@ LARGEST = 2**31 - 1
 def require_int(name: str, value: object, *, low: int) -> None:
     """Raise ValueError unless `value` is an integer from `low` to `LARGEST`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
+        raise ValueError(f"{name}: expected an integer >= {low}, got {shown(value)}.")
     if value > LARGEST:
-        raise ValueError(f"{name}: expected an integer <= {LARGEST}, got {value!r}.")
+        raise ValueError(f"{name}: expected an integer <= {LARGEST}, got {shown(value)}.")
 
 
 def require_bool(name: str, value: object) -> None:
     """Raise ValueError unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}.")
+        raise ValueError(f"{name}: expected True or False, got {shown(value)}.")
 
 
 def require_share(name: str, value: object, *, low: float = 0.0) -> None:
     """Raise ValueError unless `value` is a number from `low` to 1."""
     if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) <= 1.0:
-        raise ValueError(f"{name}: expected a number from {low:g} to 1, got {value!r}.")
+        raise ValueError(f"{name}: expected a number from {low:g} to 1, got {shown(value)}.")
 
 
 def require_scorer(scorer: object) -> Scorer:
     """Return a scorer; raise ValueError for anything else, its class included."""
     if isinstance(scorer, type) or not isinstance(scorer, Scorer):
         raise ValueError(
-            f"scorer: expected an object of hf_reasoncache.scorers, got {scorer!r}; pass an "
+            f"scorer: expected an object of hf_reasoncache.scorers, got {shown(scorer)}; pass an "
             "instance such as RKV()."
         )
     return scorer
@@ -99,7 +100,7 @@ def require_probes(probes: object) -> Probes | None:
     """Return probes; raise ValueError for anything else but None."""
     if probes is None or isinstance(probes, Probes):
         return probes
-    raise ValueError(f"probes: expected a risk.Probes, got {probes!r}; pass Probes().")
+    raise ValueError(f"probes: expected a risk.Probes, got {shown(probes)}; pass Probes().")
 
 
 def demand_and_rule(
@@ -126,7 +127,7 @@ def demand_and_rule(
 def _checked_demand(profile: Sequence[float]) -> tuple[float, ...]:
     problem = ValueError(
         "profile: expected a BudgetProfile, its directory or repository, or one demand per "
-        f"full-attention layer, finite numbers >= 0 and not all 0, got {profile!r}."
+        f"full-attention layer, finite numbers >= 0 and not all 0, got {shown(profile)}."
     )
     if isinstance(profile, bytes | Mapping) or not isinstance(profile, Iterable):
         raise problem

@@ -9,6 +9,8 @@ from typing import Any
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
 
+from hf_reasoncache.messages import shown
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -38,16 +40,16 @@ class Geometry:
         layers = self.full_attention_layers
         if not isinstance(layers, list | tuple) or not layers or not all(map(_counts, layers)):
             raise ValueError(
-                f"full_attention_layers: expected layer indices, at least one, got {layers!r}."
+                f"full_attention_layers: expected layer indices, at least one, got {shown(layers)}."
             )
         if any(below >= above for below, above in pairwise(layers)):
             raise ValueError(
-                f"full_attention_layers: expected ascending layer indices, got {layers!r}."
+                f"full_attention_layers: expected ascending layer indices, got {shown(layers)}."
             )
         for name in ("kv_heads", "head_size"):
             value = getattr(self, name)
             if not _counts(value) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}.")
+                raise ValueError(f"{name}: expected an integer >= 1, got {shown(value)}.")
         object.__setattr__(self, "full_attention_layers", tuple(layers))
 
     @staticmethod
@@ -66,18 +68,21 @@ class Geometry:
         if len(shapes) > 1:
             raise ValueError(
                 f"{decoder.model_type}: expected full-attention layers that share KV heads and "
-                f"head size, got {sorted(shapes)}; profiles do not describe such a model."
+                f"head size, got {shown(sorted(shapes))}; profiles do not describe such a model."
             )
         return Geometry(ours, *shapes.pop())
 
     def differences(self, other: Geometry) -> list[str]:
         """Say in which fields `other` differs, one phrase each: "kv_heads 4, not 8"."""
         return [
-            f"{name} {list(theirs) if isinstance(theirs, tuple) else theirs}, "
-            f"not {list(ours) if isinstance(ours, tuple) else ours}"
+            f"{name} {_few(theirs)}, not {_few(ours)}"
             for name, ours in vars(self).items()
             if (theirs := getattr(other, name)) != ours
         ]
+
+
+def _few(value: int | tuple[int, ...]) -> str:
+    return shown(list(value) if isinstance(value, tuple) else value, 60)
 
 
 def _counts(value: object) -> bool:

@@ -33,6 +33,7 @@ PARTS: dict[str, set[str]] = {
     "shards": set(),
     "version": set(),
     "releases": set(),
+    "messages": set(),
     "processes": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "shards", "triton_ops"},
     "base_attention": set(),
@@ -61,6 +62,9 @@ for _cache in CACHES:
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = {"attention", "layers", "scorers", "budgets", "protection", "risk"}
     PARTS[_cache] |= {"report", "arguments", "geometry", "shards", "calibration.profile"} | CACHES
+for _allowed in PARTS.values():
+    # How a value is echoed in an error is the same everywhere.
+    _allowed.add("messages")
 # "cli" and the package's own __init__ may import every part; only "__main__" imports "cli".
 PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
 PARTS["__main__"] = {"cli"}

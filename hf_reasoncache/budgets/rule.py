@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_reasoncache.budgets.layers import expect_bounds, layer_budgets
+from hf_reasoncache.messages import shown
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class BudgetRule:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             # Compared as it is: an integer may be too large to become a float.
             if not number or not 0 <= value <= sys.float_info.max:
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!a:.80}.")
+                raise ValueError(f"{name}: expected a finite number >= 0, got {shown(value)}.")
             object.__setattr__(self, name, float(value))
         expect_bounds("BudgetRule", self.low, self.high)
 

@@ -30,6 +30,7 @@ from hf_reasoncache.calibration.files import (
     read_bounded,
     too_large,
 )
+from hf_reasoncache.messages import shown
 
 Token = str | bool | None
 
@@ -55,7 +56,7 @@ def require_repo_id(name: str | os.PathLike[str]) -> str:
     if not is_repo_id(repo_id):
         raise ValueError(
             "profile: expected a directory that exists, or a repository ORG/NAME of the Hub, got "
-            f"{repo_id!r}."
+            f"{shown(repo_id)}."
         )
     return repo_id
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_reasoncache.messages import shown
+
 Message = dict[str, Any]
 
 
@@ -222,7 +224,7 @@ def _from_row(row: Mapping[str, Any], column: str | None, place: str) -> Prompt:
     if isinstance(content, list) and content and all(map(_is_message, content)):
         return Prompt(tuple(dict(message) for message in content), place)
     raise ValueError(
-        f"{place}: expected {field!r} to be text that is not empty, or messages with role and "
+        f"{place}: expected {shown(field)} to be text that is not empty, or messages with role and "
         f"content, got {ascii(content)[:80]}."
     )
 

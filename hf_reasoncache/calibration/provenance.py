@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_reasoncache.calibration import schema
+from hf_reasoncache.messages import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +59,7 @@ class Calibration:
             seed=schema.count("seed", self.seed),
             tokens=schema.count("tokens", self.tokens),
             settings=schema.plain_json("settings", self.settings),
-            versions={key: schema.text(f"versions[{key!r}]", versions[key]) for key in versions},
+            versions={
+                key: schema.text(f"versions[{shown(key)}]", versions[key]) for key in versions
+            },
         )

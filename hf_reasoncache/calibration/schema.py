@@ -14,19 +14,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-_SHOWN = 80  # characters of a wrong value in an error
+from hf_reasoncache.messages import shown
+
 _DEEPEST = 32  # levels of nested JSON, so that what recurses later, as `repr`, cannot fail
 
 
 def refuse(name: str, expected: str, got: object) -> NoReturn:
     """Raise the ValueError, without what a file could do to a terminal."""
     raise ValueError(f"{name}: expected {expected}, got {shown(got)}.")
-
-
-def shown(value: object) -> str:
-    """Some characters of a value, in ASCII; of an error, of its text."""
-    plain = ascii(str(value))[1:-1] if isinstance(value, Exception) else ascii(value)
-    return plain if len(plain) <= _SHOWN else f"{plain[:_SHOWN]}..."
 
 
 def text(name: str, value: object) -> str:
@@ -86,14 +81,20 @@ def plain_json(name: str, value: object) -> dict[str, Any]:
         plain = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected JSON values, finite, got: {shown(error)}.") from error
-    for each in _everything_in(name, plain):
+    for each in everything_in(name, plain):
         if isinstance(each, str) and not each.isprintable():
             refuse(name, "printable text", each)
     return plain
 
 
-def _everything_in(name: str, value: object) -> Iterator[object]:
-    """Yield keys and values of a JSON value at every level, without recursion."""
+def everything_in(name: str, value: object) -> Iterator[object]:
+    """Yield keys and values of a JSON value at every level, without recursion.
+
+    Raises
+    ------
+    ValueError
+        If there are more levels than anything we read has.
+    """
     level = [value]
     for _ in range(_DEEPEST):
         yield from level
@@ -151,7 +152,7 @@ def parse(name: str, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected JSON, got something else: {shown(error)}.") from error
     # Walks it all, for the depth.
-    deque(_everything_in(name, value), maxlen=0)
+    deque(everything_in(name, value), maxlen=0)
     if not isinstance(value, dict):
         refuse(name, "a JSON object", value)
     return value

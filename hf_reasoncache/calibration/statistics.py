@@ -8,9 +8,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from hf_reasoncache.calibration.schema import shown
+from hf_reasoncache.messages import shown
 
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32)
+_MOST_DIMENSIONS = 8  # torch's own operations stop at 64, some of them sooner
 
 
 def check_statistics(statistics: object, *, prompts: int, layers: int) -> None:
@@ -33,15 +34,22 @@ def check_statistics(statistics: object, *, prompts: int, layers: int) -> None:
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise ValueError(
-                f"statistics[{name!r}]: expected a tensor of one of {DTYPES}, got {kind}."
+                f"statistics[{shown(name)}]: expected a tensor of one of {DTYPES}, got {kind}."
+            )
+        if tensor.dim() > _MOST_DIMENSIONS:
+            raise ValueError(
+                f"statistics[{shown(name)}]: expected at most {_MOST_DIMENSIONS} dimensions, got "
+                f"{tensor.dim()}."
             )
         if tuple(tensor.shape[:2]) != (prompts, layers):
             raise ValueError(
-                f"statistics[{name!r}]: expected shape [{prompts}, {layers}, ...] (prompts, "
-                f"layers), got {list(tensor.shape)}."
+                f"statistics[{shown(name)}]: expected shape [{prompts}, {layers}, ...] (prompts, "
+                f"layers), got {shown(list(tensor.shape))}."
             )
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"statistics[{name!r}]: expected finite numbers, got NaN or infinity.")
+            raise ValueError(
+                f"statistics[{shown(name)}]: expected finite numbers, got NaN or infinity."
+            )
 
 
 def dump_statistics(statistics: Mapping[str, torch.Tensor]) -> bytes:

@@ -27,6 +27,7 @@ from hf_reasoncache.cli.options import (
     Revision,
     Threads,
 )
+from hf_reasoncache.messages import shown
 from hf_reasoncache.processes import Processes
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from hf_reasoncache.scorers.base import Scorer
@@ -193,5 +194,5 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise typer.BadParameter(
-            f"expected integers with commas between them, got {text!r}", param_hint="--budgets"
+            f"expected integers with commas between them, got {shown(text)}", param_hint="--budgets"
         ) from error

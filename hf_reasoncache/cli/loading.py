@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hf_reasoncache.cli.options import Dtype
 from hf_reasoncache.evaluation.arms import Budget, parse_budget
+from hf_reasoncache.messages import shown
 from hf_reasoncache.processes import Processes
 
 
@@ -49,7 +50,9 @@ def seeds(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ValueError(f"--seeds: expected whole numbers with commas, got {text!r}.") from error
+        raise ValueError(
+            f"--seeds: expected whole numbers with commas, got {shown(text)}."
+        ) from error
 
 
 def new_directory(path: Path) -> Path:

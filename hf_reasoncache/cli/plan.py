@@ -16,6 +16,7 @@ from hf_reasoncache.cli.loading import new_directory
 from hf_reasoncache.cli.options import Dtype, Revision
 from hf_reasoncache.evaluation.arms import FULL_ARM, Budget, parse_arm
 from hf_reasoncache.evaluation.table import markdown_table, text_table
+from hf_reasoncache.messages import shown
 from hf_reasoncache.planning import CachePlan, Device, ModelSize, Setting
 from hf_reasoncache.planning.devices import DEVICES, find_device
 from hf_reasoncache.planning.plot import plan_png
@@ -186,7 +187,8 @@ def _plans(
         arm = parse_arm(text)
         if arm.is_full:
             raise ValueError(
-                f"--cache: expected a compressed cache, got {text!r}, which has a line already."
+                f"--cache: expected a compressed cache, got {shown(text)}, which has a line "
+                "already."
             )
         name = text.partition(":")[0]
         for number in budgets:
@@ -204,7 +206,7 @@ def _batches(text: str | None) -> list[int]:
         return []
     found = parse_budgets(text)
     if not all(isinstance(number, int) for number in found):
-        raise ValueError(f"--batch: expected whole numbers with commas, got {text!r}.")
+        raise ValueError(f"--batch: expected whole numbers with commas, got {shown(text)}.")
     return [int(number) for number in found]
 
 

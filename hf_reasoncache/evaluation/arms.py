@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, PretrainedConfig
 
+from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Spans
 from hf_reasoncache.reason_alloc import ReasonAllocCache
 from hf_reasoncache.scorers import (
@@ -211,7 +212,7 @@ def parse_arm(text: str, window: int = 8, buffer: int = 128) -> Arm:
         return FULL_ARM
     if name not in (REASON_ALLOC, SLIDING_WINDOW, *SCORERS):
         known = ", ".join((FULL, REASON_ALLOC, SLIDING_WINDOW, *SCORERS))
-        raise ValueError(f"--cache: expected one of {known}, got {text!r}.")
+        raise ValueError(f"--cache: expected one of {known}, got {shown(text)}.")
     windows = name == SLIDING_WINDOW
     settings: dict[str, Any] = {} if windows else {"window": window, "buffer": buffer}
     scorer: str | None = None
@@ -241,7 +242,7 @@ def parse_arm(text: str, window: int = 8, buffer: int = 128) -> Arm:
                 raise ValueError(key)
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"--cache {text!r}: setting {key}={value} is not known; see --help."
+                f"--cache {shown(text)}: setting {key}={value} is not known; see --help."
             ) from error
     cache = SlidingWindowCompressCache if windows else ReasonAllocCache
     return Arm(text, cache, settings, scorer, **chosen)
@@ -257,6 +258,6 @@ def parse_budget(text: str) -> Budget:
         return value
     if value < 1 or value != int(value):
         raise ValueError(
-            f"--budgets: expected whole numbers of tokens, or ratios below 1, got {text!r}."
+            f"--budgets: expected whole numbers of tokens, or ratios below 1, got {shown(text)}."
         )
     return int(value)

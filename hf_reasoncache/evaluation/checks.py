@@ -14,6 +14,8 @@ from decimal import Decimal, InvalidOperation
 from functools import cache
 from typing import Any
 
+from hf_reasoncache.messages import shown
+
 IFEVAL = "ifeval:"
 
 
@@ -44,7 +46,7 @@ class Check:
             return
         if self.name not in CHECKS:
             raise ValueError(
-                f"check: expected one of {sorted(CHECKS)} or '{IFEVAL}...', got {self.name!r}."
+                f"check: expected one of {sorted(CHECKS)} or '{IFEVAL}...', got {shown(self.name)}."
             )
         try:
             inspect.signature(CHECKS[self.name]).bind("", **self.arguments)
@@ -52,7 +54,7 @@ class Check:
                 re.compile(self.arguments.get(each, ""))
         except (TypeError, re.error) as error:
             raise ValueError(
-                f"check {self.name!r}: {error}; got {dict(self.arguments)}."
+                f"check {shown(self.name)}: {error}; got {dict(self.arguments)}."
             ) from error
 
     @staticmethod
@@ -67,7 +69,9 @@ class Check:
         if isinstance(value, str):
             return Check(value)
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ValueError(f"check: expected a name or an object with a name, got {value!r}.")
+            raise ValueError(
+                f"check: expected a name or an object with a name, got {shown(value)}."
+            )
         return Check(value["name"], {key: v for key, v in value.items() if key != "name"})
 
     def __call__(self, answer: str) -> bool:
@@ -192,7 +196,7 @@ def _value(text: str) -> Decimal | str:
 def _ifeval(name: str, answer: str, arguments: Mapping[str, Any]) -> bool:
     registry = _ifeval_registry()
     if name not in registry:
-        raise ValueError(f"check: expected an instruction of IFEval, got {name!r}.")
+        raise ValueError(f"check: expected an instruction of IFEval, got {shown(name)}.")
     instruction = registry[name](name)
     instruction.build_description(**arguments)
     return bool(answer.strip()) and bool(instruction.check_following(answer))

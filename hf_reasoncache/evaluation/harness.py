@@ -21,6 +21,7 @@ from hf_reasoncache.evaluation.plan import Plan, Settings
 from hf_reasoncache.evaluation.record import Record
 from hf_reasoncache.evaluation.spans import spans_of
 from hf_reasoncache.evaluation.tasks import Question, Task
+from hf_reasoncache.messages import shown
 from hf_reasoncache.processes import Processes
 
 
@@ -133,9 +134,10 @@ class _Batch:
             record = journal.records.get(key)
             if record is not None and record.digest != _digest(question, self.arm):
                 raise ValueError(
-                    f"{journal.path}: expected the answer to question {record.question!r} with "
-                    f"{record.arm!r} to be of the same question and settings of the cache as now, "
-                    "got others under these names; choose another file, or other names."
+                    f"{journal.path}: expected the answer to question {shown(record.question)} "
+                    f"with {shown(record.arm)} to be of the same question and settings of the "
+                    "cache as now, got others under these names; choose another file, or other "
+                    "names."
                 )
 
 
@@ -153,7 +155,7 @@ class _Runner:
 
     def encode(self, question: Question) -> tuple[int, ...]:
         """Token ids of a prompt."""
-        prompt = Prompt(question.prompt, f"question {question.id!r}")
+        prompt = Prompt(question.prompt, f"question {shown(question.id)}")
         return prompt.encode(self.tokenizer, chat=self.settings.chat)
 
     def possible(
@@ -170,8 +172,8 @@ class _Runner:
                 least = longest[task.name, seed] + arm.settings["window"]
                 if budget < least:
                     say(
-                        f"{task.name}: no {arm.name!r} at {budget}, its longest prompt needs a "
-                        f"budget of {least} tokens"
+                        f"{task.name}: no {shown(arm.name)} at {budget}, its longest prompt needs "
+                        f"a budget of {least} tokens"
                     )
                     continue
             yield cell

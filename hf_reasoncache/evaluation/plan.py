@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from hf_reasoncache.evaluation.arms import FULL_ARM, Arm, Budget
 from hf_reasoncache.evaluation.tasks import Question, Task
+from hf_reasoncache.messages import shown
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Plan:
             ids = [question.id for question in questions]
             if not ids or len(set(ids)) != len(ids):
                 raise ValueError(
-                    f"task {task_name!r}: expected questions, each with an id of its own, got "
+                    f"task {shown(task_name)}: expected questions, each with an id of its own, got "
                     f"{len(ids)} questions and {len(set(ids))} ids."
                 )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hf_reasoncache.messages import shown
+
 
 def rouge_l_recall(reference: str, answer: str) -> float:
     """Share of the reference's words that are a common subsequence with the answer.
@@ -18,7 +20,9 @@ def rouge_l_recall(reference: str, answer: str) -> float:
     """
     wanted, found = _words(reference), _words(answer)
     if not wanted:
-        raise ValueError(f"rouge_l_recall: expected a reference with words, got {reference!r}.")
+        raise ValueError(
+            f"rouge_l_recall: expected a reference with words, got {shown(reference)}."
+        )
     return _common(wanted, found) / len(wanted)
 
 

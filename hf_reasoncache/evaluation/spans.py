@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.prompts import Message
 from hf_reasoncache.evaluation.tasks import Question
+from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.protection import spans as find_spans
 
@@ -47,13 +48,13 @@ def spans_of(
         for span in question.spans:
             if text.count(span) != 1:
                 raise ValueError(
-                    f"question {question.id!r}: expected the span {span!r} once in the prompt, got "
-                    f"it {text.count(span)} times; give more of its context."
+                    f"question {shown(question.id)}: expected the span {shown(span)} once in the "
+                    f"prompt, got it {text.count(span)} times; give more of its context."
                 )
         if not question.spans:
             raise ValueError(
-                f"question {question.id!r}: expected spans as the other questions of its batch "
-                "have, got none; name them for all questions of a task, or for none."
+                f"question {shown(question.id)}: expected spans as the other questions of its "
+                "batch have, got none; name them for all questions of a task, or for none."
             )
         found = [find_spans(tokenizer, [content], substrings=[span]) for span in question.spans]
         rows.append(tuple(each.rows[0][0] for each in found))

@@ -23,6 +23,7 @@ from hf_reasoncache.evaluation.tasks import (
     prompt_of,
     texts_of,
 )
+from hf_reasoncache.messages import shown
 
 SLOT = "[[instruction]]"
 
@@ -96,7 +97,9 @@ class Case:
         if not self.orders or len(set(self.orders)) != len(self.orders):
             raise ValueError(f"orders: expected at least one, no two alike, got {self.orders}.")
         if self.protected and not any(self.protected in text for text in _texts(self.prompt)):
-            raise ValueError(f"protected: expected a text of the prompt, got {self.protected!r}.")
+            raise ValueError(
+                f"protected: expected a text of the prompt, got {shown(self.protected)}."
+            )
 
     def questions(self) -> list[Question]:
         """All instructions in each order, then each alone, where it stands in the first order."""
@@ -191,7 +194,7 @@ def load_suite(path: Path, limit: int | None = None) -> Suite:
             break
         case = _case(row, place)
         if case.id in cases:
-            raise ValueError(f"{place}: expected an id of its own, got {case.id!r} again.")
+            raise ValueError(f"{place}: expected an id of its own, got {shown(case.id)} again.")
         cases[case.id] = case
     return Suite(path.stem, tuple(cases.values()))
 
@@ -199,7 +202,7 @@ def load_suite(path: Path, limit: int | None = None) -> Suite:
 def _case(row: dict[str, Any], place: str) -> Case:
     listed = row.get("instructions")
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"{place}: expected 'instructions' as a list, got {listed!r}.")
+        raise ValueError(f"{place}: expected 'instructions' as a list, got {shown(listed)}.")
     try:
         instructions = tuple(_instruction(each) for each in listed)
         count = len(instructions)
@@ -224,7 +227,7 @@ def _case(row: dict[str, Any], place: str) -> Case:
 
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"alone: expected true or false, got {value!r}.")
+        raise ValueError(f"alone: expected true or false, got {shown(value)}.")
     return value
 
 
@@ -232,7 +235,9 @@ def _instruction(value: object) -> Instruction:
     fields = value if isinstance(value, Mapping) else {}
     name, text = fields.get("name"), fields.get("text")
     if not isinstance(name, str) or not isinstance(text, str) or not text or "check" not in fields:
-        raise ValueError(f"instructions: expected name, text and check of each, got {value!r}.")
+        raise ValueError(
+            f"instructions: expected name, text and check of each, got {shown(value)}."
+        )
     return Instruction(name, text, Check.of(fields["check"]))
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hf_reasoncache.calibration.prompts import Message, json_lines
 from hf_reasoncache.evaluation.checks import Check
+from hf_reasoncache.messages import shown
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ def plugin(source: str, expected: str) -> Any:
     """Import `module:name`; ValueError where there is none."""
     module, colon, name = source.partition(":")
     if not colon:
-        raise ValueError(f"{expected}, got {source!r}.")
+        raise ValueError(f"{expected}, got {shown(source)}.")
     try:
         return getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"{expected}, got {source!r}: {error}.") from error
+        raise ValueError(f"{expected}, got {shown(source)}: {error}.") from error
 
 
 def _read(path: Path) -> FileTask:
@@ -142,7 +143,7 @@ def _read(path: Path) -> FileTask:
     for place, row in json_lines(path):
         name = str(row.get("id", place.rpartition(":")[2]))
         if name in items:
-            raise ValueError(f"{place}: expected an id of its own, got {name!r} again.")
+            raise ValueError(f"{place}: expected an id of its own, got {shown(name)} again.")
         if "check" not in row and "answer" not in row:
             raise ValueError(f"{place}: expected a field 'check' or 'answer', got {sorted(row)}.")
         check = row.get("check", {"name": "final_answer", "expected": str(row.get("answer"))})
@@ -182,7 +183,7 @@ def texts_of(row: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
     """Return a field that is a list of texts, empty by default; ValueError for anything else."""
     value = row.get(name, [])
     if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
-        raise ValueError(f"{place}: expected {name!r} as a list of texts, got {value!r}.")
+        raise ValueError(f"{place}: expected {shown(name)} as a list of texts, got {shown(value)}.")
     return tuple(value)
 
 
@@ -190,7 +191,7 @@ def count_of(row: Mapping[str, Any], name: str, place: str) -> int | None:
     """Return a field that is a positive integer, None by default; ValueError for anything else."""
     value = row.get(name)
     if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"{place}: expected {name!r} as an integer >= 1, got {value!r}.")
+        raise ValueError(f"{place}: expected {shown(name)} as an integer >= 1, got {shown(value)}.")
     return value
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from hf_reasoncache.messages import shown
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class Device:
     def __post_init__(self) -> None:
         """Check."""
         for field in ("memory", "bandwidth", "flops"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field}: expected a number > 0, got {getattr(self, field)!r}.")
+            value = getattr(self, field)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{field}: expected a finite number > 0, got {shown(value)}.")
 
 
 _AMPERE = "https://www.nvidia.com/en-us/data-center/a100/"
@@ -83,6 +87,6 @@ def find_device(name: str) -> Device:
         if known.lower() == name.lower():
             return device
     raise ValueError(
-        f"gpu: expected one of {', '.join(DEVICES)}, got {name!r}; give --memory, --bandwidth and "
-        "--flops for another one."
+        f"gpu: expected one of {', '.join(DEVICES)}, got {shown(name)}; give --memory, "
+        "--bandwidth and --flops for another one."
     )

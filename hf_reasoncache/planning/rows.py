@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, PretrainedConfig
 
+from hf_reasoncache.messages import shown
 from hf_reasoncache.planning.layers import LayerRow
 
 
@@ -123,7 +124,7 @@ def layer_rows(
     """Describe every layer for one row; see `row_bytes`, which sums them up."""
     for name, value, low in (("prompt", prompt, 1), ("generated", generated, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
+            raise ValueError(f"{name}: expected an integer >= {low}, got {shown(value)}.")
     decoder = config.get_text_config(decoder=True)
     return [
         LayerRow.of(layer, index, decoder, prompt, generated, dtype)

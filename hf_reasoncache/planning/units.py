@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from hf_reasoncache.messages import shown
+
 _UNITS = {
     "": 1,
     "B": 1,
@@ -24,7 +26,7 @@ def parse_bytes(text: str) -> int:
     if found is None or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
         raise ValueError(
             f"memory: expected an amount such as 80GB (80 * 10^9 bytes) or 80GiB (80 * 2^30), got "
-            f"{text!r}."
+            f"{shown(text)}."
         )
     return round(float(found[1]) * _UNITS[found[2]])
 

@@ -16,6 +16,7 @@ from numbers import Real
 import torch
 
 from hf_reasoncache.budgets.robustify import largest_remainder, robustify
+from hf_reasoncache.messages import shown
 from hf_reasoncache.protection.ranges import Spans
 
 
@@ -47,9 +48,9 @@ class Fair:
         """Check and normalise."""
         number = isinstance(self.strength, Real) and not isinstance(self.strength, bool)
         if not number or not 0.0 <= self.strength <= 1.0:
-            raise ValueError(f"fair: expected a number from 0 to 1, got {self.strength!r}.")
+            raise ValueError(f"fair: expected a number from 0 to 1, got {shown(self.strength)}.")
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
-            raise ValueError(f"fair: expected window as an integer >= 1, got {self.window!r}.")
+            raise ValueError(f"fair: expected window as an integer >= 1, got {shown(self.window)}.")
         if self.spans is None:
             return
         object.__setattr__(self, "spans", Spans.of(self.spans))

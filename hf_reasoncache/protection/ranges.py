@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from hf_reasoncache.messages import shown
+
 Range = tuple[int, int]
 
 
@@ -127,7 +129,7 @@ def _items(value: Any) -> list[Any]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise ValueError(
             "spans: expected Spans, token ranges (start, stop), or a list of ranges for each row, "
-            f"got {value!r}; hf_reasoncache.protection.spans finds the tokens of a text."
+            f"got {shown(value)}; hf_reasoncache.protection.spans finds the tokens of a text."
         )
     return list(value)
 
@@ -143,6 +145,6 @@ def _is_pair(value: Any) -> bool:
 def _range(value: Any) -> Range:
     if not _is_pair(value) or not 0 <= value[0] < value[1]:
         raise ValueError(
-            f"spans: expected a range (start, stop) with 0 <= start < stop, got {value!r}."
+            f"spans: expected a range (start, stop) with 0 <= start < stop, got {shown(value)}."
         )
     return value[0], value[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hf_reasoncache.messages import shown
 from hf_reasoncache.protection.ranges import Range, Spans
 
 Conversation = Sequence[dict[str, Any]]
@@ -68,8 +69,8 @@ def spans(
     roles = [roles] if isinstance(roles, str) else list(roles)
     if roles and not chats:
         raise ValueError(
-            f"protection.spans: expected conversations to find the roles {roles} in, got texts; "
-            "pass lists of messages, or substrings."
+            f"protection.spans: expected conversations to find the roles {shown(roles)} in, got "
+            "texts; pass lists of messages, or substrings."
         )
     per_row = zip(
         batch,
@@ -113,7 +114,8 @@ def _batch(prompts: Any) -> tuple[list[Any], bool]:
     ):
         return items, True
     raise ValueError(
-        f"protection.spans: expected texts or conversations (lists of messages), got {prompts!r}."
+        f"protection.spans: expected texts or conversations (lists of messages), got "
+        f"{shown(prompts)}."
     )
 
 
@@ -130,7 +132,7 @@ def _per_row(name: str, value: Any, rows: int, leaf: type) -> list[list[Any]]:
     if len(nested) != rows or not all(is_part(part) for parts in nested for part in parts):
         raise ValueError(
             f"protection.spans: expected {name} as one list for all prompts or as one list for "
-            f"each of {rows}, got {value!r}."
+            f"each of {rows}, got {shown(value)}."
         )
     return nested
 
@@ -158,8 +160,8 @@ def _occurrences(substrings: Sequence[str], text: str, row: int) -> Iterator[Ran
         start = text.find(wanted) if wanted else -1
         if start < 0:
             raise ValueError(
-                f"protection.spans: expected {wanted!r} in the prompt of row {row}, found none; "
-                "pass the text exactly as it stands there (after the chat template)."
+                f"protection.spans: expected {shown(wanted)} in the prompt of row {row}, found "
+                "none; pass the text exactly as it stands there (after the chat template)."
             )
         while start >= 0:
             yield start, start + len(wanted)
@@ -189,8 +191,8 @@ def _contents(
         found = [place for place, each in enumerate(conversation) if each.get("role") == role]
         if not found:
             raise ValueError(
-                f"protection.spans: expected a message with role {role!r} in row {row}, got roles "
-                f"{[message.get('role') for message in conversation]}."
+                f"protection.spans: expected a message with role {shown(role)} in row {row}, got "
+                f"roles {shown([message.get('role') for message in conversation])}."
             )
         for place in found:
             marked = [dict(message) for message in conversation]
@@ -200,8 +202,8 @@ def _contents(
             if not fits or len(before) + len(after) >= len(text):
                 raise ValueError(
                     f"protection.spans: expected the chat template to write the content of message "
-                    f"{place} of row {row} (role {role!r}) as it is, got a text without it, or one "
-                    "that depends on it elsewhere; pass substrings instead."
+                    f"{place} of row {row} (role {shown(role)}) as it is, got a text without it, "
+                    "or one that depends on it elsewhere; pass substrings instead."
                 )
             yield len(before), len(text) - len(after)
 
@@ -215,7 +217,7 @@ def _tokens(offsets: Sequence[Range], part: Range, text: str, row: int) -> Range
     ]
     if not inside:
         raise ValueError(
-            f"protection.spans: expected tokens for {text[part[0] : part[1]]!r} in row {row}, got "
-            "none; this tokenizer gives it no token of its own, pass token ranges."
+            f"protection.spans: expected tokens for {shown(text[part[0] : part[1]])} in row "
+            f"{row}, got none; this tokenizer gives it no token of its own, pass token ranges."
         )
     return inside[0], inside[-1] + 1

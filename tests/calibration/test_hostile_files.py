@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from hf_reasoncache import BudgetProfile
 from hf_reasoncache.calibration.files import CONFIG, STATISTICS
+from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.messages import LONGEST
 from tests.calibration.profiles import make_profile
 
 GOOD = make_profile().to_files()
@@ -27,7 +29,7 @@ def load(config: bytes, statistics: bytes = GOOD[STATISTICS]) -> BudgetProfile |
     try:
         profile = BudgetProfile.from_files({CONFIG: config, STATISTICS: statistics}, name="hostile")
     except ValueError as error:
-        assert str(error).startswith("hostile: ") and len(str(error)) < 1000
+        assert str(error).startswith("hostile: ") and len(str(error)) <= LONGEST
         # What a terminal shows must not move its cursor.
         assert str(error).isprintable()
         return None
@@ -181,7 +183,10 @@ TENSOR = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3"])
         | st.sampled_from(["F4", "F8_E8M0", "C64", "U64", "", "X"]),
-        "shape": st.lists(SIZES, max_size=4) | st.just([2, 3]) | st.just([2, 3, 2]),
+        "shape": st.lists(SIZES, max_size=4)
+        | st.just([2, 3])
+        | st.just([2, 3, 2])
+        | st.integers(1, 100).map(lambda more: [2, 3] + [1] * more),
         "data_offsets": st.tuples(SIZES, SIZES) | st.just((0, 48)) | st.just((0, 96)),
     }
 )
@@ -194,11 +199,55 @@ HEADER = st.dictionaries(
 @example({"a": {"dtype": "F64", "shape": [2, 3], "data_offsets": (0, 48)}}, 48, 0)
 @example({"a": {"dtype": "F8_E8M0", "shape": [2, 3, 8], "data_offsets": (0, 48)}}, 48, 0)
 @example({"a": {"dtype": "F4", "shape": [2, 3, 16], "data_offsets": (0, 48)}}, 48, 0)
+@example({"a": {"dtype": "F64", "shape": [2, 3, *[1] * 100], "data_offsets": (0, 48)}}, 48, 0)
 def test_headers_of_statistics(header: Any, size: int, lie: int | None) -> None:
     text = json.dumps(header).encode()
     length = 2**62 if lie is None else len(text) + lie
     if profile := with_statistics(struct.pack("<Q", length) + text + bytes(size)):
         expect_valid(profile)
+
+
+MANY = [1] * 100_000
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("geometry", "kv_heads"), MANY),
+        (("geometry", "full_attention_layers"), MANY),
+        (("geometry", "full_attention_layers"), "x" * 100_000),
+        (("calibration", "versions"), {"x" * 100_000: "\n"}),
+        (("calibration", "settings"), {"x" * 100_000: "\n"}),
+        (("rule", "exponent"), MANY),
+        (("demand",), MANY),
+        (("base_model",), "\n" * 100_000),
+        (("statistics",), MANY),
+        (("format_version",), MANY),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_long_value_is_not_echoed_whole(place: tuple[str, ...], value: object) -> None:
+    content = copy.deepcopy(CONTENT)
+    *path, last = place
+    target = content
+    for key in path:
+        target = target[key]
+    target[last] = value
+    assert load(json.dumps(content).encode()) is None
+
+
+def test_a_long_geometry_is_not_echoed_whole() -> None:
+    deep = Geometry(tuple(range(5000)), 2, 8)
+    (phrase,) = deep.differences(Geometry(tuple(range(5001)), 2, 8))
+    assert len(phrase) < 160
+
+
+@pytest.mark.parametrize("name", ["a" * 100_000, "b"])
+def test_statistics_of_many_dimensions_are_refused(name: str) -> None:
+    shape = [2, 3] + [1] * 100 if name == "b" else [3, 2]
+    header = {name: {"dtype": "F64", "shape": shape, "data_offsets": [0, 48]}}
+    text = json.dumps(header).encode()
+    assert with_statistics(struct.pack("<Q", len(text)) + text + bytes(48)) is None
 
 
 def test_not_everything_is_refused() -> None:

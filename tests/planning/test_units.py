@@ -38,5 +38,5 @@ def test_devices_are_found_by_name() -> None:
     assert all(device.source.startswith("https://") for device in DEVICES.values())
     with pytest.raises(ValueError, match=r"expected one of A100-40GB, .* got 'H300'"):
         find_device("H300")
-    with pytest.raises(ValueError, match="bandwidth: expected a number > 0, got 0"):
+    with pytest.raises(ValueError, match="bandwidth: expected a finite number > 0, got 0"):
         Device("x", 1, 0.0, 1.0, "")
