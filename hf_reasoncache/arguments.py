@@ -46,6 +46,12 @@ def require_share(name: str, value: object, *, low: float = 0.0) -> None:
         raise ValueError(f"{name}: expected a number from {low:g} to 1, got {shown(value)}.")
 
 
+def require_temperature(value: object) -> None:
+    """Raise ValueError unless `value` is a temperature of sampling: from 0, greedy, to 10."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 10:
+        raise ValueError(f"temperature: expected 0 (greedy) to 10, got {shown(value)}.")
+
+
 def require_scorer(scorer: object) -> Scorer:
     """Return a scorer; raise ValueError for anything else, its class included."""
     if isinstance(scorer, type) or not isinstance(scorer, Scorer):

@@ -34,6 +34,7 @@ PARTS: dict[str, set[str]] = {
     "version": set(),
     "releases": set(),
     "messages": set(),
+    "outputs": set(),
     "processes": set(),
     "layers": {"scorers", "budgets", "protection", "risk", "shards", "triton_ops"},
     "base_attention": set(),
@@ -47,13 +48,15 @@ PARTS: dict[str, set[str]] = {
     "branching": CACHES | {"arguments", "geometry", "releases"},
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
     "calibration": {"scorers", "budgets", "geometry", "layers", "risk", "triton_ops", "version"}
-    | {"processes", "releases"}
+    | {"arguments", "outputs", "processes", "releases"}
     | CACHES,
     "calibration.profile": {"budgets", "geometry"},
+    "calibration.files": {"outputs"},
     # Bytes follow from how layers allocate; which cache has them does not matter.
     "planning": {"geometry", "layers", "scorers"},
     "evaluation": CACHES
-    | {"branching", "processes", "protection", "releases", "report", "scorers"}
+    | {"arguments", "branching", "outputs", "processes", "protection", "releases", "report"}
+    | {"scorers"}
     # Prompts, weights and releases are named as in a calibration.
     | {"calibration.prompts", "calibration.fingerprint", "calibration.settings"},
 }
@@ -94,12 +97,14 @@ LIBRARIES: dict[str, set[str]] = {
         "datasets",
         "lm_eval",
         "math_verify",
+        "regex",
         "scipy",
     },
     "hf_reasoncache.evaluation.plot": {"matplotlib"},
     "hf_reasoncache.planning": {"torch", "transformers"},
     "hf_reasoncache.planning.plot": {"matplotlib"},
-    "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"},
+    "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"}
+    | {"safetensors"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }
 

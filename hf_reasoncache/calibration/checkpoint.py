@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from hf_reasoncache.calibration.schema import parse
 from hf_reasoncache.calibration.settings import differences
+from hf_reasoncache.calibration.statistics import SAFETENSORS_ERRORS
+from hf_reasoncache.messages import shown
+from hf_reasoncache.outputs import naming
 
 _SETTINGS = "settings.json"
 
@@ -51,7 +54,7 @@ class Checkpoint:
         if not resume:
             self.remove()
         if path.exists():
-            found = json.loads(path.read_text("utf-8"))
+            found = parse(str(path), path.read_bytes())
             if found != wanted:
                 raise ValueError(
                     f"{self.directory}: expected an unfinished calibration with these settings, "
@@ -75,10 +78,10 @@ class Checkpoint:
             return load(path.read_bytes())
         except FileNotFoundError:
             return None
-        except SafetensorError as error:
+        except SAFETENSORS_ERRORS as error:
             raise ValueError(
-                f"{path}: expected a finished part of a calibration, got a damaged file: {error}; "
-                "delete it and run again."
+                f"{path}: expected a finished part of a calibration, got a damaged file: "
+                f"{shown(error)}; delete it and run again."
             ) from error
 
     def require(self, part: str) -> dict[str, torch.Tensor]:
@@ -132,7 +135,7 @@ class Checkpoint:
 def _write(path: Path, data: bytes) -> None:
     # The process is part of the name, so that two never write the same temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    with naming(temporary), temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

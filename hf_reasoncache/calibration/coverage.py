@@ -80,6 +80,18 @@ class Coverage:
         """The share of the demand, then the further ones."""
         return (self.mass, *self.shares)
 
+    def expect(self, prompts: Sequence[int], most: int) -> None:
+        """See `Estimator.expect`."""
+        self._expect_enough(len(prompts) if most > self.interval else 0, len(prompts))
+
+    def _expect_enough(self, long: int, total: int) -> None:
+        if long < 2:
+            raise ValueError(
+                f"coverage: expected at least 2 completions of more than {self.interval} tokens, "
+                f"got {long} of {total}; use more prompts, generate more tokens (max_new_tokens) "
+                "or measure more often (interval)."
+            )
+
     def resolve(self, traces: Sequence[Trace]) -> Coverage:
         """See `Estimator.resolve`."""
         return self
@@ -130,12 +142,7 @@ class Coverage:
         The standard error is that of the mean over the prompts.
         """
         measured = [r["tokens.mean"][..., 0] for r in records if bool(r["count"].all())]
-        if len(measured) < 2:
-            raise ValueError(
-                f"coverage: expected at least 2 completions of more than {self.interval} tokens, "
-                f"got {len(measured)} of {len(records)}; use more prompts, generate more tokens "
-                "(max_new_tokens) or measure more often (interval)."
-            )
+        self._expect_enough(len(measured), len(records))
         by_head = torch.stack(measured)
         by_layer = by_head.mean(-1)
         error = by_layer.std(0) / len(by_layer) ** 0.5

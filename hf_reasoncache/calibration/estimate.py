@@ -41,6 +41,23 @@ class Estimator(Protocol):
 
     name: ClassVar[str]
 
+    def expect(self, prompts: Sequence[int], most: int) -> None:
+        """Refuse what no answers could satisfy, before there are any.
+
+        Parameters
+        ----------
+        prompts : sequence of int
+            Tokens of each prompt.
+        most : int
+            Tokens of the longest answer possible.
+
+        Raises
+        ------
+        ValueError
+            If they are too few or too short.
+        """
+        ...
+
     def resolve(self, traces: Sequence[Trace]) -> Estimator:
         """Fill in the settings that follow from the traces."""
         ...

@@ -8,6 +8,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from hf_reasoncache.outputs import expect_directory, naming
+
 CONFIG = "config.json"
 STATISTICS = "statistics.safetensors"
 LIMITS = {CONFIG: 4 * 2**20, STATISTICS: 256 * 2**20}
@@ -62,6 +64,14 @@ def expect_ours(path: str, config: bytes) -> None:
         )
 
 
+def expect_place(directory: Path) -> None:
+    """Raise ValueError unless `directory` can become a profile's, or is one."""
+    expect_directory(directory)
+    config = directory / CONFIG
+    if config.exists():
+        expect_ours(str(config), read_bounded(config))
+
+
 def write_profile(directory: Path, files: Mapping[str, bytes]) -> None:
     """Make `directory` hold these two files; without statistics, only the first.
 
@@ -71,7 +81,7 @@ def write_profile(directory: Path, files: Mapping[str, bytes]) -> None:
     Raises
     ------
     ValueError
-        If the directory's `config.json` is not a profile's, or a file is over its limit.
+        If it is a file, its `config.json` is not a profile's, or a file is over its limit.
     OSError
         If the directory cannot be written.
     """
@@ -79,8 +89,7 @@ def write_profile(directory: Path, files: Mapping[str, bytes]) -> None:
         if len(data) > LIMITS[name]:
             raise too_large(str(directory / name), len(data))
     config, statistics = directory / CONFIG, directory / STATISTICS
-    if config.exists():
-        expect_ours(str(config), read_bounded(config))
+    expect_place(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if STATISTICS not in files:
         _replace(config, files[CONFIG])
@@ -109,7 +118,7 @@ def _temporary(path: Path, data: bytes) -> Path:
     # Not tempfile's: those are readable by their owner only, and so would be the profile.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as file:
+        with naming(path), temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

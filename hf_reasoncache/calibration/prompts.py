@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_reasoncache.calibration.schema import everything_in
 from hf_reasoncache.messages import shown
 
 Message = dict[str, Any]
@@ -48,14 +49,16 @@ class Prompt:
         Raises
         ------
         ValueError
-            If the tokenizer has no chat template, the template refuses the messages, or there is no
-            token.
+            If the tokenizer has no chat template, the template refuses the messages, the text is
+            not Unicode, or there is no token.
         """
         if isinstance(self.content, str) and not chat:
-            encoded = tokenizer(self.content)
+            text, settings = self.content, {}
         else:
             # A template writes the special tokens itself.
-            encoded = tokenizer(self._conversation(tokenizer), add_special_tokens=False)
+            text, settings = self._conversation(tokenizer), {"add_special_tokens": False}
+        require_unicode(self.place, text)
+        encoded = tokenizer(text, **settings)
         ids = tuple(encoded["input_ids"])
         if not ids:
             raise ValueError(f"{self.place}: expected at least one token, got none.")
@@ -80,7 +83,8 @@ class Prompt:
             )
         except Exception as error:
             raise ValueError(
-                f"{self.place}: expected messages that the chat template accepts, got: {error}"
+                f"{self.place}: expected messages that the chat template accepts, got: "
+                f"{shown(error, 160)}."
             ) from error
 
 
@@ -133,7 +137,7 @@ def read_prompts(
         If there is no prompt or one has a wrong form; names file and line.
     FileNotFoundError
         If `source` looks like a file and there is none.
-    ImportError
+    ModuleNotFoundError
         If a data set is asked for and `datasets` is not installed.
     """
     path = Path(source)
@@ -171,19 +175,36 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises
     ------
     ValueError
-        If a line is not a JSON object, or there is none; names the line.
+        If a line is not a JSON object, is nested more deeply than 32 levels or has half a
+        surrogate pair, or there is no line; names the line.
     """
     place = ""
     for place, line in _lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: expected a JSON object, got: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{place}: expected a JSON object, got: {shown(error, 120)}."
+            ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}.")
+        for each in everything_in(place, row):
+            if isinstance(each, str):
+                require_unicode(place, each)
         yield place, row
     if not place:
         raise ValueError(f"{path}: expected JSON lines, got none.")
+
+
+def require_unicode(name: str, text: str) -> None:
+    """Raise ValueError for text with half a surrogate pair, which neither tokens nor files hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected Unicode text, got half of a surrogate pair, "
+            f"{shown(text[error.start])}."
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -193,7 +214,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             try:
                 line = data.decode("utf-8").strip()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: expected UTF-8, got: {error}") from error
+                raise ValueError(f"{place}: expected UTF-8, got: {shown(error)}.") from error
             if line:
                 yield place, line
 
@@ -201,10 +222,11 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 def _data_set(name: str, split: str, column: str | None, revision: str | None) -> Iterator[Prompt]:
     try:
         import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{name}: expected a file, or the package datasets to load a data set of this id; "
-            "check the path, or pip install 'hf-reasoncache[calibrate]'."
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{name}: expected a file, or the package datasets to load a data set of this id, got "
+            "neither; check the path, or pip install 'hf-reasoncache[calibrate]'.",
+            name=error.name,
         ) from error
     rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
         name, split=split, revision=revision, streaming=True
@@ -216,8 +238,8 @@ def _data_set(name: str, split: str, column: str | None, revision: str | None) -
 def _from_row(row: Mapping[str, Any], column: str | None, place: str) -> Prompt:
     field = column or ("messages" if "messages" in row else "prompt")
     if field not in row:
-        wanted = repr(column) if column else "'prompt' or 'messages'"
-        raise ValueError(f"{place}: expected a field {wanted}, got {sorted(row)}.")
+        wanted = shown(column) if column else "'prompt' or 'messages'"
+        raise ValueError(f"{place}: expected a field {wanted}, got {shown(sorted(row))}.")
     content = row[field]
     if isinstance(content, str) and content.strip():
         return Prompt(content, place)
@@ -225,7 +247,7 @@ def _from_row(row: Mapping[str, Any], column: str | None, place: str) -> Prompt:
         return Prompt(tuple(dict(message) for message in content), place)
     raise ValueError(
         f"{place}: expected {shown(field)} to be text that is not empty, or messages with role and "
-        f"content, got {ascii(content)[:80]}."
+        f"content, got {shown(content)}."
     )
 
 

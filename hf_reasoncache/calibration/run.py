@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.checkpoint import Checkpoint
 from hf_reasoncache.calibration.estimate import Estimate, Estimator, Record
+from hf_reasoncache.calibration.files import expect_place
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.calibration.prompts import PromptSet
@@ -20,6 +22,7 @@ from hf_reasoncache.calibration.settings import CalibrationSettings, digest, pla
 from hf_reasoncache.calibration.traces import Trace, generate_traces
 from hf_reasoncache.calibration.tune import Tune, Tuned, choose
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.outputs import new_directory, sole_writer
 from hf_reasoncache.processes import Processes
 
 
@@ -62,15 +65,20 @@ def calibrate(
     Raises
     ------
     ValueError
-        If a prompt is unusable, prompts are too few or their completions too short, or
-        `<directory>.partial` holds answers of another model, to other prompts or under other
-        settings.
+        If a prompt is unusable, prompts are too few or their completions too short, the directory
+        is something else, another run writes it, or `<directory>.partial` holds answers of another
+        model, to other prompts or under other settings.
     ConnectionError
         If another process has ended.
     """
     settings = settings or CalibrationSettings()
-    run = _Run(model, tokenizer, prompts, settings, Path(directory), progress, say)
-    return run.profile(resume)
+    # Beside it go its parts and its lock, also where it is called "." or "..".
+    directory = Path(os.path.abspath(directory))
+    expect_place(directory)
+    run = _Run(model, tokenizer, prompts, settings, directory, progress, say)
+    new_directory(directory.parent)
+    with sole_writer(directory, is_main=run.processes.is_main):
+        return run.profile(resume)
 
 
 class _Run:
@@ -92,6 +100,10 @@ class _Run:
         self.seen, self.held_out = list(range(len(self.ids))), list[int]()
         if settings.tune is not None:
             self.seen, self.held_out = settings.tune.split(len(self.ids))
+        sizes, most = list(map(len, self.ids)), settings.traces.max_new_tokens
+        settings.estimator.expect([sizes[place] for place in self.seen], most)
+        if settings.tune is not None:
+            settings.tune.eviction.expect_room("budget", settings.tune.budget, sizes)
         self.geometry = Geometry.of(model.config)
         self.fingerprint = fingerprint(model)
         self.processes = Processes.of(model)

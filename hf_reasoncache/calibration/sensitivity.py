@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from hf_reasoncache.arguments import require_int
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.allocation import marginal_allocation
 from hf_reasoncache.calibration.estimate import Estimate, Record
@@ -17,6 +18,7 @@ from hf_reasoncache.calibration.squeeze import output_error
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.messages import shown
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -49,6 +51,15 @@ class Eviction:
         kept = max(len(trace.prompt) for trace in traces) if self.protect_prompt else 0
         middle = int(median(trace.length for trace in traces))
         return kept + max(self.window + 1, (middle - kept) // part)
+
+    def expect_room(self, name: str, budget: int | None, prompts: Sequence[int]) -> None:
+        """Raise ValueError if a budget, where it is given, cannot hold a protected prompt."""
+        least = max(prompts) * self.protect_prompt + self.window
+        if budget is not None and budget < least:
+            raise ValueError(
+                f"{name}: expected at least {least} tokens (the longest protected prompt and a "
+                f"window of {self.window}), got {budget}; raise it, or do not protect the prompt."
+            )
 
     def policy(self) -> EvictionPolicy:
         """Return the policy of a layer, whose budgets come from elsewhere."""
@@ -95,10 +106,12 @@ class Sensitivity:
 
     def __post_init__(self) -> None:
         for name, value in (("rows", self.rows), ("budget", self.budget)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}.")
+            if value is not None:
+                require_int(name, value, low=1)
+        for value in self.budgets:
+            require_int("budgets", value, low=1)
         if list(self.budgets) != sorted(set(self.budgets)):
-            raise ValueError(f"budgets: expected ascending integers, got {self.budgets}.")
+            raise ValueError(f"budgets: expected ascending integers, got {shown(self.budgets)}.")
         if self.budgets and self.budgets[0] <= self.eviction.window:
             raise ValueError(
                 f"budgets: expected more than the window of {self.eviction.window} tokens, which "
@@ -108,6 +121,26 @@ class Sensitivity:
             raise ValueError(
                 f"budget: expected at least the smallest of the measured budgets, "
                 f"{self.budgets[0]}, got {self.budget}."
+            )
+
+    def expect(self, prompts: Sequence[int], most: int) -> None:
+        """See `Estimator.expect`."""
+        self._expect_prompts(len(prompts))
+        for budget in self.budgets[:1]:
+            self.eviction.expect_room("budgets", budget, prompts)
+            self._expect_text(max(prompts) + most, budget)
+
+    def _expect_prompts(self, count: int) -> None:
+        if count < 2:
+            raise ValueError(f"sensitivity: expected at least 2 prompts, got {count}.")
+
+    def _expect_text(self, longest: int, budget: int) -> None:
+        room = budget + self.eviction.buffer
+        if longest <= room:
+            raise ValueError(
+                f"sensitivity: expected texts longer than {room} tokens (the smallest budget and "
+                f"the buffer), got at most {longest}: nothing would be evicted. Measure smaller "
+                "budgets, use a smaller buffer, or let the model write more."
             )
 
     def resolve(self, traces: Sequence[Trace]) -> Sensitivity:
@@ -121,13 +154,7 @@ class Sensitivity:
         shares = sorted({self.eviction.budget(traces, part) for part in (16, 8, 4, 2)})
         budgets = self.budgets or tuple(shares)
         budget = self.budget or max(budgets[0], self.eviction.budget(traces, 4))
-        longest, room = max(trace.length for trace in traces), budgets[0] + self.eviction.buffer
-        if longest <= room:
-            raise ValueError(
-                f"sensitivity: expected texts longer than {room} tokens (the smallest budget and "
-                f"the buffer), got at most {longest}: nothing would be evicted. Measure smaller "
-                "budgets, use a smaller buffer, or let the model write more."
-            )
+        self._expect_text(max(trace.length for trace in traces), budgets[0])
         return replace(self, budgets=budgets, budget=budget)
 
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
@@ -175,8 +202,7 @@ class Sensitivity:
 
     def estimate(self, records: Sequence[Record], traces: Sequence[Trace]) -> Estimate:
         """See `Estimator.estimate`; the error is that of 200 bootstrap samples of the prompts."""
-        if len(records) < 2:
-            raise ValueError(f"sensitivity: expected at least 2 prompts, got {len(records)}.")
+        self._expect_prompts(len(records))
         curves = torch.stack([record["divergence"] for record in records])
         length = max(trace.length for trace in traces)
         resolved = self.resolve(traces)

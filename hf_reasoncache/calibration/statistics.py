@@ -11,6 +11,17 @@ from safetensors.torch import load, save
 from hf_reasoncache.messages import shown
 
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32)
+SAFETENSORS_ERRORS = (
+    SafetensorError,
+    # Besides its own error, the library lets through what torch and its tables of types raise.
+    KeyError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    OverflowError,
+)
+"""What reading a file of tensors raises that is none."""
+
 _MOST_DIMENSIONS = 8  # torch's own operations stop at 64, some of them sooner
 
 
@@ -67,8 +78,7 @@ def parse_statistics(data: bytes) -> dict[str, torch.Tensor]:
     """
     try:
         return dict(sorted(load(data).items()))
-    # Besides its own error, the library lets through what torch and its tables of types raise.
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except SAFETENSORS_ERRORS as error:
         raise ValueError(
             f"expected a safetensors file, got something else: {shown(error)}; copy or download "
             "the profile again."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from hf_reasoncache.arguments import require_int, require_temperature
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.releases import cache_kwarg
@@ -57,13 +58,9 @@ class TraceSettings:
 
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 2), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}.")
-        if self.temperature is not None and not 0 <= self.temperature <= 10:
-            raise ValueError(
-                f"temperature: expected 0 (greedy) to 10, got {self.temperature}; leave it out to "
-                "sample as the model's generation config says."
-            )
+            require_int(name, getattr(self, name), low=low)
+        if self.temperature is not None:
+            require_temperature(self.temperature)
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_reasoncache.arguments import require_int
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.bootstrap import mean_interval
 from hf_reasoncache.calibration.estimate import Estimate, Record
@@ -56,8 +57,8 @@ class Tune:
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}.")
         for name, value in (("rows", self.rows), ("budget", self.budget)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}.")
+            if value is not None:
+                require_int(name, value, low=1)
         for rule in product(self.exponents, self.lows, self.highs):
             BudgetRule(*rule)
 

@@ -12,6 +12,8 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from hf_reasoncache.calibration.settings import differences
+from hf_reasoncache.messages import shown
+from hf_reasoncache.outputs import naming
 from hf_reasoncache.processes import Processes
 
 
@@ -69,12 +71,9 @@ class Journal(Generic[Row]):
             self._merge({})
         processes.wait()
         self.records = self._read(path)
-        own = (
+        self._open(
             path if processes.count == 1 else path.with_name(f"{path.name}.part-{processes.index}")
         )
-        self._file = own.open("ab")
-        if not own.stat().st_size:
-            self._write([{"settings": self._settings}])
 
     def __enter__(self) -> Journal[Row]:
         """Return the journal."""
@@ -87,7 +86,7 @@ class Journal(Generic[Row]):
         trace: TracebackType | None,
     ) -> None:
         """Close the file."""
-        self._file.close()
+        self._close()
 
     def add(self, records: Iterable[Row]) -> None:
         """Write answers; they are on the disk when this returns."""
@@ -103,7 +102,7 @@ class Journal(Generic[Row]):
         order : iterable of keys
             In which order new answers come into the file.
         """
-        self._file.close()
+        self._close()
         if self.processes.count == 1:
             return
         self.processes.wait()
@@ -121,18 +120,29 @@ class Journal(Generic[Row]):
             found |= self._read(part)
         missing = [key for key in found if key not in known]
         new = sorted(missing, key=lambda key: order.get(key, len(order)))
-        with self.path.open("ab") as self._file:
-            if not self.path.stat().st_size:
-                self._write([{"settings": self._settings}])
-            self._write([asdict(found[key]) for key in new])
+        self._open(self.path)
+        self._write([asdict(found[key]) for key in new])
+        self._close()
         for part in parts:
             part.unlink()
 
+    def _open(self, path: Path) -> None:
+        """Open a file to which answers are added, and begin it with the settings."""
+        self._file = path.open("ab")
+        if not path.stat().st_size:
+            self._write([{"settings": self._settings}])
+
     def _write(self, rows: list[dict[str, Any]]) -> None:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(Path(self._file.name)):
+            self._file.write("".join(lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _close(self) -> None:
+        # What a full disk has not taken is tried again here.
+        with naming(Path(self._file.name)):
+            self._file.close()
 
     def _whole(self) -> None:
         """Cut off the file the line that a kill has cut off."""
@@ -148,8 +158,11 @@ class Journal(Generic[Row]):
         whole = data[: data.rfind(b"\n") + 1]
         if not whole:
             return {}
-        # Not `splitlines`, which also parts at characters that answers may have.
-        first, *rest = whole.decode().removesuffix("\n").split("\n")
+        try:
+            # Not `splitlines`, which also parts at characters that answers may have.
+            first, *rest = whole.decode().removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected answers in UTF-8, got: {error}.") from error
         settings = _parse(path, first, 1).get("settings")
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: expected the answers of a run, got another file.")
@@ -164,15 +177,21 @@ class Journal(Generic[Row]):
         for number, line in enumerate(rest, 2):
             row = _parse(path, line, number)
             if set(row) != names:
-                raise ValueError(f"{path}:{number}: expected an answer, got {sorted(row)}.")
+                raise ValueError(f"{path}:{number}: expected an answer, got {shown(sorted(row))}.")
             record = self.kind(**row)
-            found[record.key] = record
+            try:
+                found[record.key] = record
+            except TypeError as error:
+                raise ValueError(
+                    f"{path}:{number}: expected names and numbers that say which answer it is, got "
+                    f"{shown(record.key)}."
+                ) from error
         return found
 
 
 def _parse(path: Path, line: str, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: expected JSON, got: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{number}: expected JSON, got: {shown(error)}") from error
     return row if isinstance(row, dict) else {}

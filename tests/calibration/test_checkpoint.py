@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -64,13 +66,31 @@ def test_a_crash_while_writing_leaves_nothing(
     def crash(descriptor: int) -> None:
         raise OSError("disk full")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", crash)
-        with pytest.raises(OSError, match="disk full"):
-            checkpoint.save("one", {"a": torch.ones(1)})
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for how, said in (
+        (crash, "disk full"),
+        (full, r"No space left .* make room .*one.safetensors"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", how)
+            with pytest.raises(OSError, match=said):
+                checkpoint.save("one", {"a": torch.ones(1)})
     assert checkpoint.load("one") is None
     checkpoint.save("one", {"a": torch.ones(1)})
     assert checkpoint.load("one") is not None
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 100_000, "[]", "\xff", '{"seed": 1, "seed": 1}']
+)
+def test_damaged_settings_are_named(tmp_path: Path, content: str) -> None:
+    checkpoint = Checkpoint(tmp_path / "x.partial")
+    checkpoint.begin(SETTINGS, resume=True)
+    (checkpoint.directory / "settings.json").write_text(content, "latin-1")
+    with pytest.raises(ValueError, match=r"x.partial/settings.json: expected"):
+        checkpoint.begin(SETTINGS, resume=True)
 
 
 @pytest.mark.parametrize("when", ["first write", "last deletion"])

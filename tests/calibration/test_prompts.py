@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from examples.tiny_reasoner import MODELS
 from hf_reasoncache.calibration.prompts import Prompt, read_prompts
+from hf_reasoncache.messages import LONGEST
 
 CHAT = [{"role": "user", "content": "walk"}]
 
@@ -59,6 +60,11 @@ def test_another_column(tmp_path: Path) -> None:
         ('{"prompt": ""}', "text that is not empty"),
         ('{"prompt": 3}', "got 3"),
         ('{"messages": []}', "messages with role and content"),
+        ("[" * 100_000, "expected a JSON object"),
+        ('{"prompt": "a", "more": ' + "[" * 50 + "]" * 50 + "}", "at most 32 levels"),
+        ('{"prompt": "a \\ud800 b"}', "Unicode text, got half of a surrogate pair, '\\ud800'"),
+        ('{"prompt": "a", "\\udc00": 1}', "Unicode text"),
+        ('{"prompt": ' + "[1," * 30 + "1" + "]" * 30 + "}", "got [1, [1, [1"),
         ('{"messages": [{"role": "user"}]}', "messages with role and content"),
     ],
 )
@@ -67,6 +73,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"x\.jsonl:2: ") as caught:
         read_prompts(path)
     assert message in str(caught.value)
+    assert len(str(caught.value).replace(path, "")) <= LONGEST
 
 
 def test_bad_utf8_is_named(tmp_path: Path) -> None:
@@ -110,7 +117,7 @@ def test_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_data_set_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'hf-reasoncache\[calibrate\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf-reasoncache\[calibrate\]'"):
         read_prompts("org/math")
 
 
@@ -128,6 +135,11 @@ def test_text_is_encoded_as_it_is_and_chat_by_the_template(tokenizer) -> None:
     templated.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match=r"x:2: .* roles must alternate"):
         chat.encode(templated, chat=False)
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer) -> None:
+    with pytest.raises(ValueError, match="x:4: expected Unicode text"):
+        Prompt("a \ud800 b", "x:4").encode(tokenizer, chat=False)
 
 
 def test_a_digest_tells_prompts_apart() -> None:

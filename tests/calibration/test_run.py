@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,14 @@ from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.budgets import BudgetRule
 from hf_reasoncache.calibration import run as run_module
 from hf_reasoncache.calibration.coverage import Coverage
+from hf_reasoncache.calibration.estimate import Estimator
 from hf_reasoncache.calibration.prompts import read_prompts
 from hf_reasoncache.calibration.run import calibrate
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
+from hf_reasoncache.outputs import sole_writer
 from hf_reasoncache.scorers import RKV
 
 PROMPTS = 6
@@ -158,12 +162,61 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_answers_outlive_settings_of_the_estimator_that_do_not_fit(
     prompts: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="more than 64 tokens, got 0 of 6"):
-        run(prompts, tmp_path / "wave", CalibrationSettings(Coverage(interval=64), TRACES))
+    with pytest.MonkeyPatch.context() as patch:
+        # As if the answers could have been longer.
+        patch.setattr(Coverage, "expect", lambda *_: None)
+        with pytest.raises(ValueError, match="more than 64 tokens, got 0 of 6"):
+            run(prompts, tmp_path / "wave", CalibrationSettings(Coverage(interval=64), TRACES))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "generate_traces", None)
         run(prompts, tmp_path / "wave", COVERAGE)
     assert BudgetProfile.from_pretrained(tmp_path / "wave").estimator == "coverage"
+
+
+PROTECTED = replace(EVICTION, protect_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "tune", "match"),
+    [
+        (Coverage(interval=40), None, "more than 40 tokens, got 0 of 6"),
+        (Sensitivity((400,), eviction=EVICTION), None, "expected texts longer than 408 tokens"),
+        (Sensitivity((16,), eviction=PROTECTED), None, r"budgets: expected at least \d+ tokens"),
+        (Coverage(interval=16), Tune(16, PROTECTED), r"budget: expected at least \d+ tokens"),
+    ],
+)
+def test_what_no_answer_can_mend_is_said_before_any(
+    prompts: Path, tmp_path: Path, estimator: Estimator, tune: Tune | None, match: str
+) -> None:
+    settings = CalibrationSettings(estimator, TRACES, tune)
+    with pytest.raises(ValueError, match=match):
+        run(prompts, tmp_path / "wave", settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_answer(
+    prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: expected a directory or a new name, got a file"):
+        run(prompts, tmp_path / "file", COVERAGE)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="expected no file or a profile's"):
+        run(prompts, tmp_path, COVERAGE)
+    with sole_writer(tmp_path / "wave"):
+        refused: list[str] = []
+
+        def second() -> None:
+            try:
+                run(prompts, tmp_path / "wave", COVERAGE)
+            except ValueError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1 and "expected no other run that writes it" in refused[0]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["config.json", "file"]
 
 
 def test_another_seed_gives_another_profile_and_no_mixture(

@@ -95,8 +95,8 @@ def test_the_cost_counts_every_squeezed_row() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rows": 0}, "rows: expected at least 1"),
-        ({"budget": 0}, "budget: expected at least 1"),
+        ({"rows": 0}, "rows: expected an integer >= 1"),
+        ({"budget": 0}, "budget: expected an integer >= 1"),
         ({"budgets": (20, 10)}, "ascending"),
         ({"budgets": (8, 20)}, "more than the window of 8"),
         ({"budgets": (20, 40), "budget": 19}, "smallest of the measured budgets, 20, got 19"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.messages import LONGEST
 from hf_reasoncache.processes import Processes
 
 
@@ -85,6 +88,37 @@ def test_what_a_killed_run_left_is_there_for_any_number_of_processes(path: Path)
     for journal in journals(path, 2):
         assert sorted(journal.records) == ["r0", "r1", "r2"]
     assert names(path) == ["r0", "r1", "r2"]
+
+
+def test_a_full_disk_names_the_file_and_loses_no_answer(path: Path, monkeypatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (journal,) = journals(path, 1)
+    with journal:
+        journal.add([Row("r0", 0)])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match=r"No space left on device; make room .*jsonl'") as no:
+                journal.add([Row("r1", 1)])
+    assert Path(no.value.filename) == path
+    assert sorted(journals(path, 1)[0].records)[:1] == ["r0"]
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        (b"[" * 100_000, "jsonl:2: expected JSON"),
+        (b'{"name": [1], "value": 1}', r"jsonl:2: expected names and numbers .* got \[1\]"),
+        (b'{"' + b"x" * 100_000 + b'": 1}', "jsonl:2: expected an answer"),
+        (b"\xff", "jsonl: expected answers in UTF-8"),
+    ],
+)
+def test_a_damaged_line_is_named(path: Path, line: bytes, match: str) -> None:
+    path.write_bytes(b'{"settings": {"seed": 1}}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=match) as refused:
+        journals(path, 1)
+    assert len(str(refused.value).replace(str(path), "")) <= LONGEST
 
 
 def test_a_part_of_other_settings_is_refused_and_stays(path: Path) -> None:
