@@ -16,7 +16,8 @@ from hf_reasoncache.evaluation.rouge import rouge_l_recall
 from hf_reasoncache.evaluation.statistics import Paired, Share
 from hf_reasoncache.evaluation.suite import Suite, load_suite
 from hf_reasoncache.evaluation.table import tabulate
-from hf_reasoncache.evaluation.tasks import FileTask, Judgement, Question, Task, load_task
+from hf_reasoncache.evaluation.task_files import FileTask, load_task
+from hf_reasoncache.evaluation.tasks import Judgement, Question, Task
 
 __all__ = [
     "CHECKS",

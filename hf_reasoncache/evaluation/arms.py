@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, PretrainedConfig
 
+from hf_reasoncache.arguments import LARGEST
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Spans
 from hf_reasoncache.reason_alloc import ReasonAllocCache
@@ -143,6 +144,28 @@ class Arm:
         arguments = self._arguments(self.cache, budget, None, seed)
         return SharedBranchCache(config, suffix=self.cache.policy(**arguments))
 
+    def span_settings(self, spans: Spans | None) -> dict[str, Any]:
+        """Return the arguments of a cache that follow from the spans of a batch.
+
+        Raises
+        ------
+        ValueError
+            If the arm needs spans and there are none, or they overlap and must not.
+        """
+        if not self.whitelist and self.fair is None:
+            return {}
+        if spans is None:
+            raise ValueError(
+                f"{self.name}: expected questions with spans to protect, got none; name them "
+                "in the file ('spans'), or leave out protect and fair."
+            )
+        settings: dict[str, Any] = {"protect_prompt": False}
+        if self.whitelist:
+            settings["protect"] = spans
+        if self.fair is not None:
+            settings["fair"] = Fair(self.fair, spans, self.fair_window)
+        return settings
+
     def _arguments(
         self,
         cache: type[ReasonAllocCache] | type[SlidingWindowCompressCache],
@@ -153,20 +176,9 @@ class Arm:
         """What the cache takes besides the config."""
         if budget is None:
             raise ValueError(f"{self.name}: expected a budget, got none; pass --budgets.")
-        settings = dict(self.settings)
+        settings = self.settings | self.span_settings(spans)
         if self.scorer is not None:
             settings["scorer"] = SCORERS[self.scorer](settings.get("window", 8), seed)
-        if self.whitelist or self.fair is not None:
-            if spans is None:
-                raise ValueError(
-                    f"{self.name}: expected questions with spans to protect, got none; name them "
-                    "in the file ('spans'), or leave out protect and fair."
-                )
-            settings["protect_prompt"] = False
-        if self.whitelist:
-            settings["protect"] = spans
-        if self.fair is not None:
-            settings["fair"] = Fair(self.fair, spans, self.fair_window)
         if cache is ReasonAllocCache:
             if not isinstance(budget, int):
                 raise ValueError(
@@ -212,7 +224,7 @@ def parse_arm(text: str, window: int = 8, buffer: int = 128) -> Arm:
         return FULL_ARM
     if name not in (REASON_ALLOC, SLIDING_WINDOW, *SCORERS):
         known = ", ".join((FULL, REASON_ALLOC, SLIDING_WINDOW, *SCORERS))
-        raise ValueError(f"--cache: expected one of {known}, got {shown(text)}.")
+        raise ValueError(f"--cache: expected one of {known}, got {shown(text, 40)}.")
     windows = name == SLIDING_WINDOW
     settings: dict[str, Any] = {} if windows else {"window": window, "buffer": buffer}
     scorer: str | None = None
@@ -242,13 +254,14 @@ def parse_arm(text: str, window: int = 8, buffer: int = 128) -> Arm:
                 raise ValueError(key)
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"--cache {shown(text)}: setting {key}={value} is not known; see --help."
+                f"--cache {shown(text)}: setting {shown(f'{key}={value}')} is not known; see "
+                "--help."
             ) from error
     cache = SlidingWindowCompressCache if windows else ReasonAllocCache
     return Arm(text, cache, settings, scorer, **chosen)
 
 
-def parse_budget(text: str) -> Budget:
+def parse_budget(text: str, option: str = "--budgets") -> Budget:
     """Turn a number into tokens (from 1 on) or a ratio (below 1); ValueError for anything else."""
     try:
         value = float(text)
@@ -256,8 +269,10 @@ def parse_budget(text: str) -> Budget:
         value = 0.0
     if 0 < value < 1:
         return value
-    if value < 1 or value != int(value):
+    # Compared before it becomes an integer: infinity and NaN do not.
+    if not 1 <= value <= LARGEST or not value.is_integer():
         raise ValueError(
-            f"--budgets: expected whole numbers of tokens, or ratios below 1, got {shown(text)}."
+            f"{option}: expected whole numbers of tokens from 1 to {LARGEST}, or ratios below 1, "
+            f"got {shown(text)}."
         )
     return int(value)

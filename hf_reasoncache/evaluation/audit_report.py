@@ -13,6 +13,7 @@ from hf_reasoncache.evaluation.audit_result import Audit, CellResult, ClassResul
 from hf_reasoncache.evaluation.plot import Line, Panel, panels_png
 from hf_reasoncache.evaluation.statistics import Share
 from hf_reasoncache.evaluation.table import markdown_table
+from hf_reasoncache.outputs import new_directory, write_bytes, write_text
 
 
 def write_report(
@@ -30,12 +31,12 @@ def write_report(
     directory : Path
         Made if it does not exist.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    new_directory(directory)
     content = {"facts": dict(facts), "violations": list(violations), **to_json(audit)}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    (directory / "audit.json").write_text(text, "utf-8")
-    (directory / "audit.md").write_text(markdown(audit, violations, facts), "utf-8")
-    (directory / "audit.png").write_bytes(picture(audit))
+    write_text(directory / "audit.json", text)
+    write_text(directory / "audit.md", markdown(audit, violations, facts))
+    write_bytes(directory / "audit.png", picture(audit))
 
 
 def to_json(audit: Audit) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
+from hf_reasoncache.evaluation.patterns import found, require_pattern
+from hf_reasoncache.evaluation.patterns import places as all_places
 from hf_reasoncache.messages import shown
 
 IFEVAL = "ifeval:"
@@ -35,6 +37,8 @@ class Check:
     ------
     ValueError
         If there is no such check, or it takes other arguments.
+    ModuleNotFoundError
+        If the check needs a package that is not installed.
     """
 
     name: str
@@ -43,19 +47,36 @@ class Check:
     def __post_init__(self) -> None:
         """Check name and arguments, so that a suite fails before the model runs."""
         if self.name.startswith(IFEVAL):
+            _ifeval(self.name.removeprefix(IFEVAL), self.arguments)
             return
         if self.name not in CHECKS:
             raise ValueError(
-                f"check: expected one of {sorted(CHECKS)} or '{IFEVAL}...', got {shown(self.name)}."
+                f"check: expected one of {', '.join(CHECKS)} or {IFEVAL}..., got "
+                f"{shown(self.name)}."
             )
+        if self.name == "math":
+            _math_verify()
         try:
-            inspect.signature(CHECKS[self.name]).bind("", **self.arguments)
-            for each in ("pattern", "places"):
-                re.compile(self.arguments.get(each, ""))
-        except (TypeError, re.error) as error:
+            self._require_arguments()
+        except ValueError as error:
+            raise ValueError(f"check {self.name!r}: {error}.") from error
+
+    def _require_arguments(self) -> None:
+        function = CHECKS[self.name]
+        try:
+            inspect.signature(function).bind("", **self.arguments)
+        except TypeError as error:
             raise ValueError(
-                f"check {shown(self.name)}: {error}; got {dict(self.arguments)}."
+                f"expected the arguments that it takes, got {shown(dict(self.arguments))}: "
+                f"{shown(error)}"
             ) from error
+        kinds = get_type_hints(function)
+        for name, value in self.arguments.items():
+            if isinstance(value, bool) or not isinstance(value, kinds[name]):
+                wanted = "text" if kinds[name] is str else "an integer"
+                raise ValueError(f"expected {name} as {wanted}, got {shown(value)}")
+            if name in ("pattern", "places"):
+                require_pattern(value)
 
     @staticmethod
     def of(value: object) -> Check:
@@ -79,11 +100,12 @@ class Check:
 
         Raises
         ------
-        ModuleNotFoundError
-            If the check needs a package that is not installed.
+        ValueError
+            If a pattern takes too long on it.
         """
         if self.name.startswith(IFEVAL):
-            return _ifeval(self.name.removeprefix(IFEVAL), answer, self.arguments)
+            instruction = _ifeval(self.name.removeprefix(IFEVAL), self.arguments)
+            return bool(answer.strip()) and bool(instruction.check_following(answer))
         return CHECKS[self.name](answer, **self.arguments)
 
 
@@ -99,13 +121,13 @@ def excludes(answer: str, text: str) -> bool:
 
 def matches(answer: str, pattern: str) -> bool:
     """Whether a regular expression is found; a dot matches line breaks too."""
-    return re.search(pattern, answer, re.DOTALL) is not None
+    return found(pattern, answer)
 
 
 def wherever(answer: str, places: str, pattern: str, at_least: int = 1) -> bool:
     """Whether a pattern is found in every place that another one finds, and there are so many."""
-    found = [place.group() for place in re.finditer(places, answer, re.DOTALL)]
-    return len(found) >= at_least and all(matches(place, pattern) for place in found)
+    texts = all_places(places, answer)
+    return len(texts) >= at_least and all(found(pattern, text) for text in texts)
 
 
 def starts_with(answer: str, text: str) -> bool:
@@ -140,11 +162,11 @@ def uppercase(answer: str) -> bool:
 
 
 def is_json(answer: str) -> bool:
-    """Whether the answer is JSON, a Markdown fence around it aside."""
+    """Whether the answer is JSON, a Markdown fence around it aside, as far as Python reads it."""
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", answer.strip())
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -155,17 +177,14 @@ def final_answer(answer: str, expected: str) -> bool:
     Numbers are compared by value, anything else as text without blanks.
     """
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", answer)
-    found = boxed or re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)
-    return bool(found) and _value(found[-1]) == _value(expected)
+    given = boxed or re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)
+    return bool(given) and _value(given[-1]) == _value(expected)
 
 
 def math(answer: str, expected: str) -> bool:
     """Whether the answer is the expected one by the package math-verify, as an expression."""
-    try:
-        import math_verify
-    except ModuleNotFoundError as error:
-        raise _missing("math", "math-verify") from error
-    return bool(math_verify.verify(math_verify.parse(expected), math_verify.parse(answer)))
+    package = _math_verify()
+    return bool(package.verify(package.parse(expected), package.parse(answer)))
 
 
 CHECKS: dict[str, Callable[..., bool]] = {
@@ -188,18 +207,36 @@ CHECKS: dict[str, Callable[..., bool]] = {
 def _value(text: str) -> Decimal | str:
     plain = re.sub(r"[\s,$]", "", text)
     try:
-        return Decimal(plain)
+        number = Decimal(plain)
     except InvalidOperation:
         return plain
+    # Not a number that compares with none, itself included.
+    return number if number.is_finite() else plain
 
 
-def _ifeval(name: str, answer: str, arguments: Mapping[str, Any]) -> bool:
+def _math_verify() -> Any:
+    try:
+        import math_verify
+    except ModuleNotFoundError as error:
+        raise _missing("math", "math-verify") from error
+    return math_verify
+
+
+def _ifeval(name: str, arguments: Mapping[str, Any]) -> Any:
+    """Return an instruction of IFEval with its arguments."""
     registry = _ifeval_registry()
     if name not in registry:
         raise ValueError(f"check: expected an instruction of IFEval, got {shown(name)}.")
     instruction = registry[name](name)
-    instruction.build_description(**arguments)
-    return bool(answer.strip()) and bool(instruction.check_following(answer))
+    # The package's own checks of arguments are few; what it raises is of any kind.
+    try:
+        instruction.build_description(**arguments)
+    except Exception as error:
+        raise ValueError(
+            f"check '{IFEVAL}{name}': expected the arguments of this instruction, got "
+            f"{shown(dict(arguments))}: {shown(error)}."
+        ) from error
+    return instruction
 
 
 @cache

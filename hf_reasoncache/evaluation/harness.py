@@ -5,23 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.fingerprint import fingerprint
-from hf_reasoncache.calibration.prompts import Prompt
 from hf_reasoncache.calibration.settings import versions
 from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.generation import answer_batch
 from hf_reasoncache.evaluation.journal import Journal
 from hf_reasoncache.evaluation.plan import Plan, Settings
+from hf_reasoncache.evaluation.preparation import Prompts, prepare, require_room
 from hf_reasoncache.evaluation.record import Record
-from hf_reasoncache.evaluation.spans import spans_of
 from hf_reasoncache.evaluation.tasks import Question, Task
 from hf_reasoncache.messages import shown
+from hf_reasoncache.outputs import new_directory, sole_writer
 from hf_reasoncache.processes import Processes
 
 
@@ -63,8 +63,9 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the journal is of another model or other settings, one of its answers is of another
-        question or cache under the same name, or a cache refuses a budget.
+        If the journal is of another model or other settings, or another run writes it; one of its
+        answers is of another question or cache under the same name; or, before any is answered, a
+        question is unusable or what is protected of it exceeds a budget: names question and cache.
     ConnectionError
         If another process has ended.
     """
@@ -73,12 +74,13 @@ def evaluate(
     processes = Processes.of(model)
     attention = model.config._attn_implementation
     about = {"fingerprint": fingerprint(model), **facts(model, settings)}
-    with Journal(path, Record, about, processes) as journal:
-        batches = [
-            _Batch(*cell, plan.questions[cell[0].name, cell[1]], start, settings.batch_size)
-            for cell in runner.possible(plan, say if processes.is_main else lambda line: None)
-            for start in range(0, len(plan.questions[cell[0].name, cell[1]]), settings.batch_size)
-        ]
+    batches = list[_Batch]()
+    for cell, prompts in runner.possible(plan, say if processes.is_main else lambda line: None):
+        _, seed, arm, budget = cell
+        require_room(arm, budget, model.config, seed, prompts)
+        batches += [_Batch(*cell, each) for each in prompts]
+    lock = sole_writer(new_directory(path.parent) / path.name, is_main=processes.is_main)
+    with lock, Journal(path, Record, about, processes) as journal:
         for batch in batches:
             batch.check(journal)
         # A batch is repeated whole: its samples depend on all its rows.
@@ -88,7 +90,7 @@ def evaluate(
                 for batch in processes.share(missing):
                     bar.set_description(f"{batch.arm.name} {batch.budget or ''}".strip()[:28])
                     journal.add(runner.run(batch))
-                    bar.update(len(batch.questions))
+                    bar.update(len(batch.prompts.questions))
         finally:
             model.set_attn_implementation(attention)
         keys = [key for batch in batches for key in batch.keys]
@@ -116,13 +118,11 @@ class _Batch:
         seed: int,
         arm: Arm,
         budget: Budget | None,
-        questions: Sequence[Question],
-        start: int,
-        size: int,
+        prompts: Prompts,
     ) -> None:
-        self.task, self.seed, self.arm, self.budget, self.start = task, seed, arm, budget, start
-        self.questions = questions[start : start + size]
-        self.keys = [(task.name, seed, arm.name, budget, each.id) for each in self.questions]
+        self.task, self.seed, self.arm, self.budget = task, seed, arm, budget
+        self.prompts = prompts
+        self.keys = [(task.name, seed, arm.name, budget, each.id) for each in prompts.questions]
 
     def answered(self, journal: Journal[Record]) -> bool:
         """Whether every question has been answered."""
@@ -130,7 +130,7 @@ class _Batch:
 
     def check(self, journal: Journal[Record]) -> None:
         """Refuse answers to other questions, or by other caches, of the same names."""
-        for key, question in zip(self.keys, self.questions, strict=True):
+        for key, question in zip(self.keys, self.prompts.questions, strict=True):
             record = journal.records.get(key)
             if record is not None and record.digest != _digest(question, self.arm):
                 raise ValueError(
@@ -142,7 +142,7 @@ class _Batch:
 
 
 def _rows(batches: Sequence[_Batch]) -> int:
-    return sum(len(batch.questions) for batch in batches)
+    return sum(len(batch.keys) for batch in batches)
 
 
 class _Runner:
@@ -153,36 +153,34 @@ class _Runner:
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
-    def encode(self, question: Question) -> tuple[int, ...]:
-        """Token ids of a prompt."""
-        prompt = Prompt(question.prompt, f"question {shown(question.id)}")
-        return prompt.encode(self.tokenizer, chat=self.settings.chat)
-
     def possible(
         self, plan: Plan, say: Callable[[str], None]
-    ) -> Iterator[tuple[Task, int, Arm, Budget | None]]:
-        """Yield all cells but those of the baseline whose prompts do not fit."""
-        longest = {
-            key: max(len(self.encode(question)) for question in questions)
+    ) -> list[tuple[tuple[Task, int, Arm, Budget | None], list[Prompts]]]:
+        """Return all cells but those of the baseline whose prompts do not fit, with the prompts."""
+        chat, size = self.settings.chat, self.settings.batch_size
+        prompts = {
+            key: prepare(questions, self.tokenizer, chat=chat, size=size)
             for key, questions in plan.questions.items()
         }
+        found = []
         for cell in plan.cells():
             task, seed, arm, budget = cell
+            mine = prompts[task.name, seed]
             if arm is plan.baseline and budget is not None:
-                least = longest[task.name, seed] + arm.settings["window"]
+                least = max(each.longest for each in mine) + arm.settings["window"]
                 if budget < least:
                     say(
                         f"{task.name}: no {shown(arm.name)} at {budget}, its longest prompt needs "
                         f"a budget of {least} tokens"
                     )
                     continue
-            yield cell
+            found.append((cell, mine))
+        return found
 
     def run(self, batch: _Batch) -> list[Record]:
         """Answer one batch with a new cache."""
-        arm, questions = batch.arm, batch.questions
-        prompts = [self.encode(each) for each in questions]
-        spans = spans_of(questions, self.tokenizer, chat=self.settings.chat)
+        arm, questions, prompts = batch.arm, batch.prompts.questions, batch.prompts.ids
+        spans = batch.prompts.spans
         limits = [each.max_new_tokens or self.settings.max_new_tokens for each in questions]
         self.model.set_attn_implementation(arm.attention)
         found = answer_batch(
@@ -192,7 +190,7 @@ class _Runner:
             max_new_tokens=max(limits),
             temperature=self.settings.temperature,
             # Every batch has its own stream, so that a run that goes on draws what it would have.
-            seed=batch.seed * 1_000_003 + batch.start,
+            seed=batch.seed * 1_000_003 + batch.prompts.start,
             spans=spans,
         )
         records = []

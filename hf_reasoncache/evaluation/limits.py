@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_reasoncache.arguments import require_share
 from hf_reasoncache.evaluation.audit_result import Audit
 
 
@@ -24,6 +25,12 @@ class Limits:
     min_following: float | None = None
     max_drop: float | None = None
     max_leakage: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check; raises ValueError."""
+        for name, value in vars(self).items():
+            if value is not None:
+                require_share(name, value)
 
     def violations(self, audit: Audit) -> list[str]:
         """Say, one sentence each, where a compressed cache exceeds a limit.

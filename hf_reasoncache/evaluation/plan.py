@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from hf_reasoncache.arguments import require_int, require_temperature
 from hf_reasoncache.evaluation.arms import FULL_ARM, Arm, Budget
 from hf_reasoncache.evaluation.tasks import Question, Task
 from hf_reasoncache.messages import shown
@@ -30,6 +31,12 @@ class Settings:
     temperature: float = 0.0
     batch_size: int = 8
     chat: bool = False
+
+    def __post_init__(self) -> None:
+        """Check; raises ValueError."""
+        require_int("max_new_tokens", self.max_new_tokens, low=1)
+        require_int("batch_size", self.batch_size, low=1)
+        require_temperature(self.temperature)
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,6 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check the plan and draw the questions."""
-        object.__setattr__(
-            self,
-            "questions",
-            {(task.name, seed): task.questions(seed) for task in self.tasks for seed in self.seeds},
-        )
         for name, values in (
             ("tasks", [task.name for task in self.tasks]),
             ("caches", [arm.name for arm in self.all_arms]),
@@ -71,7 +73,13 @@ class Plan:
             ("seeds", self.seeds),
         ):
             if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name}: expected at least one, and no two alike, got {values}.")
+                raise ValueError(
+                    f"{name}: expected at least one, and no two alike, got {shown(values)}."
+                )
+        for seed in self.seeds:
+            require_int("seeds", seed, low=0)
+        drawn = {(task.name, n): task.questions(n) for task in self.tasks for n in self.seeds}
+        object.__setattr__(self, "questions", drawn)
         for (task_name, _), questions in self.questions.items():
             ids = [question.id for question in questions]
             if not ids or len(set(ids)) != len(ids):

@@ -82,7 +82,7 @@ class Case:
         """Check that everything fits together; raises ValueError."""
         names = [each.name for each in self.instructions]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"instructions: expected names of their own, got {names}.")
+            raise ValueError(f"instructions: expected names of their own, got {shown(names)}.")
         slots = sum(text.count(SLOT) for text in _texts(self.prompt))
         if slots not in (1, len(names)):
             raise ValueError(
@@ -90,16 +90,22 @@ class Case:
                 f"it {slots} times."
             )
         for order in self.orders:
-            if sorted(order) != list(range(len(names))):
+            whole = all(type(place) is int for place in order)
+            if not whole or sorted(order) != list(range(len(names))):
                 raise ValueError(
-                    f"orders: expected permutations of 0 to {len(names) - 1}, got {order}."
+                    f"orders: expected permutations of 0 to {len(names) - 1}, got {shown(order)}."
                 )
         if not self.orders or len(set(self.orders)) != len(self.orders):
-            raise ValueError(f"orders: expected at least one, no two alike, got {self.orders}.")
+            raise ValueError(
+                f"orders: expected at least one, no two alike, got {shown(self.orders)}."
+            )
         if self.protected and not any(self.protected in text for text in _texts(self.prompt)):
             raise ValueError(
                 f"protected: expected a text of the prompt, got {shown(self.protected)}."
             )
+        if self.protected is not None:
+            # Leakage is counted in words.
+            rouge_l_recall(self.protected, "")
 
     def questions(self) -> list[Question]:
         """All instructions in each order, then each alone, where it stands in the first order."""
@@ -205,14 +211,12 @@ def _case(row: dict[str, Any], place: str) -> Case:
         raise ValueError(f"{place}: expected 'instructions' as a list, got {shown(listed)}.")
     try:
         instructions = tuple(_instruction(each) for each in listed)
-        count = len(instructions)
-        usual = dict.fromkeys((tuple(range(count)), tuple(reversed(range(count)))))
         protected = row.get("protected")
         return Case(
             id=str(row.get("id", place.rpartition(":")[2])),
             prompt=prompt_of(row, place),
             instructions=instructions,
-            orders=tuple(tuple(order) for order in row.get("orders", usual)),
+            orders=_orders(row, len(instructions)),
             protected=texts_of({"protected": [protected]}, "protected", place)[0]
             if protected is not None
             else None,
@@ -220,9 +224,18 @@ def _case(row: dict[str, Any], place: str) -> Case:
             max_new_tokens=count_of(row, "max_new_tokens", place),
             alone=_flag(row.get("alone", True)),
         )
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(place) else f"{place}: {text}") from error
+
+
+def _orders(row: dict[str, Any], count: int) -> tuple[tuple[int, ...], ...]:
+    """Return the orders of a line: by default as written, and reversed."""
+    usual = tuple(range(count))
+    listed = row.get("orders", [*dict.fromkeys((usual, usual[::-1]))])
+    if not isinstance(listed, list) or not all(isinstance(each, list | tuple) for each in listed):
+        raise ValueError(f"orders: expected lists of integers, got {shown(listed)}.")
+    return tuple(map(tuple, listed))
 
 
 def _flag(value: object) -> bool:

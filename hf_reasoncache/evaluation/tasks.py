@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from hf_reasoncache.calibration.prompts import Message, json_lines
-from hf_reasoncache.evaluation.checks import Check
+from hf_reasoncache.arguments import require_int, require_share
+from hf_reasoncache.calibration.prompts import Message, require_unicode
 from hf_reasoncache.messages import shown
 
 
@@ -35,6 +33,17 @@ class Question:
     max_new_tokens: int | None = None
     spans: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check; raises ValueError."""
+        if not isinstance(self.id, str):
+            raise ValueError(f"question: expected an id that is text, got {shown(self.id)}.")
+        place = f"question {shown(self.id)}"
+        require_unicode(place, self.id)
+        prompt_of({"prompt": self.prompt}, place)
+        if self.max_new_tokens is not None:
+            require_int(f"{place}: max_new_tokens", self.max_new_tokens, low=1)
+        object.__setattr__(self, "spans", texts_of({"spans": self.spans}, "spans", place))
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -53,6 +62,16 @@ class Judgement:
     correct: bool | None
     followed: Mapping[str, bool] = field(default_factory=dict)
     leakage: float | None = None
+
+    def __post_init__(self) -> None:
+        """Turn what counts as true, a number or text elsewhere (NumPy) into Python's own."""
+        if self.correct is not None:
+            object.__setattr__(self, "correct", bool(self.correct))
+        followed = {str(name): bool(value) for name, value in self.followed.items()}
+        object.__setattr__(self, "followed", followed)
+        if self.leakage is not None:
+            object.__setattr__(self, "leakage", float(self.leakage))
+            require_share("leakage", self.leakage)
 
 
 @runtime_checkable
@@ -73,93 +92,6 @@ class Task(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class FileTask:
-    """Questions from a file of JSON lines; `load_task` reads it.
-
-    Attributes
-    ----------
-    name : str
-    items : tuple of Question
-    checks : Mapping of str to Check
-        By the question's id.
-    """
-
-    name: str
-    items: tuple[Question, ...]
-    checks: Mapping[str, Check]
-
-    def questions(self, seed: int) -> Sequence[Question]:
-        """Return the questions of the file, whatever the seed."""
-        return self.items
-
-    def check(self, question: Question, answer: str) -> Judgement:
-        """Judge by the question's check."""
-        return Judgement(self.checks[question.id](answer))
-
-
-def load_task(source: str) -> Task:
-    """Read a file of questions, or find a task in a Python module.
-
-    Parameters
-    ----------
-    source : str
-        A `.jsonl` file, each line an object with `prompt` (or `messages`) and either `check`, see
-        `Check`, or `answer`, which is checked by `final_answer`; `id`, `max_new_tokens` and `spans`
-        if wanted. Or `module:name` of a `Task`, or of a function that makes one.
-
-    Raises
-    ------
-    ValueError
-        If the file is not such a file (it names the line), or the name is not a task.
-    FileNotFoundError
-        If there is no such file.
-    """
-    if source.endswith(".jsonl"):
-        return _read(Path(source))
-    found = plugin(source, "--task: expected FILE.jsonl or module:name of a task")
-    # A class has all that its objects have.
-    if isinstance(found, type) or (callable(found) and not isinstance(found, Task)):
-        found = found()
-    if not isinstance(found, Task):
-        raise ValueError(f"{source}: expected an evaluation.Task, got {type(found).__name__}.")
-    return found
-
-
-def plugin(source: str, expected: str) -> Any:
-    """Import `module:name`; ValueError where there is none."""
-    module, colon, name = source.partition(":")
-    if not colon:
-        raise ValueError(f"{expected}, got {shown(source)}.")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"{expected}, got {shown(source)}: {error}.") from error
-
-
-def _read(path: Path) -> FileTask:
-    items: dict[str, Question] = {}
-    checks = {}
-    for place, row in json_lines(path):
-        name = str(row.get("id", place.rpartition(":")[2]))
-        if name in items:
-            raise ValueError(f"{place}: expected an id of its own, got {shown(name)} again.")
-        if "check" not in row and "answer" not in row:
-            raise ValueError(f"{place}: expected a field 'check' or 'answer', got {sorted(row)}.")
-        check = row.get("check", {"name": "final_answer", "expected": str(row.get("answer"))})
-        try:
-            checks[name] = Check.of(check)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        items[name] = Question(
-            id=name,
-            prompt=prompt_of(row, place),
-            max_new_tokens=count_of(row, "max_new_tokens", place),
-            spans=texts_of(row, "spans", place),
-        )
-    return FileTask(path.stem, tuple(items.values()), checks)
-
-
 def prompt_of(row: Mapping[str, Any], place: str) -> str | tuple[Message, ...]:
     """Return the prompt of a line: text, or messages.
 
@@ -171,18 +103,19 @@ def prompt_of(row: Mapping[str, Any], place: str) -> str | tuple[Message, ...]:
     value = row.get("messages", row.get("prompt"))
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, list) and value and all(_is_message(each) for each in value):
+    if isinstance(value, list | tuple) and value and all(_is_message(each) for each in value):
         return tuple(dict(each) for each in value)
     raise ValueError(
         f"{place}: expected 'prompt' as text, or 'messages' with role and content, got "
-        f"{ascii(value)[:80]}."
+        f"{shown(value)}."
     )
 
 
 def texts_of(row: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
     """Return a field that is a list of texts, empty by default; ValueError for anything else."""
     value = row.get(name, [])
-    if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
+    lists = isinstance(value, list | tuple)
+    if not lists or not all(isinstance(each, str) and each for each in value):
         raise ValueError(f"{place}: expected {shown(name)} as a list of texts, got {shown(value)}.")
     return tuple(value)
 
@@ -190,8 +123,8 @@ def texts_of(row: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
 def count_of(row: Mapping[str, Any], name: str, place: str) -> int | None:
     """Return a field that is a positive integer, None by default; ValueError for anything else."""
     value = row.get(name)
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"{place}: expected {shown(name)} as an integer >= 1, got {shown(value)}.")
+    if value is not None:
+        require_int(f"{place}: {name}", value, low=1)
     return value
 
 

@@ -52,6 +52,17 @@ class Policy(Protocol):
         """Whether anything is evicted once the text is long enough."""
         ...
 
+    def require_room(self, prompt: int, listed: int) -> None:
+        """Raise ValueError unless what is protected of a prompt can be held, as its first forward
+        will.
+
+        Parameters
+        ----------
+        prompt, listed : int
+            Tokens of the prompt, and those of them in a whitelist.
+        """
+        ...
+
 
 class Budgets(Protocol):
     """What the rows of a layer may hold; never written to, so a draft is undone by putting the old
@@ -125,6 +136,10 @@ class EvictionPolicy:
     def remedy(self) -> str:
         """How to protect less."""
         return "pass protect_prompt=False" if self.protect_prompt else "protect fewer of its tokens"
+
+    def require_room(self, prompt: int, listed: int) -> None:
+        """See `Policy.require_room`."""
+        self.layer_budget(0, max(prompt if self.protect_prompt else 0, listed))
 
     def layer_budget(self, rank: int, prompt_tokens: int) -> int:
         """Budget per head of one layer, for a row with `prompt_tokens` protected tokens of its

@@ -95,6 +95,22 @@ class WindowPolicy:
         """How to protect less."""
         return "pass protect_prompt=False" if self.protect_prompt else "protect fewer of its tokens"
 
+    def require_room(self, prompt: int, listed: int) -> None:
+        """See `Policy.require_room`."""
+        self.limit(max(prompt if self.protect_prompt else 0, listed))
+        self.require_whitelist(prompt, listed)
+
+    def require_whitelist(self, prompt: int, listed: int, row: int | None = None) -> None:
+        """Raise ValueError if a whitelist is more than may stay of a prompt of so many tokens."""
+        kept = prompt * self.prompt_kept // self.window
+        if listed > kept:
+            where = "" if row is None else f" in row {row}"
+            raise ValueError(
+                f"protect: expected at most {kept} protected tokens{where}, what stays of a prompt "
+                f"of {prompt} in a layer that keeps {self.prompt_kept} of {self.window}, got "
+                f"{listed}. Raise prompt_ratio, or protect fewer tokens."
+            )
+
     def limit(self, prompt_tokens: int) -> int | None:
         """Tokens per head that stay after a compaction of a row with `prompt_tokens` protected
         tokens of its prompt; None without a bound.

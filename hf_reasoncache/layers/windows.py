@@ -136,15 +136,9 @@ class RowWindows:
         """Raise ValueError if the whitelist is more than may stay of a prompt."""
         if self.protection is None or self.protection.settings.keep is None:
             return
-        pairs = zip(self.protection.count.tolist(), self.prompt_kept.tolist(), strict=True)
-        for row, (listed, kept) in enumerate(pairs):
-            if listed > kept:
-                raise ValueError(
-                    f"protect: expected at most {kept} protected tokens in row {row}, what stays "
-                    f"of its prompt of {int(self.prompt[row])} in a layer that keeps "
-                    f"{self.policy.prompt_kept} of {self.policy.window}, got {listed}. Raise "
-                    "prompt_ratio, or protect fewer tokens."
-                )
+        rows = zip(self.prompt.tolist(), self.protection.count.tolist(), strict=True)
+        for row, (prompt, listed) in enumerate(rows):
+            self.policy.require_whitelist(prompt, listed, row)
 
     def advance(self, rows: torch.Tensor) -> RowWindows:
         """Go on to the next window in some rows."""

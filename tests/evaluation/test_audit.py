@@ -116,6 +116,13 @@ def test_limits_name_the_worst_and_pass_what_is_within() -> None:
     assert "**Nothing was evicted** by late @ 64" in markdown(idle, [], {})
 
 
+@pytest.mark.parametrize("name", ["min_following", "max_drop", "max_leakage"])
+@pytest.mark.parametrize("value", [math.nan, -0.1, 1.1, "x", True])
+def test_a_limit_is_a_share(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a number from 0 to 1"):
+        Limits(**{name: value})
+
+
 def test_an_audit_needs_the_full_cache() -> None:
     with pytest.raises(ValueError, match="one full cache"):
         analyse(SUITE, LATE)

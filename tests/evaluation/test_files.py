@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoConfig
 
 from examples.tiny_reasoner import MODELS, TEST_SEEDS, check, make_problems
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
-from hf_reasoncache.evaluation import Suite, Task, load_suite, load_task, parse_arm
+from hf_reasoncache.evaluation import (
+    Judgement,
+    Question,
+    Suite,
+    Task,
+    load_suite,
+    load_task,
+    parse_arm,
+)
 from hf_reasoncache.evaluation.arms import FULL_ARM, parse_budget
 from hf_reasoncache.evaluation.suite import SLOT
+from hf_reasoncache.messages import LONGEST
 from hf_reasoncache.protection import Spans
 
 INSTRUCTIONS = [
@@ -50,7 +61,14 @@ def test_a_file_of_questions_is_a_task(tmp_path: Path) -> None:
         ({"answer": 1}, "expected 'prompt' as text"),
         ({"prompt": "x", "check": "no"}, "expected one of"),
         ({"prompt": "x", "answer": 1, "max_new_tokens": 0}, "integer >= 1"),
+        ({"prompt": "x", "answer": 1, "max_new_tokens": 10**12}, "integer <= 2147483647"),
         ({"prompt": "x", "answer": 1, "spans": "x"}, "list of texts"),
+        ({"prompt": "x", "answer": None}, "'answer' as text or a number, got None"),
+        ({"prompt": "x", "answer": ["4"]}, "'answer' as text or a number"),
+        ({"prompt": "a \ud800 b", "answer": 1}, "expected Unicode text, got half of a surrogate"),
+        ({"prompt": "a", "answer": 1, "\udfff": 1}, "expected Unicode text"),
+        ({"prompt": "x", "check": {"name": "contains", "text": 5}}, "expected text as text, got 5"),
+        ({"prompt": "x", "check": {"name": "words", "at_least": "3"}}, "as an integer, got '3'"),
         ({"prompt": "x", "answer": 1, "id": "good"}, "an id of its own"),
     ],
 )
@@ -61,13 +79,99 @@ def test_a_wrong_line_is_named(tmp_path: Path, row: object, match: str) -> None:
     assert f"{path}:2" in str(refused.value)
 
 
+@pytest.mark.parametrize("nested", ["[" * 100_000, '{"a":' * 100_000, "[" * 60 + "]" * 60])
+@pytest.mark.parametrize("read", [load_task, lambda path: load_suite(Path(path))])
+def test_nesting_without_end_is_refused(tmp_path: Path, nested: str, read: Callable) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"prompt": "a", "answer": 1, "more": ' + nested + "}\n")
+    with pytest.raises(ValueError, match=r"deep.jsonl:1: expected .*JSON") as refused:
+        read(str(path))
+    assert len(str(refused.value)) <= LONGEST
+
+
 def test_a_task_can_be_python() -> None:
-    with pytest.raises(ValueError, match=r"FILE.jsonl or module:name"):
-        load_task("nothing")
-    with pytest.raises(ValueError, match="no_such"):
-        load_task("json:no_such")
+    for source in ("nothing", "json:", ":name", "..x:y", "json:no_such", ""):
+        with pytest.raises(ValueError, match=r"FILE.jsonl or module:name of a task, got \w+Error"):
+            load_task(source)
+    with pytest.raises(ValueError, match=r"TypeError: loads\(\) missing 1 .* \(plugins.py:\d+\)"):
+        load_task("json:loads")
     with pytest.raises(ValueError, match=r"expected an evaluation.Task"):
         load_task("collections:OrderedDict")
+
+
+FOREIGN = """
+from hf_reasoncache.evaluation import Judgement, Question
+
+class Own:
+    name = "own"
+    def __init__(self, questions=None, judgement=None):
+        self.given, self.judgement = questions, judgement
+    def questions(self, seed):
+        return self.given(seed)
+    def check(self, question, answer):
+        return self.judgement(answer)
+
+def fails(seed):
+    return {}[seed]
+
+two = lambda seed: (Question(str(n), "x") for n in range(2))
+asks = lambda: Own(two, lambda answer: Judgement(1))
+raises = lambda: Own(fails, fails)
+strange = lambda: Own(lambda seed: ["x"], lambda answer: True)
+none = lambda: Own(lambda seed: None, lambda answer: Judgement("x", followed=3))
+"""
+
+
+def test_what_a_module_raises_says_where(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "foreign_task_of_this_test.py").write_text(FOREIGN)
+    (tmp_path / "broken_task_of_this_test.py").write_text("name = 1\nname()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"got TypeError: .* \(broken_task_of_this_test.py:2\)"):
+        load_task("broken_task_of_this_test:name")
+    task = load_task("foreign_task_of_this_test:asks")
+    assert isinstance(task, Task) and task.name == "own"
+    first, _ = task.questions(0)
+    assert task.check(first, "") == Judgement(True)
+    task = load_task("foreign_task_of_this_test:raises")
+    with pytest.raises(
+        ValueError, match=r"questions of seed 7, got KeyError: 7 \(foreign_.*:\d+\)"
+    ):
+        task.questions(7)
+    with pytest.raises(ValueError, match=r"judgement of question '0', got KeyError: 'a' \(foreign"):
+        task.check(first, "a")
+    task = load_task("foreign_task_of_this_test:strange")
+    with pytest.raises(ValueError, match="expected Question objects, got 'x'"):
+        task.questions(0)
+    with pytest.raises(ValueError, match="expected a Judgement, got True"):
+        task.check(first, "")
+    task = load_task("foreign_task_of_this_test:none")
+    with pytest.raises(ValueError, match="questions of seed 0, got TypeError"):
+        task.questions(0)
+    with pytest.raises(ValueError, match="got AttributeError"):
+        task.check(first, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"id": 3}, "an id that is text, got 3"),
+        ({"id": "\ud800"}, "Unicode"),
+        ({"prompt": 3}, "expected 'prompt' as text"),
+        ({"prompt": ({"role": "user"},)}, "expected 'prompt' as text"),
+        ({"max_new_tokens": 0}, "integer >= 1"),
+        ({"spans": ("",)}, "list of texts"),
+    ],
+)
+def test_a_wrong_question_is_refused(arguments: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Question(**{"id": "a", "prompt": "x"} | arguments)
+
+
+def test_a_judgement_holds_pythons_own_types() -> None:
+    found = Judgement(np.bool_(True), {"a": np.int64(1)}, np.float32(0.5))
+    assert json.dumps([found.correct, found.followed, found.leakage]) == '[true, {"a": true}, 0.5]'
+    with pytest.raises(ValueError, match="leakage: expected a number from 0 to 1, got nan"):
+        Judgement(None, leakage=float("nan"))
 
 
 def test_a_case_is_asked_in_orders_and_alone(tmp_path: Path) -> None:
@@ -115,7 +219,12 @@ def test_one_slot_takes_all_and_protected_text_leaks(tmp_path: Path) -> None:
         ({"prompt": "none"}, "got it 0 times"),
         ({"orders": [[0, 0]]}, "permutations of 0 to 1"),
         ({"orders": []}, "at least one"),
-        ({"orders": 3}, "not iterable"),
+        ({"orders": 3}, "lists of integers"),
+        ({"orders": [[0.0, 1]]}, r"permutations of 0 to 1, got \(0.0, 1\)"),
+        ({"orders": [[True, 0]]}, "permutations of 0 to 1"),
+        ({"orders": [["a", 0]]}, "permutations of 0 to 1"),
+        ({"orders": [0, 1]}, "lists of integers"),
+        ({"protected": "!", "prompt": f"{SLOT} !"}, "a reference with words"),
         ({"alone": 1}, "true or false"),
         ({"protected": "absent"}, "a text of the prompt"),
         ({"protected": ""}, "list of texts"),
@@ -189,7 +298,7 @@ def test_arms_refuse_what_they_cannot_do() -> None:
         parse_arm("snapkv").make(config, 0.5, None, 0)
     with pytest.raises(ValueError, match="pass --budgets"):
         parse_arm("snapkv").make(config, None, None, 0)
-    for text in ("0", "1.5", "-3", "x"):
+    for text in ("0", "1.5", "-3", "x", "inf", "-inf", "nan", "1e400", "1e10", "9" * 500):
         with pytest.raises(ValueError, match="--budgets"):
             parse_budget(text)
     assert (parse_budget("64"), parse_budget("0.25")) == (64, 0.25)

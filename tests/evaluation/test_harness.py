@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from examples.harness import load
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
+from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import (
     Judgement,
     Plan,
@@ -21,11 +23,13 @@ from hf_reasoncache.evaluation import (
     Settings,
     baseline,
     evaluate,
+    harness,
     parse_arm,
     tabulate,
 )
 from hf_reasoncache.evaluation.journal import Journal
 from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
+from hf_reasoncache.outputs import sole_writer
 from hf_reasoncache.processes import Processes
 
 ARM = parse_arm("snapkv:prompt=evict", window=16, buffer=16)
@@ -105,10 +109,15 @@ def test_a_run_that_was_killed_goes_on(loaded, path: Path, monkeypatch) -> None:
     # Killed while the second answer of the last batch but one was written.
     path.write_bytes(b"".join(lines[:5]) + lines[5][:40])
     calls = []
-    made = type(ARM).make
-    monkeypatch.setattr(type(ARM), "make", lambda arm, *a: calls.append(arm.name) or made(arm, *a))
+    answer = harness.answer_batch
+
+    def counted(model, prompts, cache, **settings):
+        calls.append((type(cache), len(prompts)))
+        return answer(model, prompts, cache, **settings)
+
+    monkeypatch.setattr(harness, "answer_batch", counted)
     assert untimed(run(loaded, path)) == untimed(whole)
-    assert calls == [ARM.name] * 2, "only what was missing"
+    assert calls == [(ReasonAllocCache, 2), (ReasonAllocCache, 1)], "only what was missing"
     calls.clear()
     assert untimed(run(loaded, path)) == untimed(whole)
     assert not calls
@@ -176,12 +185,100 @@ def test_the_baseline_is_left_out_aloud_where_it_does_not_fit(loaded, path: Path
         ({"arms": [ARM, ARM]}, "caches: .* no two alike"),
         ({"budgets": []}, "budgets: expected at least one"),
         ({"seeds": []}, "seeds: expected at least one"),
+        ({"seeds": [-1]}, "seeds: expected an integer >= 0, got -1"),
+        ({"seeds": [2**64]}, "seeds: expected an integer <= 2147483647"),
         ({"tasks": [Walks(0)]}, "expected questions"),
     ],
 )
 def test_a_wrong_plan_is_refused(change: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Plan(**{"tasks": [Walks()], "arms": [ARM], "budgets": [48]} | change)
+
+
+def unanswerable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test where a model is asked."""
+    monkeypatch.setattr(
+        harness, "answer_batch", lambda *_, **__: pytest.fail("a question was answered")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arm", "budget", "match"),
+    [
+        ("snapkv", 60, r"question 'long' with 'snapkv' at 60: budget too small: expected .*>= \d+"),
+        ("snapkv:profile=nowhere", 400, "profile: expected a directory that exists"),
+        ("snapkv", 0.5, "expected a budget in tokens, got the ratio 0.5"),
+        ("snapkv:protect", 30, r"question 'long' with 'snapkv:protect' at 30: budget too small"),
+        ("snapkv:fair=2", 400, "fair: expected a number from 0 to 1, got 2.0"),
+        ("snapkv:prompt=evict,window=0", 400, "queries >= 1, got 0"),
+        ("sliding-window", 90, "question 'long' with 'sliding-window' at 90: max_budget too small"),
+        ("sliding-window:protect", 0.1, "question 'long' .* protect: expected at most"),
+    ],
+)
+def test_what_an_arm_refuses_of_one_question_is_said_before_any_is_answered(
+    loaded, path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, budget: float, match: str
+) -> None:
+    class Uneven(Walks):
+        def questions(self, seed: int) -> Sequence[Question]:
+            short = "<bos> RULE a+ 1 . start a 1 go #3 <think>"
+            long = super().questions(seed)[0].prompt
+            return [Question(str(n), short, spans=("RULE",)) for n in range(4)] + [
+                Question("long", long, spans=(long.partition(" start")[0],))
+            ]
+
+    unanswerable(monkeypatch)
+    plan = Plan([Uneven()], [parse_arm(arm, buffer=16)], [budget])
+    with pytest.raises(ValueError, match=match):
+        run(loaded, path, plan)
+    assert not path.exists()
+
+
+def test_spans_that_overlap_are_refused_before_any_question_is_answered(
+    loaded, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Overlapping(Walks):
+        def questions(self, seed: int) -> Sequence[Question]:
+            *first, last = super().questions(seed)
+            return [*first, replace(last, spans=(*last.spans, last.spans[0].rpartition(" ")[0]))]
+
+    unanswerable(monkeypatch)
+    with pytest.raises(ValueError, match="expected spans that do not overlap"):
+        run(loaded, path, Plan([Overlapping()], [parse_arm("snapkv:fair=1")], [64]))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1, got 0"),
+        ({"max_new_tokens": 10**30}, "max_new_tokens: expected an integer <= 2147483647"),
+        ({"batch_size": 1.5}, "batch_size: expected an integer"),
+        ({"temperature": float("nan")}, "temperature: expected 0 .* got nan"),
+        ({"temperature": float("inf")}, "temperature: expected 0 .* got inf"),
+    ],
+)
+def test_wrong_settings_are_refused(change: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Settings(**change)
+
+
+def test_two_runs_do_not_write_one_file(loaded, path: Path) -> None:
+    path.parent.mkdir()
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            run(loaded, path)
+        except ValueError as error:
+            refused.append(str(error))
+
+    with sole_writer(path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1 and "expected no other run that writes it, got one" in refused[0]
+    assert not path.exists()
+    run(loaded, path, Plan([Walks(1)], [], [48]))
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 def test_spans_must_be_found_once(loaded, path: Path) -> None:
