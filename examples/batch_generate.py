@@ -41,6 +41,7 @@ from hf_reasoncache.cli.options import (
 )
 from hf_reasoncache.evaluation.arms import parse_arm, parse_budget
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.outputs import naming, new_directory, sole_writer, write_text
 from hf_reasoncache.planning.units import parse_bytes
 from hf_reasoncache.processes import Processes
 
@@ -50,7 +51,7 @@ def write_answers(
 ) -> None:
     """Write all answers in the order of the prompts; a crash leaves all of the file or nothing."""
     temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
+    with naming(path), temporary.open("w", encoding="utf-8") as file:
         for line in prompts:
             for sample in range(samples):
                 answer = journal.records[line.id, sample].beside(line)
@@ -135,11 +136,11 @@ def main(
     is in its batch, but for the rounding of a padded batch.
     """
     arm = parse_arm(cache, window, buffer)
-    held = None if budget is None else parse_budget(budget)
+    held = None if budget is None else parse_budget(budget, "--budget")
     if arm.is_full != (held is None):
         wanted = "none with the full cache" if arm.is_full else f"one for {arm.name}"
         raise ValueError(f"--budget: expected {wanted}, got {budget}.")
-    limits = Limits(parse_bytes(memory), batch_size, look_ahead)
+    limits = Limits(parse_bytes(memory, "--memory"), batch_size, look_ahead)
     loaded = load_model(model, revision, dtype, device, threads)
     processes = Processes.of(loaded[0])
     usual = loaded[0].generation_config
@@ -173,25 +174,26 @@ def main(
         **versions(),
     }
     about = out.with_name(f"{out.name}.meta.json")
-    if _complete(out, about, settings):
+    with sole_writer(new_directory(out.parent) / out.name, is_main=processes.is_main):
+        if _complete(out, about, settings):
+            if processes.is_main:
+                typer.echo(f"{out}: complete already")
+            return
+        machine = Machine.here(seed)
+        partial = out.with_name(f"{out.name}.partial")
+        with Journal(partial, Completion, settings, processes) as journal:
+            work = generate(read, worker, journal, limits, samples, processes)
+            journal.join((line.id, n) for line in read for n in range(samples))
         if processes.is_main:
-            typer.echo(f"{out}: complete already")
-        return
-    machine = Machine.here(seed)
-    partial = out.with_name(f"{out.name}.partial")
-    with Journal(partial, Completion, settings, processes) as journal:
-        work = generate(read, worker, journal, limits, samples, processes)
-        journal.join((line.id, n) for line in read for n in range(samples))
-    if processes.is_main:
-        content = {"settings": settings, "shared_prompts": worker.shares}
-        content |= {"limits": asdict(limits), "processes": processes.count}
-        content |= {"last_run": asdict(work), "machine": machine.row()}
-        # First, as a file of answers without it would be taken for another's.
-        about.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        write_answers(out, read, journal, samples)
-        partial.unlink()
-        for text in (*work.lines(limits.memory, processes.count), str(out)):
-            typer.echo(text)
+            content = {"settings": settings, "shared_prompts": worker.shares}
+            content |= {"limits": asdict(limits), "processes": processes.count}
+            content |= {"last_run": asdict(work), "machine": machine.row()}
+            # First, as a file of answers without it would be taken for another's.
+            write_text(about, json.dumps(content, indent=1) + "\n")
+            write_answers(out, read, journal, samples)
+            partial.unlink()
+            for text in (*work.lines(limits.memory, processes.count), str(out)):
+                typer.echo(text)
     processes.wait()
 
 

@@ -6,6 +6,7 @@ import typer
 
 from hf_reasoncache.cli.audit import audit_command
 from hf_reasoncache.cli.calibrate import calibrate
+from hf_reasoncache.cli.errors import run
 from hf_reasoncache.cli.evaluate import evaluate_command
 from hf_reasoncache.cli.plan import plan_command
 from hf_reasoncache.cli.profiles import compare, pull, push, show
@@ -27,8 +28,5 @@ app.command("plan")(plan_command)
 
 
 def main() -> None:
-    """Run the command; what the user can mend is one line on stderr and exit status 1."""
-    try:
-        app()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    """Run the command."""
+    run(app)

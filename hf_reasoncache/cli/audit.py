@@ -8,7 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory
+from hf_reasoncache.cli.loading import (
+    compressed,
+    load_model,
+    processes_on,
+    require_packages,
+)
 from hf_reasoncache.cli.options import (
     BatchSize,
     Budgets,
@@ -25,11 +30,11 @@ from hf_reasoncache.cli.options import (
     Threads,
     Window,
 )
-from hf_reasoncache.evaluation import Limits, Settings, audit, load_suite, parse_arm
+from hf_reasoncache.evaluation import Limits, Settings, audit, load_suite
 from hf_reasoncache.evaluation.audit_report import verdict_table, write_report
 from hf_reasoncache.evaluation.harness import facts
 from hf_reasoncache.evaluation.table import text_table
-from hf_reasoncache.processes import Processes
+from hf_reasoncache.outputs import new_directory, sole_writer
 
 EXCEEDED = 2
 """Exit status where a limit is exceeded; 1 is an error."""
@@ -79,18 +84,22 @@ def audit_command(
     is exceeded. Several processes share the prompts: accelerate launch -m hf_reasoncache.cli audit
     ...
     """
+    require_packages(scipy="eval", matplotlib="plot")
     limits = Limits(min_following, max_drop, max_leakage)
     read = load_suite(suite, limit)
-    arms = [parse_arm(each, window, buffer) for each in cache]
+    arms = compressed(cache, window, buffer)
+    chosen = parse_budgets(budgets)
     settings = Settings(max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat)
-    loaded = load_model(model, revision, dtype, device, threads)
     path = new_directory(out) / "answers.jsonl"
-    found = audit(*loaded, read, arms, parse_budgets(budgets), path, settings)
-    if not Processes.of(loaded[0]).is_main:
-        return
-    violations = limits.violations(found)
-    about = {"cases": len(read.cases), **facts(loaded[0], settings)}
-    write_report(found, violations, about, out)
+    processes = processes_on(device)
+    with sole_writer(path, is_main=processes.is_main):
+        loaded = load_model(model, revision, dtype, device, threads)
+        found = audit(*loaded, read, arms, chosen, path, settings)
+        if not processes.is_main:
+            return
+        violations = limits.violations(found)
+        about = {"cases": len(read.cases), **facts(loaded[0], settings)}
+        write_report(found, violations, about, out)
     typer.echo(
         text_table(
             ["cache", "budget", "worst instruction", "largest loss"], verdict_table(found)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,15 @@ import typer
 
 from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.estimate import Estimator
+from hf_reasoncache.calibration.files import expect_place
+from hf_reasoncache.calibration.hub import require_repo_id
 from hf_reasoncache.calibration.prompts import read_prompts
 from hf_reasoncache.calibration.run import calibrate as run_calibration
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
-from hf_reasoncache.cli.loading import load_model
+from hf_reasoncache.cli.loading import load_model, processes_on, require_packages
 from hf_reasoncache.cli.options import (
     BatchSize,
     Chat,
@@ -28,7 +31,7 @@ from hf_reasoncache.cli.options import (
     Threads,
 )
 from hf_reasoncache.messages import shown
-from hf_reasoncache.processes import Processes
+from hf_reasoncache.outputs import new_directory, sole_writer
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -157,6 +160,9 @@ def calibrate(
     The model answers the prompts with the full cache; then its answers are read again and measured.
     Several processes share the prompts: accelerate launch -m hf_reasoncache.cli calibrate ...
     """
+    if push_to is not None:
+        require_repo_id(push_to)
+        require_packages(matplotlib="plot")
     eviction = Eviction(
         scorer=scorer.make(window), buffer=buffer, window=window, protect_prompt=protect_prompt
     )
@@ -174,16 +180,13 @@ def calibrate(
         chat=chat,
     )
     found = read_prompts(prompts, limit=limit, split=split, column=column, revision=data_revision)
-    loaded = load_model(model, revision, dtype, device, threads, attention="reasoncache")
-    profile = run_calibration(
-        *loaded,
-        found,
-        out,
-        settings,
-        resume=resume,
-        say=lambda line: typer.echo(line, err=True),
-    )
-    if Processes.of(loaded[0]).is_main:
+    expect_place(out)
+    processes = processes_on(device)
+    with sole_writer(new_directory(out.parent) / out.name, is_main=processes.is_main):
+        loaded = load_model(model, revision, dtype, device, threads, attention="reasoncache")
+        say = partial(typer.echo, err=True)
+        profile = run_calibration(*loaded, found, out, settings, resume=resume, say=say)
+    if processes.is_main:
         typer.echo(out)
         if push_to is not None:
             typer.echo(profile.push_to_hub(push_to))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
 from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import load_model, new_directory
+from hf_reasoncache.cli.loading import (
+    compressed,
+    load_model,
+    processes_on,
+    require_packages,
+)
 from hf_reasoncache.cli.loading import seeds as parse_seeds
 from hf_reasoncache.cli.options import (
     BatchSize,
@@ -28,11 +34,11 @@ from hf_reasoncache.cli.options import (
     Threads,
     Window,
 )
-from hf_reasoncache.evaluation import Plan, Settings, evaluate, load_task, parse_arm, tabulate
+from hf_reasoncache.evaluation import Plan, Settings, evaluate, load_task, tabulate
 from hf_reasoncache.evaluation import baseline as make_baseline
 from hf_reasoncache.evaluation.plot import results_png
-from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
-from hf_reasoncache.processes import Processes
+from hf_reasoncache.evaluation.table import Row, cells, markdown_table, text_table
+from hf_reasoncache.outputs import new_directory, sole_writer, write_bytes, write_text
 
 
 def evaluate_command(
@@ -72,41 +78,31 @@ def evaluate_command(
     results.png. Differences carry the p of McNemar's exact test on the same questions. Several
     processes share the questions: accelerate launch -m hf_reasoncache.cli evaluate ...
     """
+    require_packages(scipy="eval", matplotlib="plot")
     # `--task module:name` finds modules where the command runs, as `python -m` does.
     sys.path.insert(0, "")
     control = make_baseline(window, buffer) if baseline else None
     plan = Plan(
         tasks=[load_task(each) for each in task],
-        arms=[parse_arm(each, window, buffer) for each in cache],
+        arms=compressed(cache, window, buffer),
         budgets=parse_budgets(budgets),
         seeds=parse_seeds(seeds),
         baseline=control,
     )
     settings = Settings(max_new_tokens, temperature, batch_size, chat)
-    loaded = load_model(model, revision, dtype, device, threads)
-    records = evaluate(
-        *loaded,
-        plan,
-        new_directory(out) / "answers.jsonl",
-        settings,
-        say=lambda line: typer.echo(line, err=True),
-    )
-    if not Processes.of(loaded[0]).is_main:
-        return
-    rows = tabulate(records, control.name if control else None)
-    columns, lines = cells(rows)
-    content = [
-        asdict(row)
-        | {
-            "interval": row.correct.interval,
-            "p_full": row.against_full and row.against_full.p_value,
-            "p_baseline": row.against_baseline and row.against_baseline.p_value,
-        }
-        for row in rows
-    ]
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    (out / "results.md").write_text(markdown_table(columns, lines), "utf-8")
-    (out / "results.png").write_bytes(results_png(rows))
+    path = new_directory(out) / "answers.jsonl"
+    processes = processes_on(device)
+    with sole_writer(path, is_main=processes.is_main):
+        loaded = load_model(model, revision, dtype, device, threads)
+        say = partial(typer.echo, err=True)
+        records = evaluate(*loaded, plan, path, settings, say=say)
+        if not processes.is_main:
+            return
+        rows = tabulate(records, control.name if control else None)
+        columns, lines = cells(rows)
+        write_text(out / "results.json", json.dumps(list(map(_facts, rows)), indent=1) + "\n")
+        write_text(out / "results.md", markdown_table(columns, lines))
+        write_bytes(out / "results.png", results_png(rows))
     for name in dict.fromkeys(row.task for row in rows):
         typer.echo(f"{name}, {next(r.correct.total for r in rows if r.task == name)} answers each")
         mine = [line for line in lines if line["task"] == name]
@@ -119,3 +115,12 @@ def evaluate_command(
                 err=True,
             )
     typer.echo(out)
+
+
+def _facts(row: Row) -> dict[str, Any]:
+    """Return a row of the table with what its text rounds."""
+    return asdict(row) | {
+        "interval": row.correct.interval,
+        "p_full": row.against_full and row.against_full.p_value,
+        "p_baseline": row.against_baseline and row.against_baseline.p_value,
+    }

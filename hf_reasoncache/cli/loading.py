@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
-from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hf_reasoncache.cli.options import Dtype
-from hf_reasoncache.evaluation.arms import Budget, parse_budget
+from hf_reasoncache.evaluation.arms import Arm, Budget, parse_arm, parse_budget
 from hf_reasoncache.messages import shown
 from hf_reasoncache.processes import Processes
+
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways of accelerate to spread layers over devices."""
 
 
 def load_model(
@@ -24,25 +34,111 @@ def load_model(
     threads: int | None,
     attention: str | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """Load model and tokenizer, on the device of this process where none is given."""
+    """Load model and tokenizer, on the device of this process where none is given.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device, or the model's files are not valid.
+    OSError
+        If there is no such model.
+    """
+    if device is not None:
+        _require_device(device)
+    load_config(name, revision)
     if threads is not None:
         torch.set_num_threads(threads)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    processes = Processes(cpu=device == "cpu" or not torch.cuda.is_available())
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=dtype.value,
-        device_map=device or processes.device,
-        attn_implementation=attention,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype.value,
+            device_map=device or processes_on(device).device,
+            attn_implementation=attention,
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{shown(name)}: expected the weights of a model, got a damaged file: {shown(error)}; "
+            "copy or download the model again."
+        ) from error
     return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
 
 
-def budgets(text: str) -> list[Budget]:
+def load_config(name: str, revision: str | None) -> PretrainedConfig:
+    """Load the config of a model.
+
+    Raises
+    ------
+    ValueError
+        If it is not valid.
+    OSError
+        If there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (ValueError, OSError, ImportError):
+        raise
+    # Besides these, what a wrong value in the file leads to wherever it is first used.
+    except Exception as error:
+        raise ValueError(
+            f"{shown(name)}: expected the config of a model, got {type(error).__name__}: "
+            f"{shown(error, 120)}."
+        ) from error
+
+
+def processes_on(device: str | None) -> Processes:
+    """Return the processes of this run; a device on which they will work may be given."""
+    return Processes(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+def _require_device(name: str) -> None:
+    """Raise ValueError unless tensors can be made on a device."""
+    if name in _SPREAD:
+        return
+    try:
+        if torch.empty(0, device=name).is_meta:
+            raise ValueError("it holds no numbers")
+    # A build without the device's library raises AssertionError.
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"--device: expected a device of this machine, or auto, got {shown(name)}: "
+            f"{shown(error, 120)}."
+        ) from error
+
+
+def require_packages(**packages: str) -> None:
+    """Raise ModuleNotFoundError unless these packages are there, before any work needs them.
+
+    Parameters
+    ----------
+    **packages : str
+        By the name of each, the extra of ours that it belongs to.
+    """
+    for name, extra in packages.items():
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"expected the package {name}, which the results need, got no such module; pip "
+                f"install 'hf-reasoncache[{extra}]'.",
+                name=name,
+            )
+
+
+def compressed(texts: list[str], window: int, buffer: int) -> list[Arm]:
+    """Return the caches to try; ValueError where a name is wrong or none of them compresses."""
+    arms = [parse_arm(each, window, buffer) for each in texts]
+    if all(arm.is_full for arm in arms):
+        raise ValueError(
+            "--cache: expected a compressed cache, got only the full one, which is always among "
+            "what is tried; give --cache snapkv or another."
+        )
+    return arms
+
+
+def budgets(text: str, option: str = "--budgets") -> list[Budget]:
     """Numbers with commas between them."""
-    return [parse_budget(part) for part in text.split(",") if part.strip()]
+    return [parse_budget(part, option) for part in text.split(",") if part.strip()]
 
 
 def seeds(text: str) -> list[int]:
@@ -53,9 +149,3 @@ def seeds(text: str) -> list[int]:
         raise ValueError(
             f"--seeds: expected whole numbers with commas, got {shown(text)}."
         ) from error
-
-
-def new_directory(path: Path) -> Path:
-    """Make a directory for results, with those above it."""
-    path.mkdir(parents=True, exist_ok=True)
-    return path

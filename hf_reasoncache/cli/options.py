@@ -57,5 +57,5 @@ Device = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Of a CPU.", show_default="torch's choice")
+    int | None, typer.Option(min=1, max=4096, help="Of a CPU.", show_default="torch's choice")
 ]

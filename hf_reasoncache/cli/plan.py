@@ -9,14 +9,16 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from hf_reasoncache.arguments import require_share
 from hf_reasoncache.cli.loading import budgets as parse_budgets
-from hf_reasoncache.cli.loading import new_directory
+from hf_reasoncache.cli.loading import load_config, require_packages
 from hf_reasoncache.cli.options import Dtype, Revision
 from hf_reasoncache.evaluation.arms import FULL_ARM, Budget, parse_arm
 from hf_reasoncache.evaluation.table import markdown_table, text_table
 from hf_reasoncache.messages import shown
+from hf_reasoncache.outputs import new_directory, write_bytes, write_text
 from hf_reasoncache.planning import CachePlan, Device, ModelSize, Setting
 from hf_reasoncache.planning.devices import DEVICES, find_device
 from hf_reasoncache.planning.plot import plan_png
@@ -26,6 +28,8 @@ from hf_reasoncache.shared_branch import SharedBranchCache
 
 _DEFAULT_GPU = "H100-SXM"
 _FULL = "no budget"
+_LONGEST = 10_000_000
+"""Tokens, and branches: windows are followed one by one."""
 _LEGEND = (
     "MB/row: held at the end of the context, in 10^6 bytes; rows: the most that fit.",
     "tok/s: of all rows, at the end of the context; mean: over the whole of it.",
@@ -40,7 +44,9 @@ def plan_command(
         str,
         typer.Argument(metavar="MODEL", help="A directory, or ORG/NAME. Only its config is read."),
     ],
-    context: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")],
+    context: Annotated[
+        int, typer.Option(min=2, max=_LONGEST, help="Tokens of prompt and answer together.")
+    ],
     budget: Annotated[
         str,
         typer.Option(
@@ -59,7 +65,9 @@ def plan_command(
     prompt: Annotated[
         int, typer.Option(min=1, help="Tokens of the prompt, which is inside the context.")
     ] = 256,
-    branches: Annotated[int, typer.Option(min=1, help="Rows that continue each prompt.")] = 1,
+    branches: Annotated[
+        int, typer.Option(min=1, max=_LONGEST, help="Rows that continue each prompt.")
+    ] = 1,
     cache: Annotated[
         list[str] | None,
         typer.Option(
@@ -112,16 +120,22 @@ def plan_command(
     second, nothing lost. Full caches are transformers' DynamicCache, which copies itself at every
     step, and ours without a budget.
     """
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    require_share("--reserve", reserve)
+    if out is not None:
+        require_packages(matplotlib="plot")
+        new_directory(out)
+    config = load_config(model, revision)
     device = _device(gpu, memory, bandwidth, flops)
     size = ModelSize.of(
         config,
         _dtype(config, dtype),
         name=model.rstrip("/").split("/")[-1],
-        weight_bytes=None if weights is None else parse_bytes(weights),
+        weight_bytes=None if weights is None else parse_bytes(weights, "--weights"),
     )
     setting = Setting(config, size, device, prompt, context, round(reserve * device.memory))
-    plans = _plans(setting, cache or ["reason-alloc"], parse_budgets(budget), profile, branches)
+    plans = _plans(
+        setting, cache or ["reason-alloc"], parse_budgets(budget, "--budget"), profile, branches
+    )
     sizes = _batches(batch)
     header = _header(setting, branches, reserve)
     tables = [_rows_that_fit(plans)]
@@ -132,20 +146,19 @@ def plan_command(
         typer.echo("\n" + text_table(columns, lines))
     typer.echo("\n" + "\n".join(_LEGEND))
     if out is not None:
-        new_directory(out)
         content = [_facts(plan, sizes) for plan in plans]
-        (out / "plan.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write_text(out / "plan.json", json.dumps(content, indent=1) + "\n")
         parts = ["\n".join(f"- {line}" for line in (*header, *_LEGEND)) + "\n"]
         parts += [markdown_table(columns, lines) for columns, lines in tables]
-        (out / "plan.md").write_text("\n".join(parts), "utf-8")
-        (out / "plan.png").write_bytes(plan_png(plans))
+        write_text(out / "plan.md", "\n".join(parts))
+        write_bytes(out / "plan.png", plan_png(plans))
         typer.echo(out)
 
 
 def _device(gpu: str, memory: str | None, bandwidth: float | None, flops: float | None) -> Device:
     device = find_device(gpu)
     if memory is not None:
-        device = replace(device, memory=parse_bytes(memory))
+        device = replace(device, memory=parse_bytes(memory, "--memory"))
     if bandwidth is not None:
         device = replace(device, bandwidth=bandwidth * 1e9, source="--bandwidth")
     if flops is not None:
@@ -204,7 +217,7 @@ def _plans(
 def _batches(text: str | None) -> list[int]:
     if text is None:
         return []
-    found = parse_budgets(text)
+    found = parse_budgets(text, "--batch")
     if not all(isinstance(number, int) for number in found):
         raise ValueError(f"--batch: expected whole numbers with commas, got {shown(text)}.")
     return [int(number) for number in found]

@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 
 from hf_reasoncache.calibration.distance import wave_distance
-from hf_reasoncache.calibration.files import CONFIG, write_profile
+from hf_reasoncache.calibration.files import CONFIG, expect_place, write_profile
 from hf_reasoncache.calibration.hub import Repository, require_repo_id
 from hf_reasoncache.calibration.loading import read_profile
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.calibration.summary import facts, layer_rows, title
+from hf_reasoncache.outputs import write_bytes
 
 _BAR = 24  # characters of the largest demand
 
@@ -140,6 +141,7 @@ def pull(
 
     A profile that is not valid leaves the directory as it is.
     """
+    expect_place(out)
     source = Repository(require_repo_id(repo_id), revision)
     content = read_profile(source)
     # Read before it is written, and written as it is: a copy keeps what this release ignores.
@@ -161,4 +163,4 @@ def _draw(png: Path | None, profiles: dict[str, BudgetProfile]) -> None:
         # matplotlib is an extra, and slow to load.
         from hf_reasoncache.calibration.plot import wave_png
 
-        png.write_bytes(wave_png(profiles))
+        write_bytes(png, wave_png(profiles))

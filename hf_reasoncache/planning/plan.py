@@ -140,7 +140,7 @@ class CachePlan:
     def _step(self, rows: int, work: RowWork) -> float:
         here = self.setting
         prompts = rows // self.branches
-        return step_seconds(here.size, here.device, [work] * prompts, self.branches)
+        return step_seconds(here.size, here.device, [work], self.branches, prompts)
 
     @cached_property
     def _last(self) -> RowWork:

@@ -58,7 +58,11 @@ class RowWork:
 
 
 def step_seconds(
-    size: ModelSize, device: Device, work: Sequence[RowWork], branches: int = 1
+    size: ModelSize,
+    device: Device,
+    work: Sequence[RowWork],
+    branches: int = 1,
+    alike: int = 1,
 ) -> float:
     """Least time of one decoding step.
 
@@ -70,10 +74,12 @@ def step_seconds(
         One for each prompt of the batch.
     branches : int
         Rows of each prompt.
+    alike : int
+        Prompts like each of these.
     """
-    rows = branches * len(work)
-    moved = size.read_bytes(rows) + sum(each.shared + branches * each.own for each in work)
-    flops = 2 * size.active * rows + branches * sum(each.flops for each in work)
+    rows = alike * branches * len(work)
+    moved = size.read_bytes(rows) + alike * sum(each.shared + branches * each.own for each in work)
+    flops = 2 * size.active * rows + alike * branches * sum(each.flops for each in work)
     return max(moved / device.bandwidth, flops / device.flops)
 
 

@@ -13,19 +13,27 @@ _UNITS = {
     **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)},
 }
 
+_MOST = 1000**5
+"""A petabyte."""
 
-def parse_bytes(text: str) -> int:
+
+def parse_bytes(text: str, name: str = "memory") -> int:
     """Turn "80GB" (80 * 10^9), "80GiB" (80 * 2^30) or a bare number of bytes into bytes.
 
     Raises
     ------
     ValueError
-        If the text is none of these, or below one byte.
+        If the text is none of these, below one byte, or more than any machine has; `name` is what
+        it is for.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]?I?B|)\s*", text.upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
+    if (
+        found is None
+        or found[2] not in _UNITS
+        or not 1 <= float(found[1]) * _UNITS[found[2]] <= _MOST
+    ):
         raise ValueError(
-            f"memory: expected an amount such as 80GB (80 * 10^9 bytes) or 80GiB (80 * 2^30), got "
+            f"{name}: expected an amount such as 80GB (80 * 10^9 bytes) or 80GiB (80 * 2^30), got "
             f"{shown(text)}."
         )
     return round(float(found[1]) * _UNITS[found[2]])

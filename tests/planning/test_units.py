@@ -23,7 +23,9 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "80G", "80 Gb s", "-1GB", "0GB", "1e9", "nan", "80GBB"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "80G", "80 Gb s", "-1GB", "0GB", "1e9", "nan", "80GBB", "9" * 400, "1001TB"]
+)
 def test_what_is_no_amount(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected an amount such as 80GB \(80 \* 10\^9 bytes\)"):
         parse_bytes(text)
