@@ -127,7 +127,8 @@ def test_no_tensor_lies_where_nobody_put_it(kind, here):
 
 def test_a_mask_is_moved_when_it_is_needed_and_once():
     padding = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    mask = LogicalMask("sdpa", {"attention_mask": padding, "q_length": 3, "kv_length": 3})
+    arguments = {"attention_mask": padding, "q_length": 3, "kv_length": 3}
+    mask = LogicalMask("sdpa", arguments, new=padding.bool())
     with Moves() as moves:
         there = [mask.to("meta", non_blocking=True) for _ in range(3)]
         assert not moves.tensors
