@@ -1,1 +1,1 @@
-"""Runnable examples of hf_reasoncache."""
+"""Runnable examples of hf_reasoncache; each stands alone."""

@@ -23,7 +23,7 @@ from examples.batching.sampling import Sampling
 from examples.batching.work import generate
 from examples.batching.worker import Worker
 from examples.benchmarks.machine import Machine
-from examples.command import run_command
+from examples.research.fleet.command import run_command
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.settings import differences, plain, versions
 from hf_reasoncache.cli.loading import load_model

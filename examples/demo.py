@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from examples.harness import FULL, Arm, Summary, load, run_arm, summarize
-from examples.policies import make_arm, policies, wave
+from examples.research.harness import FULL, Arm, Summary, run_arm, summarize
+from examples.research.policies import make_arm, policies, wave
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems
+from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache.scorers import Random
 
 matplotlib.use("Agg")

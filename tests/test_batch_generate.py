@@ -18,8 +18,8 @@ from examples.batching import worker
 from examples.batching.lines import Line
 from examples.batching.packing import Job, Limits, batch_bytes, pack
 from examples.batching.sampling import OwnStreams, Sampling
-from examples.harness import load
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
+from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.cli.options import Dtype
 from hf_reasoncache.evaluation.tasks import Question

@@ -1,71 +1,51 @@
-"""The examples of the windows run as their page says, and count what the cache does."""
+"""The commands that pages and docstrings name exist, and each example does what it says."""
 
-import sys
+from __future__ import annotations
 
-import torch
+import re
+from pathlib import Path
 
-from examples import sliding_window, window_recall
-from examples.harness import load
-from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
-from hf_reasoncache import SlidingWindowCompressCache
-from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.scorers import Random
-
-
-def test_words_that_survive_are_drawn(tmp_path, capsys, monkeypatch):
-    picture = tmp_path / "words.png"
-    monkeypatch.setattr(sys, "argv", ["sliding_window", "--output", str(picture)])
-    sliding_window.main()
-    out = capsys.readouterr().out
-    assert out.startswith("answer right after ")
-    assert max(len(line) for line in out.splitlines() if "picture in" not in line) <= 80
-    assert picture.read_bytes().startswith(b"\x89PNG")
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
+RESEARCH = ROOT / "examples" / "research"
+COMMAND = re.compile(r"-m\s+(examples(?:\.\w+)+)")
+FILE = re.compile(r"\bexamples/[\w/]+\.\w+")
 
 
-def test_recall_is_a_table_that_an_oracle_leads(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["window_recall", "--problems", "3"])
-    window_recall.main()
-    out = capsys.readouterr().out.splitlines()
-    assert max(map(len, out)) <= 80
-    all_layers = {
-        name: int(next(line for line in out if line.startswith(name))[22:].split()[4])
-        for name in window_recall.CHOICES
+def is_module(name: str) -> bool:
+    """Whether `python -m name` finds something to run."""
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+def missing(text: str) -> list[str]:
+    """Commands and files of examples that a text names, and that are not there."""
+    gone = [name for name in COMMAND.findall(text) if not is_module(name)]
+    return gone + [name for name in FILE.findall(text) if not (ROOT / name).exists()]
+
+
+def test_what_pages_and_docstrings_name_exists() -> None:
+    found = {path: missing(path.read_text("utf-8")) for path in [*PAGES, *SCRIPTS]}
+    assert {str(path): names for path, names in found.items() if names} == {}
+
+
+def test_what_is_gone_is_found() -> None:
+    text = "`python -m\nexamples.gone --help`, `python -m examples.demo` or examples/gone.py"
+    assert missing(text) == ["examples.gone", "examples/gone.py"]
+
+
+def test_the_list_of_research_is_complete() -> None:
+    listed = re.findall(
+        r"^\| `([\w.]+)` \|.*`python -m examples\.research\.([\w.]+)",
+        (RESEARCH / "README.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+    assert all(name == command for name, command in listed)
+    scripts = {
+        ".".join(path.relative_to(RESEARCH).with_suffix("").parts).removesuffix(".__main__")
+        for path in RESEARCH.rglob("*.py")
+        if 'if __name__ == "__main__":' in path.read_text("utf-8")
     }
-    assert max(all_layers, key=all_layers.get) == "oracle, tokens"
-    assert abs(all_layers["random, tokens"] - 30) < 8, "the ratio"
-
-
-@torch.inference_mode()
-def test_recall_counts_the_windows_and_budgets_of_the_cache(monkeypatch):
-    model, tokenizer = load(MODELS["llama"])
-    problem = make_problems("chain", 1, DEVELOPMENT_SEEDS[100], "llama")[0]
-    reading, prompt = window_recall.read(model, tokenizer, problem)
-    kept = []
-    monkeypatch.setattr(window_recall, "CHOICES", {"random": (lambda _: Random(), 0.5)})
-    monkeypatch.setattr(
-        window_recall.Tally,
-        "add",
-        lambda self, name, column, needed, keep: kept.append(keep) if column == "all" else None,
-    )
-    window_recall.count(reading, prompt, 0.3, window_recall.Tally())
-    model.set_attn_implementation("reasoncache")
-    cache = SlidingWindowCompressCache(
-        model.config,
-        window=window_recall.WINDOW,
-        recent=window_recall.RECENT,
-        ratio=0.3,
-        scorer=Random(),
-    )
-    ids = tokenizer(f"{problem.prompt} {problem.solution}", return_tensors="pt")["input_ids"]
-    for part in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]:
-        model(input_ids=part, **cache_kwarg(cache))
-    for layer in range(4):
-        spans = list(window_recall.windows(prompt, ids.shape[1], layer, 4))
-        assert len(spans) > 3
-        for low, high in spans:
-            marks = kept.pop(0)
-            for head, held in enumerate(cache.held_positions(layer)[0]):
-                assert {at for at in held if low <= at < high} == {
-                    low + place for place in marks[head].nonzero()[:, 0].tolist()
-                }
-    assert not kept
+    assert {name for name, _ in listed} == scripts

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.policies import ablation, policies
+from examples.research.policies import ablation, policies
 from examples.tiny_reasoner import FAMILIES, MODELS, TASKS, make_problems
 from examples.tiny_reasoner.prompts import SEED
 from hf_reasoncache import BudgetProfile

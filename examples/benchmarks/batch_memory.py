@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from examples import batch_generate
-from examples.tables import insert, markdown, write_csv
+from examples.research.tables import insert, markdown, write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, read_answer
 from examples.tiny_reasoner.prompts import in_turn
 from hf_reasoncache.cli.options import Dtype

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from examples.benchmarks.machine import Machine
 from examples.benchmarks.traffic import Traffic
 from examples.benchmarks.workload import DTYPES
-from examples.policies import BUFFER, WINDOW
-from examples.tables import write_csv
+from examples.research.policies import BUFFER, WINDOW
+from examples.research.tables import write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, Problem, check, make_problems
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.evaluation.generation import answer_batch

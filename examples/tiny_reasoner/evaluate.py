@@ -32,6 +32,12 @@ from .families import FAMILIES, TASKS
 from .tasks import TEST_SEEDS, Outcome, Problem, check, make_problems, read_answer
 
 
+def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a tiny reasoner in float32 (bfloat16 is slower on most CPUs)."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> BatchEncoding:
     """Turn the prompts of some problems into one batch, padded on the left."""
     return tokenizer(
@@ -156,8 +162,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     path: Path = MODELS.get(arguments.model, Path(arguments.model))
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model, tokenizer = load(path)
     print(f"{arguments.model}: {arguments.count} problems of each task, seed {arguments.seed}")
     for task in arguments.tasks:
         problems = make_problems(task, arguments.count, arguments.seed, family)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from examples.architectures import REFUSED, WORKS, examine
+from examples.research.architectures import REFUSED, WORKS, examine
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.releases import cache_kwarg
 from tests.models import SHAPE

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.harness import load
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
+from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import (
     Judgement,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer, DynamicCache
 
-from examples.harness import load
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
+from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import ReasonAllocCache
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")

@@ -1,0 +1,163 @@
+"""Tables and the plot of docs/self_consistency.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from examples.research.timed_branches import Timing
+from hf_reasoncache.branching import VoteResult
+from hf_reasoncache.branching.recording import Recording
+from hf_reasoncache.evaluation import Share
+
+
+def saved_interval(
+    early: Sequence[VoteResult], full: Sequence[VoteResult], seed: int = 0
+) -> tuple[float, float, float]:
+    """Share of the tokens saved, with its bootstrap 95% interval over problems."""
+    tokens = torch.tensor(
+        [[a.tokens, b.tokens] for a, b in zip(early, full, strict=True)], dtype=torch.float64
+    )
+    generator = torch.Generator().manual_seed(seed)
+    draws = tokens[torch.randint(len(tokens), (2000, len(tokens)), generator=generator)].sum(1)
+    low, high = (1 - draws[:, 0] / draws[:, 1]).quantile(
+        torch.tensor([0.025, 0.975], dtype=torch.float64)
+    )
+    total = tokens.sum(0)
+    return float(1 - total[0] / total[1]), float(low), float(high)
+
+
+def percent(value: float, low: float, high: float) -> str:
+    """Render with an interval."""
+    return f"{100 * value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def line(
+    name: str,
+    votes: Sequence[VoteResult],
+    full: Sequence[VoteResult],
+    truth: Sequence[str],
+    target: float | None,
+) -> dict[str, str]:
+    """One row of the table."""
+    right = Share.of([each.answer == answer for each, answer in zip(votes, truth, strict=True)])
+    changed = Share(sum(a.answer != b.answer for a, b in zip(votes, full, strict=True)), len(votes))
+    branches = sum(len(each.branches) for each in votes) / len(votes)
+    return {
+        "vote": name,
+        "right": right.percent,
+        "branches": f"{branches:.1f}",
+        "tokens per problem": f"{sum(each.tokens for each in votes) / len(votes):.0f}",
+        "tokens saved": percent(*saved_interval(votes, full)),
+        "votes changed": changed.percent,
+        "target": "" if target is None else f"{100 * target:g}",
+    }
+
+
+def single(recordings: Sequence[Recording], truth: Sequence[str]) -> str:
+    """Share of right branches, with a bootstrap interval over problems."""
+    rates = torch.tensor(
+        [
+            sum(answer == right for answer in recording.answers) / len(recording.answers)
+            for recording, right in zip(recordings, truth, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    generator = torch.Generator().manual_seed(0)
+    means = rates[torch.randint(len(rates), (2000, len(rates)), generator=generator)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return percent(float(rates.mean()), low, high)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One level of consensus on fresh problems.
+
+    Attributes
+    ----------
+    level : float
+    saved : float
+        Share of the tokens.
+    right, changed : Share
+        Votes that are right, and votes that exit changed.
+    """
+
+    level: float
+    saved: float
+    right: Share
+    changed: Share
+
+
+def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float) -> None:
+    """Plot what tokens saved cost: right votes, and votes that exit changed."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, points), marker in zip(curves.items(), "os^D", strict=False):
+        for panel, shares in (
+            (left, [point.right for point in points]),
+            (right, [point.changed for point in points]),
+        ):
+            values = [100 * each.value for each in shares]
+            low, high = zip(*(each.interval for each in shares), strict=True)
+            bars = [
+                [v - 100 * x for v, x in zip(values, low, strict=True)],
+                [100 * x - v for v, x in zip(values, high, strict=True)],
+            ]
+            saved = [100 * point.saved for point in points]
+            panel.errorbar(
+                saved, values, bars, marker=marker, ms=4, capsize=2, lw=1, label=name, clip_on=False
+            )
+        right.annotate(
+            f"{points[-1].level:g}",
+            (100 * points[-1].saved, 100 * points[-1].changed.value),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    left.axhline(100 * full.value, color="black", ls=":", lw=1, label="all branches to their ends")
+    right.axhline(100 * target, color="black", ls="--", lw=1)
+    right.annotate(f"target {100 * target:g}%", (1, 100 * target), va="bottom", fontsize=8)
+    left.set_ylabel("right votes, %")
+    right.set_ylabel("votes changed by exit, %")
+    right.set_ylim(bottom=0)
+    for panel in (left, right):
+        panel.set_xlabel("tokens saved, %")
+        panel.set_xlim(0, 100)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
+    figure.savefig(path, dpi=130)
+
+
+def timing(timings: Sequence[Timing], truth: Sequence[str]) -> list[dict[str, str]]:
+    """One row per arm; speed is over the first arm and over the second."""
+    rows = []
+    for each in timings:
+        right = sum(
+            a.answer == b for a, b in zip(each.votes, truth[-len(each.votes) :], strict=True)
+        )
+        speeds = [
+            [base / own for base, own in zip(other.seconds, each.seconds, strict=True)]
+            for other in timings[:2]
+        ]
+        rows.append(
+            {
+                "arm": each.arm,
+                "right": f"{right}/{len(each.votes)}",
+                "tokens": f"{statistics.mean(vote.tokens for vote in each.votes):.0f}",
+                "seconds": f"{statistics.mean(each.seconds):.2f}",
+                "over prompt per branch: mean, peak": _mean_and_peak(speeds[0]),
+                "over shared prompt: mean, peak": _mean_and_peak(speeds[1]),
+            }
+        )
+    return rows
+
+
+def _mean_and_peak(speeds: Sequence[float]) -> str:
+    return f"{statistics.mean(speeds):.2f}x, {max(speeds):.2f}x"
