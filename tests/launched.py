@@ -1,6 +1,6 @@
 """One of the processes that a test launches: runs commands, and may die after some of the work.
 
-torchrun ... -m tests.launched '[["evaluate", ...], ["batch_generate", ...]]'
+torchrun ... -m tests.launched '[["evaluate", ...], ["generate", ...]]'
 
 Process 1 reads parts of a calibration more slowly than the other. The variable DEATH, "kill:2" or
 "fail:2", ends it when it has finished two pieces of work: as the system does it, or with an error.
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from examples import batch_generate
 from hf_reasoncache import cli
 from hf_reasoncache.calibration.checkpoint import Checkpoint
 from hf_reasoncache.evaluation.journal import Journal
@@ -53,10 +52,9 @@ def main() -> None:
         Journal.add = mortal(Journal.add, way, int(after))  # type: ignore[method-assign]
         Checkpoint.save = mortal(Checkpoint.save, way, int(after))  # type: ignore[method-assign]
     for command in json.loads(sys.argv[1]):
-        ours = command[0] == "batch_generate"
-        sys.argv = ["x", *(command[1:] if ours else command)]
+        sys.argv = ["hf-reasoncache", *command]
         try:
-            (batch_generate.command if ours else cli.main)()
+            cli.main()
         except SystemExit as ended:
             if ended.code:
                 raise

@@ -54,6 +54,9 @@ PARTS: dict[str, set[str]] = {
     "calibration.files": {"outputs"},
     # Bytes follow from how layers allocate; which cache has them does not matter.
     "planning": {"geometry", "layers", "scorers"},
+    "generation": {"branching", "evaluation", "planning", "processes", "releases", "report"}
+    # Prompts are read as for a calibration.
+    | {"calibration.prompts"},
     "evaluation": CACHES
     | {"arguments", "branching", "outputs", "processes", "protection", "releases", "report"}
     | {"scorers"}
@@ -102,6 +105,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "hf_reasoncache.evaluation.plot": {"matplotlib"},
     "hf_reasoncache.planning": {"torch", "transformers"},
+    "hf_reasoncache.generation": {"torch", "transformers", "tqdm"},
     "hf_reasoncache.planning.plot": {"matplotlib"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"}
     | {"safetensors"},

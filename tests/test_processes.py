@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from examples import batch_generate
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
 from hf_reasoncache import cli
 from hf_reasoncache.processes import Processes
@@ -21,7 +20,7 @@ from hf_reasoncache.processes import Processes
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(MODELS["llama"])
 COMMON = "--dtype float32 --device cpu --threads 1 --batch-size 2 --max-new-tokens 24"
-COMMANDS = ("evaluate", "audit", "calibrate", "batch_generate")
+COMMANDS = ("evaluate", "audit", "calibrate", "generate")
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +45,22 @@ def command(name: str, inputs: Path, out: Path) -> list[str]:
         "--temperature 0.7",
         "audit": f"--suite {suite} --cache random:prompt=evict --budgets 48 {small}",
         "calibrate": f"--prompts {prompts} --interval 8 --temperature 0.7",
-        "batch_generate": f"--prompts {prompts} --cache snapkv:prompt=evict --budget 48 {small} "
+        "generate": f"--prompts {prompts} --cache snapkv:prompt=evict --budget 48 {small} "
         "--memory 1GB --samples 3 --temperature 0.7",
     }
-    target = out / name / ("answers.jsonl" if name == "batch_generate" else "")
+    target = out / name / ("answers.jsonl" if name == "generate" else "")
     return [name, MODEL, *own[name].split(), *COMMON.split(), "--out", str(target)]
 
 
 def here(name: str, inputs: Path, out: Path) -> None:
     """Run a command in this process."""
     call = command(name, inputs, out)
-    ours, threads = name == "batch_generate", torch.get_num_threads()
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["x", *(call[1:] if ours else call)])
+        patch.setattr(sys, "argv", ["hf-reasoncache", *call])
         patch.setattr(sys, "path", [*sys.path])
         with pytest.raises(SystemExit) as ended:
-            (batch_generate.command if ours else cli.main)()
+            cli.main()
     torch.set_num_threads(threads)
     assert not ended.value.code
 
@@ -113,12 +112,12 @@ def test_two_processes_write_what_one_does(inputs: Path, reference: Path, tmp_pa
     for name in COMMANDS:
         assert contents(tmp_path, name) == contents(reference, name)
         assert printed.count(str(tmp_path / name)) == 1
-    meta = json.loads((tmp_path / "batch_generate" / "answers.jsonl.meta.json").read_text())
+    meta = json.loads((tmp_path / "generate" / "answers.jsonl.meta.json").read_text())
     assert meta["processes"] == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["evaluate", "calibrate", "batch_generate"])
+@pytest.mark.parametrize("name", ["evaluate", "calibrate", "generate"])
 def test_a_killed_process_ends_the_other_and_another_number_goes_on(
     inputs: Path, reference: Path, tmp_path: Path, name: str
 ) -> None:

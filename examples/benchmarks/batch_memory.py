@@ -2,7 +2,7 @@
 
     python -m examples.benchmarks.batch_memory
 
-Answers the same prompts of the tiny Llama reasoner with `examples.batch_generate`, one arm after
+Answers the same prompts of the tiny Llama reasoner with `hf-reasoncache generate`, one arm after
 another in turns, and counts right answers. Writes a CSV, and the table of docs/many_prompts.md.
 """
 
@@ -20,10 +20,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from examples import batch_generate
+from examples.benchmarks.machine import Machine
 from examples.research.tables import insert, markdown, write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, read_answer
 from examples.tiny_reasoner.prompts import in_turn
+from hf_reasoncache.cli.generate import generate_command
 from hf_reasoncache.cli.options import Dtype
 from hf_reasoncache.evaluation import Share
 
@@ -80,7 +81,7 @@ def run(trial: Trial, prompts: Path, memory: str, folder: Path) -> dict[str, Any
     out = folder / "answers.jsonl"
     settings = {"dtype": Dtype.float32, "device": "cpu", "threads": 1, "memory": memory}
     with contextlib.redirect_stdout(io.StringIO()):
-        batch_generate.main(
+        generate_command(
             model=str(MODELS[FAMILY]), prompts=prompts, out=out, **settings, **trial.options()
         )
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
@@ -121,6 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arms = trials(arguments.samples)
     runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
+    machine = Machine.here(SEED).row()
     with tempfile.TemporaryDirectory() as name, tqdm(total=len(arms) * arguments.rounds) as bar:
         prompts, folder = Path(name) / "prompts.jsonl", Path(name) / "out"
         folder.mkdir()
@@ -132,7 +134,6 @@ def main() -> None:
                 runs[arm.name].append(run(arm, prompts, arguments.memory, folder))
                 bar.update()
     rows = [summarize(arm, runs[arm.name]) for arm in arms]
-    machine = runs[arms[0].name][0]["machine"]
     write_csv(arguments.csv, [row | {k: str(x) for k, x in machine.items()} for row in rows])
     note = (
         f"{3 * arguments.count} problems (seed {SEED}), at most {arguments.memory} for the cache, "

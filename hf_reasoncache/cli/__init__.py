@@ -8,12 +8,14 @@ from hf_reasoncache.cli.audit import audit_command
 from hf_reasoncache.cli.calibrate import calibrate
 from hf_reasoncache.cli.errors import run
 from hf_reasoncache.cli.evaluate import evaluate_command
+from hf_reasoncache.cli.generate import generate_command
 from hf_reasoncache.cli.plan import plan_command
 from hf_reasoncache.cli.profiles import compare, pull, push, show
 
 app = typer.Typer(
     name="hf-reasoncache",
-    help="KV-cache compression: budget profiles, and what compression costs on your tasks.",
+    help="KV-cache compression: budget profiles, what compression costs on your tasks, and answers "
+    "to many prompts at a bound on memory.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,6 +26,7 @@ for _command in (calibrate, show, compare, push, pull):
     app.command()(_command)
 app.command("evaluate")(evaluate_command)
 app.command("audit")(audit_command)
+app.command("generate")(generate_command)
 app.command("plan")(plan_command)
 
 

@@ -20,10 +20,6 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.batching.lines import Defaults, Line, read_lines
-from examples.batching.packing import Job
-from examples.batching.sampling import Sampling
-from examples.batching.worker import Made, Worker
 from examples.research.fleet.caches import arms
 from examples.research.fleet.command import run_command
 from examples.research.fleet.measured import Measured, Sample, write_measured
@@ -31,6 +27,10 @@ from examples.research.fleet.server import Server
 from hf_reasoncache.cli.loading import load_model
 from hf_reasoncache.cli.options import Dtype, Dtypes, Model
 from hf_reasoncache.evaluation.arms import Arm, Budget
+from hf_reasoncache.generation.lines import Defaults, Line, read_lines
+from hf_reasoncache.generation.packing import Job
+from hf_reasoncache.generation.sampling import Sampling
+from hf_reasoncache.generation.worker import Made, Worker
 from hf_reasoncache.planning import ModelSize
 
 _TOGETHER = 16  # steps of one sample
@@ -127,7 +127,7 @@ def first_jobs(lines: Sequence[Line], sizes: Sequence[int]) -> list[list[Job]]:
 
 def measure(
     model: Model,
-    prompts: Annotated[Path, typer.Option(help="JSON lines, as for examples.batch_generate.")],
+    prompts: Annotated[Path, typer.Option(help="JSON lines, as for hf-reasoncache generate.")],
     budget: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens per KV head.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="A CSV file.")],
     cache: Annotated[str, typer.Option(help="As for hf-reasoncache evaluate.")] = "reason-alloc",

@@ -39,7 +39,7 @@ def decode_seconds(server: Server, prompt: int, answers: Sequence[Sequence[int]]
     """Seconds, after the prompts were read, at which the requests of a static batch end.
 
     Rows that are done leave the batch and nobody takes their place, as in
-    `examples.batch_generate`.
+    `hf_reasoncache.generation`.
 
     Parameters
     ----------

@@ -19,8 +19,6 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from examples.batching.packing import Job, Limits, pack
-from examples.batching.worker import Made, Worker
 from examples.benchmarks.machine import Machine
 from examples.research.fleet.caches import arms
 from examples.research.fleet.command import run_command
@@ -32,6 +30,8 @@ from examples.research.tables import write_csv
 from hf_reasoncache.cli.loading import load_model
 from hf_reasoncache.cli.options import Dtype, Dtypes, Model
 from hf_reasoncache.evaluation.table import text_table
+from hf_reasoncache.generation.packing import Job, Limits, pack
+from hf_reasoncache.generation.worker import Made, Worker
 from hf_reasoncache.planning.units import parse_bytes
 
 

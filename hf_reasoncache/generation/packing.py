@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from examples.batching.lines import Line
+from hf_reasoncache.generation.lines import Line
 
 RowBytes = Callable[[int, int, int], int]
 """From tokens of a prompt, tokens to write and rows that continue it to bytes of a cache."""

@@ -1,29 +1,17 @@
-"""Answer a file of prompts, in batches as large as a bound on the cache's memory lets them be.
-
-    python -m examples.batch_generate MODEL --prompts prompts.jsonl --out answers.jsonl \
-        --memory 2GB --cache rkv --budget 1024 --samples 8
-
-For data sets and RL rollouts; docs/many_prompts.md says more. Several processes share the prompts:
-accelerate launch -m examples.batch_generate ...
-"""
+"""`generate`: answers to a file of prompts, for data sets and rollouts."""
 
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from examples.batching.lines import Completion, Defaults, Line, digest, read_lines
-from examples.batching.packing import Limits, pack
-from examples.batching.sampling import Sampling
-from examples.batching.work import generate
-from examples.batching.worker import Worker
-from examples.benchmarks.machine import Machine
-from examples.research.fleet.command import run_command
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.settings import differences, plain, versions
 from hf_reasoncache.cli.loading import load_model
@@ -41,12 +29,24 @@ from hf_reasoncache.cli.options import (
 )
 from hf_reasoncache.evaluation.arms import parse_arm, parse_budget
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.generation import (
+    Completion,
+    Defaults,
+    Limits,
+    Line,
+    Sampling,
+    Worker,
+    digest,
+    generate,
+    pack,
+    read_lines,
+)
 from hf_reasoncache.outputs import naming, new_directory, sole_writer, write_text
 from hf_reasoncache.planning.units import parse_bytes
 from hf_reasoncache.processes import Processes
 
 
-def write_answers(
+def _write_answers(
     path: Path, prompts: Sequence[Line], journal: Journal[Completion], samples: int
 ) -> None:
     """Write all answers in the order of the prompts; a crash leaves all of the file or nothing."""
@@ -59,7 +59,7 @@ def write_answers(
     temporary.replace(path)
 
 
-def main(
+def generate_command(
     model: Model,
     prompts: Annotated[
         Path,
@@ -86,9 +86,7 @@ def main(
     ],
     cache: Annotated[
         str,
-        typer.Option(
-            metavar="NAME[:SETTING,...]", help="full, or as hf-reasoncache evaluate writes it."
-        ),
+        typer.Option(metavar="NAME[:SETTING,...]", help="full, or as for evaluate."),
     ] = "full",
     budget: Annotated[
         str | None,
@@ -133,7 +131,8 @@ def main(
 
     Each answer is one line: the fields of its prompt, id, sample, seed, text, prompt_tokens,
     completion_tokens and finish_reason. Greedy or sampled, an answer does not depend on what else
-    is in its batch, but for the rounding of a padded batch.
+    is in its batch, but for the rounding of a padded batch. Several processes share the prompts:
+    accelerate launch -m hf_reasoncache.cli generate ...
     """
     arm = parse_arm(cache, window, buffer)
     held = None if budget is None else parse_budget(budget, "--budget")
@@ -179,7 +178,6 @@ def main(
             if processes.is_main:
                 typer.echo(f"{out}: complete already")
             return
-        machine = Machine.here(seed)
         partial = out.with_name(f"{out.name}.partial")
         with Journal(partial, Completion, settings, processes) as journal:
             work = generate(read, worker, journal, limits, samples, processes)
@@ -187,10 +185,10 @@ def main(
         if processes.is_main:
             content = {"settings": settings, "shared_prompts": worker.shares}
             content |= {"limits": asdict(limits), "processes": processes.count}
-            content |= {"last_run": asdict(work), "machine": machine.row()}
+            content |= {"last_run": asdict(work), "machine": _machine(loaded[0].device)}
             # First, as a file of answers without it would be taken for another's.
             write_text(about, json.dumps(content, indent=1) + "\n")
-            write_answers(out, read, journal, samples)
+            _write_answers(out, read, journal, samples)
             partial.unlink()
             for text in (*work.lines(limits.memory, processes.count), str(out)):
                 typer.echo(text)
@@ -211,10 +209,11 @@ def _complete(out: Path, about: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def command() -> None:
-    """Run the command line."""
-    run_command(main)
-
-
-if __name__ == "__main__":
-    command()
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What the speed of a run must be read with."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }

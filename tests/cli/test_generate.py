@@ -1,4 +1,4 @@
-"""The batch generator: answers are those of generate, whatever the batches; the bound holds."""
+"""`generate`: answers are those of the model alone, whatever the batches; the bound holds."""
 
 from __future__ import annotations
 
@@ -9,20 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import GenerationConfig
 
-from examples import batch_generate
-from examples.batching import worker
-from examples.batching.lines import Line
-from examples.batching.packing import Job, Limits, batch_bytes, pack
-from examples.batching.sampling import OwnStreams, Sampling
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.cli.generate import generate_command
 from hf_reasoncache.cli.options import Dtype
-from hf_reasoncache.evaluation.tasks import Question
+from hf_reasoncache.generation import worker
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import SnapKV
 
@@ -53,13 +46,13 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]):
+def generate(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]):
     """Runs the generator in this process: the answers, and what it printed."""
 
     def call(name: str = "out", **options: Any) -> tuple[list[dict[str, Any]], str]:
         out = tmp_path / f"{name}.jsonl"
         arguments = {"model": str(MODELS["llama"]), "prompts": prompts, "memory": "100MB"}
-        batch_generate.main(**arguments | {"out": out} | SMALL | options)
+        generate_command(**arguments | {"out": out} | SMALL | options)
         return [json.loads(line) for line in out.read_text().splitlines()], capsys.readouterr().out
 
     return call
@@ -87,10 +80,10 @@ def alone(loaded, prompt: str, new: int, cache: Callable[[Any], Any] | None) -> 
 
 @pytest.mark.parametrize("options", [{}, SNAPKV], ids=["full", "snapkv"])
 def test_greedy_answers_are_those_of_each_prompt_alone(
-    run, loaded, prompts: Path, tmp_path: Path, options: dict[str, str]
+    generate, loaded, prompts: Path, tmp_path: Path, options: dict[str, str]
 ) -> None:
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    answers, printed = run(**options)
+    answers, printed = generate(**options)
     assert max(map(len, printed.splitlines()[:-1])) <= 80
     assert [(each["id"], each["n"]) for each in answers] == [
         *((f"p{n}", n) for n in range(5)),
@@ -107,7 +100,7 @@ def test_greedy_answers_are_those_of_each_prompt_alone(
         assert answer["prompt"] == row["prompt"]
         assert (answer["completion_tokens"], answer["finish_reason"]) == (new, "length")
     # One batch of all, or the longest prompts alone first: the same answers, in the same order.
-    small, _ = run("small", memory="1MB", look_ahead=4, **options)
+    small, _ = generate("small", memory="1MB", look_ahead=4, **options)
     assert small == answers
     first, second = about(tmp_path)["last_run"], about(tmp_path, "small")["last_run"]
     assert (first["batches"], first["answers"], first["tokens"]) == (1, 6, 5 * NEW + 7)
@@ -115,9 +108,9 @@ def test_greedy_answers_are_those_of_each_prompt_alone(
     assert second["peak_bytes"] <= 1_000_000
 
 
-def test_samples_come_from_streams_of_their_own(run, tmp_path: Path) -> None:
+def test_samples_come_from_streams_of_their_own(generate, tmp_path: Path) -> None:
     options = {"samples": 3, "temperature": 1.5, "token_ids": True}
-    answers, _ = run(**options)
+    answers, _ = generate(**options)
     assert [(each["id"], each["sample"]) for each in answers[:4]] == [
         *(("p0", n) for n in range(3)),
         ("p1", 0),
@@ -125,12 +118,12 @@ def test_samples_come_from_streams_of_their_own(run, tmp_path: Path) -> None:
     assert len({each["text"] for each in answers}) > 12, "short ones may be alike"
     assert all(len(each["token_ids"]) == each["completion_tokens"] for each in answers)
     for name, changes in (("cap", {"batch_size": 2}), ("small", {"memory": "0.9MB"})):
-        assert run(name, **options | changes)[0] == answers
+        assert generate(name, **options | changes)[0] == answers
         assert about(tmp_path, name)["last_run"]["batches"] >= 6
     assert about(tmp_path, "small")["last_run"]["peak_bytes"] <= 900_000
-    fewer, _ = run("fewer", **options | {"samples": 2, "limit": 2})
+    fewer, _ = generate("fewer", **options | {"samples": 2, "limit": 2})
     assert fewer == [each for each in answers[:6] if each["sample"] < 2]
-    other, _ = run("other", **options | {"samples": 2, "seed": 1, "limit": 2})
+    other, _ = generate("other", **options | {"samples": 2, "seed": 1, "limit": 2})
     assert {each["text"] for each in fewer}.isdisjoint(each["text"] for each in other)
 
 
@@ -144,21 +137,21 @@ def test_samples_come_from_streams_of_their_own(run, tmp_path: Path) -> None:
     ids=lambda options: options["cache"],
 )
 def test_the_bound_holds_where_prompts_are_shared_and_where_not(
-    run, tmp_path: Path, options: dict[str, str]
+    generate, tmp_path: Path, options: dict[str, str]
 ) -> None:
-    answers, _ = run(samples=2, temperature=1.0, memory="3MB", **options)
+    answers, _ = generate(samples=2, temperature=1.0, memory="3MB", **options)
     found = about(tmp_path)
     assert found["shared_prompts"] == ("evict" not in options["cache"])
     assert 0.4 * 3e6 < found["last_run"]["peak_bytes"] <= 3e6
-    assert run("one", samples=2, temperature=1.0, batch_size=1, **options)[0] == answers
+    assert generate("one", samples=2, temperature=1.0, batch_size=1, **options)[0] == answers
 
 
-def test_lines_have_settings_of_their_own(run, prompts: Path, tmp_path: Path) -> None:
+def test_lines_have_settings_of_their_own(generate, prompts: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in prompts.read_text().splitlines()][:3]
     rows[1] |= {"temperature": 1.5, "seed": 5, "id": 17}
     rows[2] |= {"temperature": 1.5, "top_k": 1}
-    answers, _ = run(prompts=write(tmp_path / "q.jsonl", rows))
-    greedy, _ = run("greedy", limit=3)
+    answers, _ = generate(prompts=write(tmp_path / "q.jsonl", rows))
+    greedy, _ = generate("greedy", limit=3)
     assert [a["text"] == b["text"] for a, b in zip(answers, greedy, strict=True)] == [
         *(True, False, True)
     ]
@@ -166,9 +159,9 @@ def test_lines_have_settings_of_their_own(run, prompts: Path, tmp_path: Path) ->
 
 
 def test_a_run_that_was_killed_goes_on_with_other_limits(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = run("whole", temperature=1.5)
+    whole, _ = generate("whole", temperature=1.5)
     calls, made = [], worker.Worker.run
 
     def dies(self, batch, progress):
@@ -180,19 +173,19 @@ def test_a_run_that_was_killed_goes_on_with_other_limits(
     with monkeypatch.context() as patch:
         patch.setattr(worker.Worker, "run", dies)
         with pytest.raises(KeyboardInterrupt):
-            run(temperature=1.5, batch_size=1)
+            generate(temperature=1.5, batch_size=1)
     partial = tmp_path / "out.jsonl.partial"
     partial.write_bytes(partial.read_bytes()[:-9])
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(ValueError, match=r"differs in seed \(0 there, 1 now\);"):
-        run(temperature=1.5, seed=1)
-    answers, printed = run(temperature=1.5)
+        generate(temperature=1.5, seed=1)
+    answers, printed = generate(temperature=1.5)
     assert answers == whole
     assert printed.startswith("4 answers, "), "two were whole, the third had lost its end"
     assert not partial.exists()
-    assert "complete already" in run(temperature=1.5)[1]
+    assert "complete already" in generate(temperature=1.5)[1]
     with pytest.raises(ValueError, match=r"got others, which differ in .*budget \(None there"):
-        run(**SNAPKV)
+        generate(**SNAPKV)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +217,7 @@ def test_a_run_that_was_killed_goes_on_with_other_limits(
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(
-    run,
+    generate,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     rows: list[str],
@@ -235,71 +228,33 @@ def test_what_is_wrong_is_said_before_any_work(
     path.write_text("".join(row + "\n" for row in rows))
     monkeypatch.setattr(worker.Worker, "run", None)
     with pytest.raises(ValueError, match=match):
-        run(prompts=path, **options)
+        generate(prompts=path, **options)
     assert [each.name for each in tmp_path.iterdir()] == ["p.jsonl"]
 
 
-def test_spans_are_protected(run, prompts: Path, tmp_path: Path) -> None:
+def test_spans_are_protected(generate, prompts: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in prompts.read_text().splitlines()][2:4]
     for row in rows:
         row["spans"] = [row["prompt"].split(" . ")[0]]
     path = write(tmp_path / "q.jsonl", rows)
     options = {"budget": "48", "prompts": path, "samples": 2, "temperature": 1.0}
-    kept, _ = run(cache="random:protect", **options)
-    lost, _ = run("lost", cache="random:prompt=evict", **options)
+    kept, _ = generate(cache="random:protect", **options)
+    lost, _ = generate("lost", cache="random:prompt=evict", **options)
     assert [each["text"] for each in kept] != [each["text"] for each in lost]
 
 
-def test_tokens_are_drawn_by_their_probability() -> None:
-    logits = torch.tensor([2.0, -1.0, 0.5, 1.0, -3.0])
-    sampling, draws = Sampling(temperature=2.0, top_k=4), 4000
-    streams = OwnStreams(range(draws), 1, sampling)
-    chosen = streams(torch.zeros(draws, 1, dtype=torch.long), logits.expand(draws, -1)).argmax(-1)
-    found = chosen.bincount(minlength=5) / draws
-    expected = (logits / 2).masked_fill(logits < -2, -torch.inf).softmax(-1)
-    assert found[4] == 0
-    # 4 standard deviations of the largest.
-    assert (found - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
-
-
-def test_a_models_own_sampling_is_taken_or_refused() -> None:
-    assert Sampling.of(GenerationConfig()) == Sampling(0.0)
-    config = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
-    assert Sampling.of(config) == Sampling(0.6, 20, 0.95)
-    assert len(Sampling.of(config).warpers()) == 3
-    with pytest.raises(ValueError, match="min_p: expected a generation config with"):
-        Sampling.of(GenerationConfig(do_sample=True, min_p=0.1))
-
-
-@given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12),
-    samples=st.integers(1, 5),
-    memory=st.integers(60, 400),
-    rows=st.integers(1, 6),
-    look_ahead=st.sampled_from((1, 3, 60)),
-)
-def test_batches_hold_every_answer_once_within_the_limits(
-    lengths: list[int], samples: int, memory: int, rows: int, look_ahead: int
-) -> None:
-    lines = [
-        Line(Question(str(n), "x"), (0,) * length, 30 - n % 7, Sampling(0.0), 0, {}, f"line {n}")
-        for n, length in enumerate(lengths)
-    ]
-
-    def row_bytes(prompt: int, new: int, count: int) -> int:
-        return prompt + new * count
-
-    limits = Limits(memory, rows, look_ahead)
-    batches = pack([(line, range(samples)) for line in lines], row_bytes, limits)
-    made = [(job.line.id, sample) for batch in batches for job in batch for sample in job.samples]
-    assert sorted(made) == sorted((line.id, n) for line in lines for n in range(samples))
-    for batch, after in zip(batches, [*batches[1:], None], strict=True):
-        assert batch_bytes(batch, row_bytes) <= memory
-        count = sum(len(job.samples) for job in batch)
-        assert count <= rows
-        if look_ahead >= samples * len(lines) and after is not None:
-            # One window, and the next answer would not have fitted.
-            more = [*batch, Job(after[0].line, after[0].samples[:1])]
-            assert count == rows or batch_bytes(more, row_bytes) > memory
-    with pytest.raises(ValueError, match="line 0: expected an answer of 30 tokens to a prompt"):
-        pack([(lines[0], [0])], row_bytes, Limits(30, rows, look_ahead))
+def test_the_command_answers_or_says_why_not_in_a_line(run, prompts: Path, tmp_path: Path) -> None:
+    status, out, _ = run("generate", "--help")
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert len(out.split("Options:")[0].split()) > 40, "what it does"
+    arguments = ["generate", MODELS["llama"], "--prompts", prompts, "--out", tmp_path / "a.jsonl"]
+    arguments += ["--dtype", "float32", "--device", "cpu", "--max-new-tokens", 4, "--memory"]
+    status, out, _ = run(*arguments, "100MB")
+    assert status == 0
+    assert out.startswith("6 answers, 27 tokens in "), "the third may write 7"
+    assert about(tmp_path, "a")["machine"]["threads"] >= 1
+    status, out, error = run(*arguments, "much")
+    assert (status, out) == (1, "")
+    assert error.startswith("error: memory: expected an amount such as")
+    assert error.count("\n") <= 1

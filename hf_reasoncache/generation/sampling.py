@@ -120,6 +120,7 @@ class OwnStreams(LogitsProcessor):
         self.step = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        """Return minus infinity for all tokens but the one that is drawn, in each row."""
         warped = self.warpers(input_ids, scores)
         mass = warped.double().softmax(-1).cumsum(-1)
         number = self.numbers[self.step, :, None].to(mass.device) * mass[:, -1:]
@@ -143,6 +144,7 @@ class RowLimits(StoppingCriteria):
         self.columns, self.limits = columns, torch.tensor(limits)
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Return which rows have written all their tokens."""
         return (self.limits <= input_ids.shape[1] - self.columns).to(input_ids.device)
 
 

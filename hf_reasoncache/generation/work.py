@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from examples.batching.lines import Completion, Line
-from examples.batching.packing import Limits, pack
-from examples.batching.worker import Made, Worker
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.generation.lines import Completion, Line
+from hf_reasoncache.generation.packing import Limits, pack
+from hf_reasoncache.generation.worker import Made, Worker
 from hf_reasoncache.planning.units import amount
 from hf_reasoncache.processes import Processes
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.batching.lines import Completion, Line
-from examples.batching.packing import Job
-from examples.batching.sampling import OwnStreams, RowLimits, stream_seed
 from hf_reasoncache.branching.prefill_once import prefill_once
 from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.spans import spans_of
+from hf_reasoncache.generation.lines import Completion, Line
+from hf_reasoncache.generation.packing import Job
+from hf_reasoncache.generation.sampling import OwnStreams, RowLimits, stream_seed
 from hf_reasoncache.planning import row_bytes
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.report import storage_bytes

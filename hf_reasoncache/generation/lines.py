@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from examples.batching.sampling import Sampling
 from hf_reasoncache.calibration.prompts import Prompt, json_lines
 from hf_reasoncache.evaluation.tasks import Question, count_of, prompt_of, texts_of
+from hf_reasoncache.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)

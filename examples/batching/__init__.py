@@ -1,1 +1,0 @@
-"""The parts of `examples.batch_generate`: lines, batches by memory, sampling, and the run."""
