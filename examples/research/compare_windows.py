@@ -8,19 +8,14 @@ that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import argparse
-import platform
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
-import transformers
-from tqdm import tqdm
-
-from examples.research.harness import FULL, Arm, Summary, run_arm, summarize
+from examples.research.arguments import parse, parser
+from examples.research.harness import FULL, Summary, fill_table
 from examples.research.policies import BUFFER, make_arm, policies, wave
-from examples.research.tables import insert, markdown, read_csv, write_csv
+from examples.research.tables import markdown, publish, read_csv, versions
 from examples.tiny_reasoner import (
     DEVELOPMENT_SEEDS,
     MODELS,
@@ -30,6 +25,7 @@ from examples.tiny_reasoner import (
 )
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import SlidingWindowCompressCache
+from hf_reasoncache.evaluation import Arm
 from hf_reasoncache.scorers import Random, SnapKV
 
 WINDOW, RECENT = 32, 16
@@ -64,21 +60,18 @@ def windows(family: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def todo(arguments: argparse.Namespace) -> Iterator[tuple[str, Arm]]:
-    """Yield ratio and arm of every line."""
-    yield "1", FULL
-    table = windows(arguments.family)
-    threshold = policies(arguments.family)
+def todo(family: str) -> Iterator[tuple[Arm, int | float | None, str, str]]:
+    """Yield arm, budget, ratio and name of every line."""
+    yield FULL, None, "1", FULL.name
+    common = {"window": WINDOW, "recent": RECENT}
+    threshold = policies(family)
     for index, ratio in enumerate(RATIOS):
-        for name in table:
-            settings = {"window": WINDOW, "recent": RECENT, "ratio": ratio} | table[name]
-            yield (
-                f"{ratio:g}",
-                Arm(name, lambda config, s=settings: SlidingWindowCompressCache(config, **s)),
-            )
+        for name, settings in windows(family).items():
+            arm = Arm(name, SlidingWindowCompressCache, common | settings)
+            yield arm, ratio, f"{ratio:g}", name
         for name, budgets in THRESHOLDS.items():
-            arm = make_arm(name, threshold[name], budgets[index], protect=True)
-            yield f"{ratio:g}", Arm(f"{name}, budget {budgets[index]}", arm.make_cache)
+            arm = make_arm(name, threshold[name], protect=True)
+            yield arm, budgets[index], f"{ratio:g}", f"{name}, budget {budgets[index]}"
 
 
 def line(ratio: str, name: str, summary: Summary) -> dict[str, str]:
@@ -94,60 +87,42 @@ def line(ratio: str, name: str, summary: Summary) -> dict[str, str]:
     }
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=sorted(MODELS), default="llama")
+def main(given: Sequence[str] | None = None) -> None:
+    """Run what is missing, then write the table."""
+    made = parser(__doc__, "windows.md", problems=200)
     # With the prompt kept, any choice solves nearly all problems of the other tasks, and their
     # prompts are longer than the thresholds of `chain`.
-    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=["chain"])
-    parser.add_argument("--problems", type=int, default=200, help="of each task")
-    parser.add_argument("--development", action="store_true", help="other problems, no document")
-    parser.add_argument("--document", type=Path, default=Path("docs/windows.md"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Run what is missing, then write the table."""
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
+    made.add_argument("--tasks", choices=TASKS, nargs="+", default=["chain"])
+    made.add_argument("--development", action="store_true", help="other problems, no document")
+    arguments = parse(made, given)
     seed = DEVELOPMENT_SEEDS[100] if arguments.development else TEST_SEEDS[0]
-    path = arguments.output / f"windows-{arguments.family}.csv"
-    rows = read_csv(path)
-    done = {(row["ratio"], row["cache"]) for row in rows}
-    missing = [item for item in todo(arguments) if (item[0], item[1].name) not in done]
-    model, tokenizer = load(MODELS[arguments.family])
+    table = f"windows-{arguments.family}"
+    path = arguments.output / f"{table}.csv"
+    done = {(row["ratio"], row["cache"]) for row in read_csv(path)}
+    missing = [
+        (arm, budget, partial(line, ratio, name))
+        for arm, budget, ratio, name in todo(arguments.family)
+        if (ratio, name) not in done
+    ]
     problems = {
         task: make_problems(task, arguments.problems, seed, arguments.family)
         for task in arguments.tasks
     }
-    with tqdm(total=len(missing) * len(problems) * arguments.problems, unit="problem") as progress:
-        for ratio, arm in missing:
-            progress.set_description(f"{arm.name} {ratio}")
-            runs = {
-                task: run_arm(model, tokenizer, some, arm, batch_size=100, progress=progress)
-                for task, some in problems.items()
-            }
-            rows.append(line(ratio, arm.name, summarize(runs)))
-            write_csv(path, rows)
+    rows = fill_table(path, *load(MODELS[arguments.family]), problems, missing)
+    rows.sort(key=lambda row: float(row["ratio"]))
     note = (
         f"{arguments.family} model, {arguments.problems} "
         f"{'development' if arguments.development else 'fresh test'} problems of each task (seed "
         f"{seed}), greedy, float32, prompt kept; windows of {WINDOW} tokens, {RECENT} recent ones; "
-        f"thresholds: compaction every {BUFFER} tokens; {platform.machine()} CPU, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}. Percent, Wilson 95% "
+        f"thresholds: compaction every {BUFFER} tokens; {versions()}. Percent, Wilson 95% "
         "intervals. `held`: tokens per KV head; `KiB`: all storages of the cache, per row; both "
         "mean over the steps that a solution takes. `at the end`: when the longest row of a batch "
         "ends."
     )
-    text = markdown(sorted(rows, key=lambda row: float(row["ratio"])), note)
     if arguments.development:
-        print(text)
+        print(markdown(rows, note))
     else:
-        insert(arguments.document, path.stem, text)
-        print(f"{len(rows)} lines in {path} and in {arguments.document}")
+        publish(rows, note, table, arguments.output, arguments.document)
 
 
 if __name__ == "__main__":

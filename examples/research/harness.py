@@ -4,45 +4,29 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from tqdm import tqdm
-from transformers import (
-    Cache,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from examples.research.tables import read_csv, write_csv
+from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Outcome, Problem, check
-from hf_reasoncache.evaluation import Share
+from hf_reasoncache.evaluation import Arm, Share
+from hf_reasoncache.evaluation.arms import Budget
 from hf_reasoncache.evaluation.generation import Answer, answer_batch
+from hf_reasoncache.releases import cache_kwarg
+from hf_reasoncache.report import CacheReport
 
 SAMPLING = 4
 """Steps between two looks at how many tokens a cache holds."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One cache to try.
-
-    Attributes
-    ----------
-    name : str
-    make_cache : Callable
-        Makes a new cache from the model's config.
-    attention : str
-        Attention implementation that the cache runs with.
-    """
-
-    name: str
-    make_cache: Callable[[PreTrainedConfig], Cache]
-    attention: str = "reasoncache"
-
-
-FULL = Arm("full (DynamicCache)", lambda config: DynamicCache(config=config), "sdpa")
+FULL = Arm("full (DynamicCache)")
 
 
 @dataclass(frozen=True)
@@ -135,6 +119,7 @@ def run_arm(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     arm: Arm,
+    budget: Budget | None,
     *,
     batch_size: int = 50,
     progress: tqdm | None = None,
@@ -147,6 +132,8 @@ def run_arm(
         As `load` of the tiny reasoner gives them; the model's attention is set to the arm's.
     problems : sequence of Problem
     arm : Arm
+    budget : int, float or None
+        Tokens, or a ratio of windows; None for the full cache.
     batch_size : int
         Sequences generated together, padded on the left.
     progress : tqdm, optional
@@ -161,7 +148,7 @@ def run_arm(
         found = answer_batch(
             model,
             [tokenizer(problem.prompt)["input_ids"] for problem in batch],
-            arm.make_cache(model.config),
+            arm.make(model.config, budget, None, 0),
             max_new_tokens=max(problem.max_new_tokens for problem in batch),
             sampling=SAMPLING,
         )
@@ -182,3 +169,93 @@ def run_arm(
         held=statistics.mean(answer.held for answer in seen),
         mean_bytes=statistics.mean(answer.mean_bytes for answer in seen),
     )
+
+
+def fill_table(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Mapping[str, Sequence[Problem]],
+    missing: Sequence[tuple[Arm, Budget | None, Callable[[Summary], dict[str, str]]]],
+) -> list[dict[str, str]]:
+    """Run arms on the problems of each task and write every finished line at once.
+
+    Parameters
+    ----------
+    path : Path
+        A CSV file, whose lines stay.
+    model, tokenizer
+    problems : mapping of str to sequence of Problem
+        By task.
+    missing : sequence of Arm, budget and Callable
+        What has no line yet; the last makes its line.
+    """
+    rows = read_csv(path)
+    total = len(missing) * sum(map(len, problems.values()))
+    with tqdm(total=total, unit="problem") as progress:
+        for arm, budget, line in missing:
+            progress.set_description(f"{arm.name} {budget}")
+            runs = {
+                task: run_arm(
+                    model, tokenizer, some, arm, budget, batch_size=100, progress=progress
+                )
+                for task, some in problems.items()
+            }
+            rows.append(line(summarize(runs)))
+            write_csv(path, rows)
+    return rows
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Problems that were answered in one batch.
+
+    Attributes
+    ----------
+    problems : sequence of Problem
+    outcomes : list of Outcome
+    ends : list of int
+        Column at which each answer ended.
+    seconds : float
+        CPU time in generate.
+    report : CacheReport
+        Of their cache.
+    """
+
+    problems: Sequence[Problem]
+    outcomes: list[Outcome]
+    ends: list[int]
+    seconds: float
+    report: CacheReport
+
+
+@torch.inference_mode()
+def answer_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    arm: Arm,
+    budget: Budget,
+    batch_size: int,
+    progress: tqdm | None = None,
+) -> Iterator[Answered]:
+    """Answer problems greedily, batch by batch, each with a new cache that reports."""
+    model.set_attn_implementation(arm.attention)
+    for start in range(0, len(problems), batch_size):
+        batch = problems[start : start + batch_size]
+        inputs, cache = encode(tokenizer, batch), arm.make(model.config, budget, None, 0)
+        begin = time.process_time()
+        output = model.generate(
+            **inputs,
+            **cache_kwarg(cache),
+            do_sample=False,
+            max_new_tokens=max(problem.max_new_tokens for problem in batch),
+        )
+        seconds = time.process_time() - begin
+        columns = inputs["input_ids"].shape[1]
+        texts = tokenizer.batch_decode(output[:, columns:])
+        outcomes = [check(*pair) for pair in zip(batch, texts, strict=True)]
+        ends = [columns + outcome.length for outcome in outcomes]
+        yield Answered(batch, outcomes, ends, seconds, cache.report())
+        if progress is not None:
+            progress.update(len(batch))

@@ -10,17 +10,15 @@ run that was stopped goes on where it was. The tables go to docs/audit.md.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 
 from examples.research.policies import BUFFER, WINDOW, wave
-from examples.research.tables import insert
+from examples.research.tables import insert, versions
 from examples.tiny_reasoner import MODELS, TEST_SEEDS
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
@@ -159,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note = (
         f"{given.family} model, {given.cases} fresh problems of the suite (seed {TEST_SEEDS[400]})"
         f", {count} prompts with all five instructions, greedy, float32, compaction every {BUFFER} "
-        f"tokens, window {WINDOW}, fair {FAIR}; {platform.machine()} CPU, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}. Full cache: "
+        f"tokens, window {WINDOW}, fair {FAIR}; {versions()}. "
+        f"Full cache: "
         f"{_rates(found.full)}, {100 * found.full.correct.value:.0f}% right. Percent, Wilson 95% "
         "intervals over instructions and prompts, which are not independent."
     )

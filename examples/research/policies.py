@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from examples.research.harness import Arm
 from examples.tiny_reasoner import MODELS
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.budgets.layers import pyramid
 from hf_reasoncache.calibration import BudgetProfile
+from hf_reasoncache.evaluation import Arm
 from hf_reasoncache.scorers import (
     H2O,
     RKV,
@@ -111,7 +111,6 @@ def sweep() -> dict[str, dict[str, Any]]:
 TABLES = {"policies": policies, "ablation": ablation, "sweep": lambda family: sweep()}
 
 
-def make_arm(name: str, settings: Mapping[str, Any], budget: int, protect: bool) -> Arm:
-    """Turn a policy into an arm at one budget."""
-    arguments = {**COMMON, "protect_prompt": protect, **settings}
-    return Arm(name, lambda config: ReasonAllocCache(config, budget=budget, **arguments))
+def make_arm(name: str, settings: Mapping[str, Any], protect: bool) -> Arm:
+    """Turn a policy into an arm."""
+    return Arm(name, ReasonAllocCache, {**COMMON, "protect_prompt": protect, **settings})

@@ -10,26 +10,20 @@ and over random halves of all of them. What the probes cost in time and memory i
 
 from __future__ import annotations
 
-import argparse
-import platform
 import random
 import statistics
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-import torch
-import transformers
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from examples.research.arguments import parse, parser
+from examples.research.harness import Answered, answer_batches
 from examples.research.policies import make_arm, policies
-from examples.research.tables import insert, markdown, write_csv
+from examples.research.tables import publish, versions
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, TEST_SEEDS, make_problems
-from examples.tiny_reasoner.evaluate import encode, load
-from examples.tiny_reasoner.tasks import Problem, check
-from hf_reasoncache.releases import cache_kwarg
+from examples.tiny_reasoner.evaluate import load
+from examples.tiny_reasoner.tasks import Problem
 from hf_reasoncache.risk import Probes, conformal_bound, coverage
 
 ARMS = {
@@ -42,55 +36,39 @@ ALPHAS = (0.2, 0.1, 0.05)
 SPLITS = 100
 
 
-@torch.inference_mode()
-def run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    arm: tuple[str, int, bool],
-    family: str,
-    probes: Probes | None,
-    progress: tqdm | None = None,
-    batch_size: int = 50,
-) -> tuple[list[list[float]], float, int, int]:
-    """Answer problems greedily.
+@dataclass
+class Probed:
+    """What probes saw, and what they cost.
 
-    Returns
-    -------
-    list of list of float
+    Attributes
+    ----------
+    errors : list of list of float
         Errors at the probes of each problem until its answer ended, all layers and heads.
-    float
-        Seconds in generate.
-    int, int
+    seconds : float
+        CPU time in generate.
+    shadow, held : int
         Bytes of the shadows of the last batch, and of the cache itself.
     """
-    name, budget, kept = arm
-    settings: dict[str, Any] = policies(family)[name] | {"probes": probes}
-    made = make_arm(name, settings, budget, kept)
-    model.set_attn_implementation(made.attention)
-    errors: list[list[float]] = []
-    seconds, shadow, held = 0.0, 0, 0
-    for start in range(0, len(problems), batch_size):
-        batch = problems[start : start + batch_size]
-        inputs, cache = encode(tokenizer, batch), made.make_cache(model.config)
-        begin = time.process_time()
-        output = model.generate(
-            **inputs,
-            **cache_kwarg(cache),
-            do_sample=False,
-            max_new_tokens=max(problem.max_new_tokens for problem in batch),
-        )
-        seconds += time.process_time() - begin
-        columns, report = inputs["input_ids"].shape[1], cache.report()
-        shadow, held = sum(layer.shadow_bytes for layer in report.layers), report.total_bytes
-        texts = tokenizer.batch_decode(output[:, columns:])
-        for row, (problem, text) in enumerate(zip(batch, texts, strict=True)):
-            end = columns + check(problem, text).length
-            logs = [layer.probes.of_row(row) for layer in report.layers if layer.probes]
-            errors.append([e for log in logs for e in log.until(end).error.flatten().tolist()])
-        if progress is not None:
-            progress.update(len(batch))
-    return errors, seconds, shadow, held
+
+    errors: list[list[float]]
+    seconds: float = 0.0
+    shadow: int = 0
+    held: int = 0
+
+    @staticmethod
+    def of(batches: Iterable[Answered]) -> Probed:
+        """Sum up batches."""
+        found = Probed([])
+        for batch in batches:
+            report = batch.report
+            found.seconds += batch.seconds
+            found.shadow = sum(layer.shadow_bytes for layer in report.layers)
+            found.held = report.total_bytes
+            for row, end in enumerate(batch.ends):
+                logs = [layer.probes.of_row(row) for layer in report.layers if layer.probes]
+                errors = [e for log in logs for e in log.until(end).error.flatten().tolist()]
+                found.errors.append(errors)
+        return found
 
 
 def interval(shares: Sequence[float]) -> str:
@@ -134,16 +112,10 @@ def lines(
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--family", choices=sorted(MODELS), default="llama")
-    parser.add_argument("--problems", type=int, default=50, help="of each task, for each side")
-    parser.add_argument("--heads", type=float, default=0.25, help="share with a shadow")
-    parser.add_argument("--interval", type=int, default=8, help="steps between probes")
-    parser.add_argument("--document", type=Path, default=Path("docs/risk.md"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    made = parser(__doc__, "risk.md", problems=50, of="of each task, for each side")
+    made.add_argument("--heads", type=float, default=0.25, help="share with a shadow")
+    made.add_argument("--interval", type=int, default=8, help="steps between probes")
+    arguments = parse(made)
     model, tokenizer = load(MODELS[arguments.family])
     probes = Probes(arguments.heads, arguments.interval)
     seeds = (DEVELOPMENT_SEEDS[300], TEST_SEEDS[0])
@@ -154,32 +126,30 @@ def main() -> None:
     table, costs = [], []
     arms = ARMS[arguments.family]
     with tqdm(total=3 * len(arms) * len(sides[0]), unit="problem") as progress:
-        for arm in arms:
-            progress.set_description(f"{arm[0]} {arm[1]}")
-            found = [
-                run(model, tokenizer, side, arm, arguments.family, probes, progress)
-                for side in sides
-            ]
-            plain = run(model, tokenizer, sides[1], arm, arguments.family, None, progress)
-            table += lines(arm, found[0][0], found[1][0])
-            _, seconds, shadow, held = found[1]
+
+        def answer(side: list[Problem], probes: Probes | None) -> Probed:
+            arm = make_arm(name, policies(arguments.family)[name] | {"probes": probes}, kept)
+            return Probed.of(answer_batches(model, tokenizer, side, arm, budget, 50, progress))
+
+        for name, budget, kept in arms:
+            progress.set_description(f"{name} {budget}")
+            calibration, fresh = (answer(side, probes) for side in sides)
+            plain = answer(sides[1], None)
+            table += lines((name, budget, kept), calibration.errors, fresh.errors)
             costs.append(
-                f"{arm[0]}, {arm[1]}: {100 * (seconds / plain[1] - 1):+.0f}% CPU time, shadows of "
-                f"{shadow / 1024:.0f} KiB beside {held / 1024:.0f} KiB, "
-                f"{statistics.mean(map(len, found[1][0])):.0f} probes per problem"
+                f"{name}, {budget}: {100 * (fresh.seconds / plain.seconds - 1):+.0f}% CPU time, "
+                f"shadows of {fresh.shadow / 1024:.0f} KiB beside {fresh.held / 1024:.0f} KiB, "
+                f"{statistics.mean(map(len, fresh.errors)):.0f} probes per problem"
             )
     stem = f"risk_probes-{arguments.family}"
-    write_csv(arguments.output / f"{stem}.csv", table)
     note = (
         f"{arguments.family} model, {arguments.problems} problems of each task on either side "
         f"(seeds {seeds[0]} and {seeds[1]}), greedy, float32; shadows of {arguments.heads:.0%} of "
         f"the KV heads, a probe every {arguments.interval} steps; coverage in percent, 95% "
         f"interval over problems; {SPLITS} random halves. Cost: {'; '.join(costs)}. "
-        f"{platform.machine()} CPU, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}."
+        f"{versions()}."
     )
-    insert(arguments.document, stem, markdown(table, note))
-    print(f"{len(table)} lines in {arguments.output / stem}.csv and in {arguments.document}")
+    publish(table, note, stem, arguments.output, arguments.document)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,22 @@ chain of thought is there for comparison: runs that go astray are often longer.
 
 from __future__ import annotations
 
-import argparse
-import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-import transformers
+from matplotlib.figure import Figure
 from scipy.stats import bootstrap, mannwhitneyu
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.research.harness import Arm
+from examples.research.arguments import parse, parser
+from examples.research.harness import Answered, answer_batches
 from examples.research.policies import make_arm, policies
-from examples.research.tables import insert, markdown, write_csv
+from examples.research.tables import publish, versions
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, make_problems
-from examples.tiny_reasoner.evaluate import encode, load
-from examples.tiny_reasoner.tasks import Problem, check
-from hf_reasoncache.releases import cache_kwarg
+from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache.report import CacheReport
 
 ARMS = {
@@ -48,7 +43,7 @@ SIGNALS = ("mean error", "90% error", "worst error", "mean mass lost", "length")
 
 
 @dataclass(frozen=True)
-class Answered:
+class Signals:
     """One problem: whether the answer was wrong, and what could have told so."""
 
     task: str
@@ -73,36 +68,12 @@ def signals_of(report: CacheReport, row: int, end: int, length: int) -> tuple[fl
     return float(errors.mean()), high, float(errors.max()), float(masses.mean()), float(length)
 
 
-@torch.inference_mode()
-def run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    arm: Arm,
-    progress: tqdm,
-    batch_size: int = 100,
-) -> list[Answered]:
-    """Answer all problems greedily and collect their signals."""
-    model.set_attn_implementation(arm.attention)
-    found = []
-    for start in range(0, len(problems), batch_size):
-        batch = problems[start : start + batch_size]
-        inputs, cache = encode(tokenizer, batch), arm.make_cache(model.config)
-        output = model.generate(
-            **inputs,
-            **cache_kwarg(cache),
-            do_sample=False,
-            max_new_tokens=max(problem.max_new_tokens for problem in batch),
-        )
-        columns, report = inputs["input_ids"].shape[1], cache.report()
-        texts = tokenizer.batch_decode(output[:, columns:])
-        for row, (problem, text) in enumerate(zip(batch, texts, strict=True)):
-            outcome = check(problem, text)
-            end = columns + outcome.length
-            signals = signals_of(report, row, end, outcome.length)
-            found.append(Answered(problem.task, not outcome.correct, signals))
-        progress.update(len(batch))
-    return found
+def collect(batch: Answered) -> Iterator[Signals]:
+    """Signals of the problems of a batch."""
+    rows = zip(batch.problems, batch.outcomes, batch.ends, strict=True)
+    for row, (problem, outcome, end) in enumerate(rows):
+        signals = signals_of(batch.report, row, end, outcome.length)
+        yield Signals(problem.task, not outcome.correct, signals)
 
 
 def area(wrong: np.ndarray, right: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -112,7 +83,7 @@ def area(wrong: np.ndarray, right: np.ndarray, axis: int = -1) -> np.ndarray:
     return found / (wrong.shape[axis] * right.shape[axis])
 
 
-def describe(answered: Sequence[Answered], signal: int) -> str:
+def describe(answered: Sequence[Signals], signal: int) -> str:
     """Area under the ROC curve with a bootstrapped 95% interval; nothing where all are alike."""
     wrong = np.array([each.signals[signal] for each in answered if each.wrong])
     right = np.array([each.signals[signal] for each in answered if not each.wrong])
@@ -128,7 +99,7 @@ def describe(answered: Sequence[Answered], signal: int) -> str:
     return f"{area(wrong, right):.2f} ({interval.low:.2f}-{interval.high:.2f})"
 
 
-def lines(name: str, budget: int, kept: bool, answered: Sequence[Answered]) -> list[dict[str, str]]:
+def lines(name: str, budget: int, kept: bool, answered: Sequence[Signals]) -> list[dict[str, str]]:
     """Rows of the table: every task, then all of them together."""
     table = []
     for task in (*TASKS, "all"):
@@ -145,12 +116,10 @@ def lines(name: str, budget: int, kept: bool, answered: Sequence[Answered]) -> l
     return table
 
 
-def draw(runs: dict[str, list[Answered]], path: Path) -> None:
+def draw(runs: dict[str, list[Signals]], path: Path) -> None:
     """Draw the ROC curves of the mean error, all tasks together."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
     for name, answered in runs.items():
         order = sorted(answered, key=lambda each: -each.signals[0])
@@ -162,19 +131,11 @@ def draw(runs: dict[str, list[Answered]], path: Path) -> None:
     axes.set_title("Mean error of a run's evictions against wrong answers")
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--family", choices=sorted(MODELS), default="llama")
-    parser.add_argument("--problems", type=int, default=200, help="of each task")
-    parser.add_argument("--document", type=Path, default=Path("docs/risk.md"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse(parser(__doc__, "risk.md", problems=200))
     model, tokenizer = load(MODELS[arguments.family])
     problems = [
         problem
@@ -182,26 +143,25 @@ def main() -> None:
         for problem in make_problems(task, arguments.problems, TEST_SEEDS[0], arguments.family)
     ]
     table: list[dict[str, str]] = []
-    runs: dict[str, list[Answered]] = {}
+    runs: dict[str, list[Signals]] = {}
     arms = ARMS[arguments.family]
     with tqdm(total=len(arms) * len(problems), unit="problem") as progress:
         for name, budget, kept in arms:
             settings = policies(arguments.family)[name] | {"measure_risk": True}
-            arm = make_arm(name, settings, budget, kept)
+            arm = make_arm(name, settings, kept)
             progress.set_description(f"{name} {budget}")
-            runs[f"{name}, {budget}"] = run(model, tokenizer, problems, arm, progress)
-            table += lines(name, budget, kept, runs[f"{name}, {budget}"])
+            batches = answer_batches(model, tokenizer, problems, arm, budget, 100, progress)
+            found = [each for batch in batches for each in collect(batch)]
+            table += lines(name, budget, kept, found)
+            runs[f"{name}, {budget}"] = found
     stem = f"risk_roc-{arguments.family}"
-    write_csv(arguments.output / f"{stem}.csv", table)
     draw(runs, arguments.output / f"{stem}.png")
     note = (
         f"{arguments.family} model, {arguments.problems} fresh test problems of each task (seed "
         f"{TEST_SEEDS[0]}), greedy, float32; area under the ROC curve, bootstrapped 95% interval "
-        f"(2000 resamples); {platform.machine()} CPU, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}."
+        f"(2000 resamples); {versions()}."
     )
-    insert(arguments.document, stem, markdown(table, note))
-    print(f"{len(table)} lines in {arguments.output / stem}.csv and in {arguments.document}")
+    publish(table, note, stem, arguments.output, arguments.document)
 
 
 if __name__ == "__main__":

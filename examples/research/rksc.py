@@ -10,17 +10,16 @@ and what becomes of the answers if generation goes on with them.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from examples.research.arguments import parse, parser
 from examples.research.branch_recordings import mixed
-from examples.research.tables import insert, markdown, write_csv
+from examples.research.tables import publish
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, check, make_problems
 from examples.tiny_reasoner.evaluate import encode, load
 from examples.tiny_reasoner.tasks import Problem
@@ -150,14 +149,8 @@ def lenses(
 
 def main() -> None:
     """Measure both and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=sorted(MODELS), default="llama")
-    parser.add_argument("--problems", type=int, default=30, help="roots, of all tasks together")
-    parser.add_argument("--document", type=Path, default=Path("docs/self_consistency.md"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    made = parser(__doc__, "self_consistency.md", problems=30, of="roots, of all tasks together")
+    arguments = parse(made)
     model, tokenizer = load(MODELS[arguments.family])
     note = (
         f"{arguments.family} model, {arguments.problems} fresh problems of all tasks (seed "
@@ -166,9 +159,8 @@ def main() -> None:
     )
     for name, measure in (("semantic", semantic), ("lens", lenses)):
         rows = measure(model, tokenizer, arguments.problems, arguments.family)
-        write_csv(arguments.output / f"{name}-{arguments.family}.csv", rows)
-        insert(arguments.document, f"{name}-{arguments.family}", markdown(rows, note))
-    print(f"two tables in {arguments.output} and in {arguments.document}")
+        table = f"{name}-{arguments.family}"
+        publish(rows, note, table, arguments.output, arguments.document)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ running each arm live.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from examples.benchmarks.machine import Machine
+from examples.research.arguments import parse, parser
 from examples.research.branch_recordings import GROUP, Sampling, mixed, record_branches
 from examples.research.branch_tables import (
     Point,
@@ -30,7 +30,7 @@ from examples.research.branch_tables import (
     single,
     timing,
 )
-from examples.research.tables import insert, markdown, write_csv
+from examples.research.tables import publish
 from examples.research.timed_branches import live_arms, time_arms
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, read_answer
 from examples.tiny_reasoner.evaluate import load
@@ -54,7 +54,7 @@ NOTHING = ExitRules(consensus=None, group=GROUP)
 
 
 @dataclass(frozen=True)
-class Arm:
+class Method:
     """One way to vote.
 
     Attributes
@@ -100,19 +100,20 @@ def calibrate(
     return found
 
 
-def make_arms(
+def methods(
     found: dict[str, ExitCalibration | str], target: float, tokenizer: PreTrainedTokenizerBase
-) -> list[Arm]:
-    """List the arms, those without exit first."""
+) -> list[Method]:
+    """List the ways to vote, those without exit first."""
     certain = ExitRules(group=GROUP)
+    in_waves = partial(replay, rules=certain, wave=WAVE)
     paper = ExitRules(DecodeExit(), None, None, GROUP)
     on_last_number = partial(replay, answer=last_number, tokenizer=tokenizer)
-    arms = [
-        Arm("all branches, majority", partial(replay, rules=NOTHING)),
-        Arm("all, sqrt(confidence)", partial(replay, rules=NOTHING, weight=sqrt_confidence)),
-        Arm("all, group confidence", partial(replay, rules=NOTHING, weight=group_confidence)),
-        Arm("certain consensus", partial(replay, rules=certain), 0.0),
-        Arm(f"certain consensus, waves of {WAVE}", partial(replay, rules=certain, wave=WAVE), 0.0),
+    made = [
+        Method("all branches, majority", partial(replay, rules=NOTHING)),
+        Method("all, sqrt(confidence)", partial(replay, rules=NOTHING, weight=sqrt_confidence)),
+        Method("all, group confidence", partial(replay, rules=NOTHING, weight=group_confidence)),
+        Method("certain consensus", partial(replay, rules=certain), 0.0),
+        Method(f"certain consensus, waves of {WAVE}", in_waves, 0.0),
     ]
     names = {
         "consensus": "calibrated consensus",
@@ -122,21 +123,21 @@ def make_arms(
     for key, name in names.items():
         rules = found[key]
         if isinstance(rules, ExitCalibration):
-            arms.append(Arm(name, partial(replay, rules=rules.rules, wave=rules.wave), target))
+            made.append(Method(name, partial(replay, rules=rules.rules, wave=rules.wave), target))
     bold = ExitRules(consensus=ConsensusExit(0.8), group=GROUP)
-    arms.append(Arm(f"consensus 0.8, waves of {WAVE}", partial(replay, rules=bold, wave=WAVE)))
-    arms.append(Arm("RKSC's decode exit on ANS", partial(_until_answer, paper, tokenizer)))
-    arms.append(Arm("RKSC's decode exit, last number", lambda some: on_last_number(some, paper)))
+    made.append(Method(f"consensus 0.8, waves of {WAVE}", partial(replay, rules=bold, wave=WAVE)))
+    made.append(Method("RKSC's decode exit on ANS", partial(_until_answer, paper, tokenizer)))
+    made.append(Method("RKSC's decode exit, last number", lambda some: on_last_number(some, paper)))
     decode = found["decode"]
     if isinstance(decode, ExitCalibration):
-        arms.append(
-            Arm(
+        made.append(
+            Method(
                 "decode exit, last number, calibrated",
                 lambda some: on_last_number(some, decode.rules),
                 target,
             )
         )
-    return arms
+    return made
 
 
 def _until_answer(
@@ -176,27 +177,16 @@ def describe(found: ExitCalibration | str) -> str:
     return f"{', '.join(filter(None, parts))} ({last})"
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=sorted(MODELS), default="llama")
-    parser.add_argument("--problems", type=int, default=200, help="fresh ones, of all tasks")
-    parser.add_argument("--held-out", type=int, default=120, help="development problems")
-    parser.add_argument("--branches", type=int, default=16)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--target", type=float, default=0.05, help="largest rate of changed votes")
-    parser.add_argument("--timed", type=int, default=30, help="problems to run live, 0 for none")
-    parser.add_argument("--recordings", type=Path, default=Path("recordings"))
-    parser.add_argument("--document", type=Path, default=Path("docs/self_consistency.md"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
-
-
 def main() -> None:
     """Draw what is missing, calibrate, judge, and write tables and plot."""
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
+    made = parser(__doc__, "self_consistency.md", problems=200, of="fresh ones, of all tasks")
+    made.add_argument("--held-out", type=int, default=120, help="development problems")
+    made.add_argument("--branches", type=int, default=16)
+    made.add_argument("--temperature", type=float, default=1.0)
+    made.add_argument("--target", type=float, default=0.05, help="largest rate of changed votes")
+    made.add_argument("--timed", type=int, default=30, help="problems to run live, 0 for none")
+    made.add_argument("--recordings", type=Path, default=Path("recordings"))
+    arguments = parse(made)
     machine = Machine.here(TEST_SEEDS[0])
     family, target = arguments.family, arguments.target
     model, tokenizer = load(MODELS[family])
@@ -215,11 +205,10 @@ def main() -> None:
     found = calibrate(held_out, target, tokenizer)
     full = replay(fresh, NOTHING)
     rows = [
-        line(arm.name, arm.votes(fresh), full, truth, arm.target)
-        for arm in make_arms(found, target, tokenizer)
+        line(method.name, method.votes(fresh), full, truth, method.target)
+        for method in methods(found, target, tokenizer)
     ]
     name = f"self_consistency-{family}"
-    write_csv(arguments.output / f"{name}.csv", rows)
     right = Share.of([each.answer == answer for each, answer in zip(full, truth, strict=True)])
     draw(arguments.output / f"{name}.png", curves(fresh, truth), right, target)
     notes = [
@@ -235,8 +224,7 @@ def main() -> None:
     for key, each in found.items():
         if isinstance(each, ExitCalibration):
             each.save(arguments.output / f"exit-{family}-{key.replace(', ', '-')}.json")
-    insert(arguments.document, name, markdown(rows, "\n\n".join(notes)))
-    print(f"{len(rows)} lines in {arguments.output / name}.csv and in {arguments.document}")
+    publish(rows, "\n\n".join(notes), name, arguments.output, arguments.document)
     if arguments.timed:
         waves = found["consensus, waves"]
         rules = waves.rules if isinstance(waves, ExitCalibration) else ExitRules(group=GROUP)
@@ -244,12 +232,11 @@ def main() -> None:
         some = [each for task in mixed(arguments.timed, seed, family).values() for each in task]
         timings = time_arms(model, tokenizer, some, sampling, live_arms(rules, WAVE), seed)
         timed = timing(timings, [problem.answer for problem in some])
-        write_csv(arguments.output / f"{name}-time.csv", timed)
         note = (
             f"{family} model, {len(timings[0].seconds)} problems (seed {seed}), one at a time; CPU "
             f"time on {arguments.threads} core(s). {machine}"
         )
-        insert(arguments.document, f"{name}-time", markdown(timed, note))
+        publish(timed, note, f"{name}-time", arguments.output, arguments.document)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,17 @@ that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from examples.research.arguments import parse, parser
 from examples.research.branch_recordings import mixed
-from examples.research.tables import insert, markdown, read_csv, write_csv
+from examples.research.tables import markdown, publish, read_csv, write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, check
 from examples.tiny_reasoner.evaluate import encode, load
 from examples.tiny_reasoner.tasks import Problem
@@ -105,18 +104,12 @@ def run(
 
 def main() -> None:
     """Run what is missing, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=sorted(MODELS), default="llama")
-    parser.add_argument("--problems", type=int, default=60, help="of all tasks together")
-    parser.add_argument("--distances", type=float, nargs="+", default=[0.1, 0.3, 0.6, 1.0])
-    parser.add_argument("--branches", type=int, default=1, help="sampled ones of each problem")
-    parser.add_argument("--development", action="store_true", help="other problems, no document")
-    parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--document", type=Path, default=Path("docs/self_consistency.md"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    made = parser(__doc__, "self_consistency.md", problems=60, of="of all tasks together")
+    made.add_argument("--distances", type=float, nargs="+", default=[0.1, 0.3, 0.6, 1.0])
+    made.add_argument("--branches", type=int, default=1, help="sampled ones of each problem")
+    made.add_argument("--development", action="store_true", help="other problems, no document")
+    made.add_argument("--batch", type=int, default=20)
+    arguments = parse(made)
     seed = DEVELOPMENT_SEEDS[800] if arguments.development else TEST_SEEDS[0]
     name = f"similar_steps-{arguments.family}"
     if arguments.branches > 1:
@@ -158,8 +151,7 @@ def main() -> None:
     if arguments.development:
         print(markdown(rows, note))
     else:
-        insert(arguments.document, name, markdown(rows, note))
-        print(f"{len(rows)} lines in {path} and in {arguments.document}")
+        publish(rows, note, name, arguments.output, arguments.document)
 
 
 if __name__ == "__main__":

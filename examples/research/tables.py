@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
+import transformers
 
 from hf_reasoncache.evaluation.table import markdown_table
 
@@ -29,6 +33,23 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 def markdown(rows: Sequence[Mapping[str, str]], note: str) -> str:
     """Return a note and the table below it."""
     return note + "\n\n" + markdown_table(list(rows[0]), rows)
+
+
+def versions() -> str:
+    """What a table was made with."""
+    return (
+        f"{platform.machine()} CPU, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+
+
+def publish(
+    rows: Sequence[Mapping[str, str]], note: str, name: str, output: Path, document: Path
+) -> None:
+    """Write a table to a CSV file and, with a note above it, into a page; say so."""
+    write_csv(output / f"{name}.csv", rows)
+    insert(document, name, markdown(rows, note))
+    print(f"{len(rows)} lines in {output / name}.csv and in {document}")
 
 
 def insert(document: Path, name: str, text: str) -> None:

@@ -10,7 +10,6 @@ attention to come. With `--generate`, the cache makes some of these choices, pro
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,13 @@ import torch
 from tqdm import tqdm
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
+from examples.research.arguments import parse, parser
 from examples.research.compare_windows import RECENT, WINDOW
-from examples.research.harness import Arm, run_arm
+from examples.research.harness import run_arm
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, Problem, make_problems
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import SlidingWindowCompressCache
-from hf_reasoncache.evaluation import Share
+from hf_reasoncache.evaluation import Arm, Share
 from hf_reasoncache.layers.token2chunk import token2chunk
 from hf_reasoncache.scorers import Bidirectional, Random, Scorer, SnapKV
 from hf_reasoncache.scorers.base import HeldTokens
@@ -204,27 +204,16 @@ def read(
     return reading, len(problem.prompt.split())
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--family", choices=sorted(MODELS), default="llama")
-    parser.add_argument("--task", choices=TASKS, default="chain")
-    parser.add_argument("--problems", type=int, default=50)
-    parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--seed", type=int, default=DEVELOPMENT_SEEDS[100])
-    parser.add_argument(
-        "--generate", nargs="+", choices=CHOICES, default=[], help="answer the problems, too (slow)"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
-
-
 def main() -> None:
     """Read, count, print."""
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
+    made = parser(__doc__, "windows.md", problems=50)
+    made.add_argument("--task", choices=TASKS, default="chain")
+    made.add_argument("--ratio", type=float, default=0.3)
+    made.add_argument("--seed", type=int, default=DEVELOPMENT_SEEDS[100])
+    made.add_argument(
+        "--generate", nargs="+", choices=CHOICES, default=[], help="answer the problems, too (slow)"
+    )
+    arguments = parse(made)
     model, tokenizer = load(MODELS[arguments.family])
     problems = make_problems(arguments.task, arguments.problems, arguments.seed, arguments.family)
     tally, correct = Tally(), defaultdict(list)
@@ -233,14 +222,11 @@ def main() -> None:
         count(reading, prompt, arguments.ratio, tally)
         for name in arguments.generate:
             make, chunks = CHOICES[name]
-            settings = {"scorer": make(reading), "chunk_share": chunks, "ratio": arguments.ratio}
-            arm = Arm(
-                name,
-                lambda config, s=settings: SlidingWindowCompressCache(
-                    config, window=WINDOW, recent=RECENT, **s
-                ),
-            )
-            correct[name].append(run_arm(model, tokenizer, [problem], arm).outcomes[0].correct)
+            settings = {"scorer": make(reading), "chunk_share": chunks}
+            settings |= {"window": WINDOW, "recent": RECENT}
+            arm = Arm(name, SlidingWindowCompressCache, settings)
+            run = run_arm(model, tokenizer, [problem], arm, arguments.ratio)
+            correct[name].append(run.outcomes[0].correct)
     config = model.config
     layers = [f"{layer}" for layer in range(config.num_hidden_layers)]
     needed = tally.all[next(iter(CHOICES)), "all"]

@@ -8,7 +8,7 @@ import pytest
 
 from examples.benchmarks import risk_cost
 from examples.research import lookup, risk_probes, risk_roc
-from examples.research.risk_roc import Answered, area, lines
+from examples.research.risk_roc import Signals, area, lines
 
 
 def test_area_under_the_curve():
@@ -18,7 +18,7 @@ def test_area_under_the_curve():
 
 def test_table_has_intervals_where_there_is_something_to_tell_apart():
     answered = [
-        Answered("chain" if place % 2 else "walk", place > 30, (place / 60, 0.0, 1.0, 2.0, 3.0))
+        Signals("chain" if place % 2 else "walk", place > 30, (place / 60, 0.0, 1.0, 2.0, 3.0))
         for place in range(60)
     ]
     rows = {row["task"]: row for row in lines("R-KV", 96, False, answered)}

@@ -1,0 +1,45 @@
+"""The command-line arguments that most of these scripts have."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from examples.tiny_reasoner import MODELS
+
+
+def parser(
+    doc: str | None, document: str, problems: int, of: str = "of each task"
+) -> argparse.ArgumentParser:
+    """Return a parser of the family, the number of problems, threads, and where tables go.
+
+    Parameters
+    ----------
+    doc : str
+        Docstring of the script.
+    document : str
+        Name of the page that has the table.
+    problems : int
+        Their default number.
+    of : str
+        What it counts.
+    """
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--family", choices=sorted(MODELS), default="llama")
+    made.add_argument("--problems", type=int, default=problems, help=of)
+    made.add_argument("--document", type=Path, default=Path("docs") / document)
+    made.add_argument("--output", type=Path, default=Path("docs/results"))
+    made.add_argument("--threads", type=int, default=1)
+    return made
+
+
+def parse(made: argparse.ArgumentParser, given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and set the threads."""
+    arguments = made.parse_args(given)
+    torch.set_num_threads(arguments.threads)
+    return arguments
