@@ -28,7 +28,7 @@ FIRST = (
 )
 RESEARCH = ROOT / "examples" / "research"
 COMMAND = re.compile(r"-m\s+(examples(?:\.\w+)+)")
-FILE = re.compile(r"\bexamples/[\w/]+\.\w+")
+FILE = re.compile(r"\b(?:examples|tests|docs)/[\w/]+\.\w+")
 
 
 def is_module(name: str) -> bool:
@@ -38,7 +38,7 @@ def is_module(name: str) -> bool:
 
 
 def missing(text: str) -> list[str]:
-    """Commands and files of examples that a text names, and that are not there."""
+    """Commands and files that a text names, and that are not there."""
     gone = [name for name in COMMAND.findall(text) if not is_module(name)]
     return gone + [name for name in FILE.findall(text) if not (ROOT / name).exists()]
 
