@@ -21,7 +21,6 @@ from hf_reasoncache.cli.options import (
     Device,
     Dtype,
     Dtypes,
-    MaxNewTokens,
     Model,
     Revision,
     Threads,
@@ -41,9 +40,13 @@ from hf_reasoncache.generation import (
     pack,
     read_lines,
 )
+from hf_reasoncache.generation.lines import LONGEST
 from hf_reasoncache.outputs import naming, new_directory, sole_writer, write_text
 from hf_reasoncache.planning.units import parse_bytes
 from hf_reasoncache.processes import Processes
+
+_MOST = 1_000_000
+"""Answers to a prompt: they are listed before any work."""
 
 
 def _write_answers(
@@ -96,8 +99,8 @@ def generate_command(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
-    max_new_tokens: MaxNewTokens = 4096,
+    samples: Annotated[int, typer.Option(min=1, max=_MOST, help="Answers to each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST, help="Longest answer.")] = 4096,
     temperature: Annotated[
         float | None,
         typer.Option(help="0 is greedy.", show_default="as the model's generation config says"),

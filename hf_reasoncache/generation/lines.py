@@ -60,6 +60,8 @@ class Completion:
         return line.fields | ours | {"id": line.fields.get("id", self.id)}
 
 
+LONGEST = 10_000_000
+"""Tokens of an answer: what it takes is followed window by window."""
 _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 _OURS = {*Completion.__dataclass_fields__} - {"id", "seed"}
 
@@ -183,10 +185,13 @@ def _line(
         sampling = defaults.sampling.changed(**given)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    new = count_of(row, "max_new_tokens", place) or defaults.max_new_tokens
+    if new > LONGEST:
+        raise ValueError(f"{place}: max_new_tokens: expected at most {LONGEST:,}, got {new:,}.")
     return Line(
         question=question,
         ids=Prompt(question.prompt, place).encode(tokenizer, chat=defaults.chat),
-        max_new_tokens=count_of(row, "max_new_tokens", place) or defaults.max_new_tokens,
+        max_new_tokens=new,
         sampling=sampling,
         seed=seed,
         fields=row,

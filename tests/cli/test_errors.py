@@ -41,6 +41,7 @@ def command(name: str, files: dict[str, Path], out: Path, *more: object) -> list
         "evaluate": {"--task": files["task"], "--cache": "snapkv", "--budgets": "64"},
         "audit": {"--suite": files["suite"], "--cache": "snapkv", "--budgets": "64"},
         "calibrate": {"--prompts": files["task"]},
+        "generate": {"--prompts": files["task"], "--memory": "1GB"},
     }
     usual = [part for pair in own[name].items() if pair[0] not in more for part in pair]
     return [name, NO_MODEL, *usual, "--out", out, *more]
@@ -82,6 +83,11 @@ WORK = ["evaluate", "audit", "calibrate"]
         (["calibrate", "--push-to", "nonsense"], "expected a directory that exists, or a repos"),
         *((["evaluate", "--device", name], "--device: expected a device of this machine")
           for name in ("cuda:99", "nonsense", "meta", "x" * 9999)),
+        (["generate", "--memory", "x" * 9999], "--memory: expected an amount"),
+        (["generate", "--cache", "x" * 9999], "--cache: expected one of full"),
+        (["generate", "--cache", "snapkv", "--budget", "inf"], "--budget: expected whole numbers"),
+        (["generate", "--cache", "snapkv"], "--budget: expected one for snapkv, got None"),
+        (["generate", "--device", "cuda:99"], "--device: expected a device of this machine"),
         (["audit", "--device", "cuda:99"], "--device: expected a device of this machine"),
         (["calibrate", "--device", "cuda:99"], "--device: expected a device of this machine"),
     ],

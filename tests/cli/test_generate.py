@@ -201,6 +201,11 @@ def test_a_run_that_was_killed_goes_on_with_other_limits(
         ),
         (['{"prompt": "a", "text": ""}'], {}, "p.jsonl:1: expected no field of the names .* text"),
         (['{"prompt": "a", "temperature": -1}'], {}, "p.jsonl:1: temperature: expected 0 to 10"),
+        (
+            ['{"prompt": "a", "max_new_tokens": 10000001}'],
+            {},
+            "new_tokens: expected at most 10,",
+        ),
         (['{"prompt": "a", "seed": 1.5}'], {}, "'seed' as an integer"),
         (['{"prompt": "a"}'], {"memory": "9KB"}, r"p.jsonl:1: .* 24 tokens .* 9,000 bytes, got 1"),
         (['{"prompt": "a"}'], {"memory": "much"}, "memory: expected an amount such as"),
@@ -254,7 +259,10 @@ def test_the_command_answers_or_says_why_not_in_a_line(run, prompts: Path, tmp_p
     assert status == 0
     assert out.startswith("6 answers, 27 tokens in "), "the third may write 7"
     assert about(tmp_path, "a")["machine"]["threads"] >= 1
+    for option in ("--samples", "--max-new-tokens"):
+        status, out, error = run(*arguments, "1GB", option, 10**11)
+        assert (status, out) == (2, "") and f"for '{option}'" in error
     status, out, error = run(*arguments, "much")
     assert (status, out) == (1, "")
-    assert error.startswith("error: memory: expected an amount such as")
+    assert error.startswith("error: --memory: expected an amount such as")
     assert error.count("\n") <= 1
