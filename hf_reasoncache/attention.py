@@ -19,11 +19,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_reasoncache.base_attention import run_base
 from hf_reasoncache.geometry import head_shape
-from hf_reasoncache.layers.chunk import Chunk
-from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
-from hf_reasoncache.layers.guarded import GuardedLayer
-from hf_reasoncache.layers.precision import as_attended, without_autocast
+from hf_reasoncache.guards import GuardTensor, LogicalLength
+from hf_reasoncache.layer import CacheLayer
+from hf_reasoncache.precision import as_attended, without_autocast
 from hf_reasoncache.shards import ALONE, Shard, find_shard, in_several_processes
+from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.weights_and_gradients import asks_for_weights, require_weights, without_gradient
 
 BASES = {
@@ -171,7 +171,7 @@ def attention_function(
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,
-    layer: GuardedLayer,
+    layer: CacheLayer,
     attention_mask: Any,
     *args: Any,
     base: str,
@@ -206,17 +206,17 @@ def _attend(
         "s_aux": kwargs.get("s_aux"),
     }
     (asking,) = as_attended(query.detach())
-    chunk = Chunk(asking, keys.detach(), values.detach(), attention_mask.valid, settings)
+    new = NewTokens(asking, keys.detach(), values.detach(), attention_mask.valid, settings)
     if layer.rows is None:
         layer.shard = _shard(module, layer, keys.shape[1])
         result = run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
         layer.differentiable = result[0].requires_grad
         with without_autocast(query.device):
-            layer.store_first(chunk)
+            layer.store_first(new)
         return result
     _expect_continuation(layer, attention_mask, query.shape[2], kwargs.get("position_ids"))
     with without_autocast(query.device):
-        out = layer.attend(chunk)
+        out = layer.attend(new)
     weights = None
     if weighs:
         held: tuple[Any, ...] = (layer.keys, layer.values, attention_mask.dense)
@@ -224,7 +224,7 @@ def _attend(
     return without_gradient(out, layer, query, keys, values), weights
 
 
-def _require_layers(module: Any, layer: GuardedLayer) -> None:
+def _require_layers(module: Any, layer: CacheLayer) -> None:
     """Raise ValueError if the model has another number of layers than the cache."""
     found = module.config.get_text_config(decoder=True).num_hidden_layers
     if layer.layers not in (0, found):
@@ -235,7 +235,7 @@ def _require_layers(module: Any, layer: GuardedLayer) -> None:
 
 
 def _expect_continuation(
-    layer: GuardedLayer, mask: LogicalMask, steps: int, positions: torch.Tensor | None
+    layer: CacheLayer, mask: LogicalMask, steps: int, positions: torch.Tensor | None
 ) -> None:
     """Warn, once in a forward, if several new tokens begin at position 0 over tokens held."""
     known = ("continues", None)
@@ -253,7 +253,7 @@ def _expect_continuation(
         )
 
 
-def _shard(module: Any, layer: GuardedLayer, heads: int) -> Shard:
+def _shard(module: Any, layer: CacheLayer, heads: int) -> Shard:
     """Which of the layer's KV heads are the `heads` that this process has computed."""
     if not in_several_processes():
         return ALONE

@@ -14,10 +14,10 @@ from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.geometry import supported_layers
-from hf_reasoncache.layers.contract import GuardTensor, LogicalLength
+from hf_reasoncache.guards import GuardTensor, LogicalLength
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.layers.keep_rates import keep_rates
-from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.layers.precision import as_attended
+from hf_reasoncache.precision import as_attended
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
 from hf_reasoncache.shards import Agreement, require_agreement
@@ -30,7 +30,7 @@ class ReasonCache(Cache):
     ----------
     config : PretrainedConfig
         The model's config.
-    make_layer : Callable[[int, int, int], PooledLayer]
+    make_layer : Callable[[int, int, int], CacheLayer]
         Makes a layer from its index in the model, its rank among the full-attention layers, and
         their number.
     tensor_parallel : {"agree", "local"}
@@ -48,7 +48,7 @@ class ReasonCache(Cache):
     def __init__(
         self,
         config: PretrainedConfig,
-        make_layer: Callable[[int, int, int], PooledLayer],
+        make_layer: Callable[[int, int, int], CacheLayer],
         *,
         tensor_parallel: Agreement = "agree",
         offloading: bool = False,
@@ -126,11 +126,11 @@ class ReasonCache(Cache):
         """
         ours = self._pooled_layers()
         first, seen = ours[0], ours[0].seen
-        if first.clock is not None:
+        if first.store.clock is not None:
             # Within a captured step, before which the mask has been seen.
             return None
         if mask is None:
-            if any(layer.hides for layer in ours):
+            if any(layer.store.hides for layer in ours):
                 self._hide(torch.zeros(first.rows or 0, seen, dtype=torch.bool, device="cpu"))
             first.shown = None
             return None
@@ -161,8 +161,8 @@ class ReasonCache(Cache):
         for layer in self._pooled_layers():
             layer.hide(hidden)
 
-    def _pooled_layers(self) -> list[PooledLayer]:
-        return [layer for layer in self.layers if isinstance(layer, PooledLayer)]
+    def _pooled_layers(self) -> list[CacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CacheLayer)]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Yield keys, values and size of a sliding window of each layer, as `DynamicCache` does."""
@@ -219,7 +219,7 @@ class ReasonCache(Cache):
     def _undo(self, layer_idx: int, steps: int, error: Exception) -> None:
         """Leave no trace of a forward that a layer has refused, where that is possible."""
         if not self._forget_first() and layer_idx == 0 and isinstance(error, ValueError):
-            cast(PooledLayer, self.layers[0]).take_back(steps)
+            cast(CacheLayer, self.layers[0]).take_back(steps)
 
     def _check_complete(self) -> None:
         ours = self._pooled_layers()
@@ -259,10 +259,10 @@ class ReasonCache(Cache):
             layers=tuple(
                 LayerReport.of(index, layer)
                 for index, layer in enumerate(self.layers)
-                if isinstance(layer, PooledLayer)
+                if isinstance(layer, CacheLayer)
             ),
             other_bytes=sum(
-                storage_bytes(layer) for layer in self.layers if not isinstance(layer, PooledLayer)
+                storage_bytes(layer) for layer in self.layers if not isinstance(layer, CacheLayer)
             ),
             shard=ours[0].shard.describe(ours[0].held().shape[1]),
         )
@@ -309,10 +309,8 @@ class ReasonCache(Cache):
             If the layer is not one of ours.
         """
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
-        if not isinstance(layer, PooledLayer):
-            ours = [
-                index for index, each in enumerate(self.layers) if isinstance(each, PooledLayer)
-            ]
+        if not isinstance(layer, CacheLayer):
+            ours = [index for index, each in enumerate(self.layers) if isinstance(each, CacheLayer)]
             raise ValueError(
                 f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}."
             )

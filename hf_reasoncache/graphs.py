@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg, take_cache
 from triton_ops.backend import chosen
 from triton_ops.layout import RaggedLayout
@@ -127,14 +127,14 @@ class DecodeGraphs:
     def _run(self, settings: dict[str, Any]) -> Any:
         ids, positions, clock = self._inputs
         for layer in self._layers():
-            layer.clock = clock
+            layer.store.clock = clock
         try:
             return self.forward(
                 input_ids=ids, position_ids=positions, **cache_kwarg(self.cache), **settings
             )
         finally:
             for layer in self._layers():
-                layer.clock = None
+                layer.store.clock = None
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         """Whether a forward with our cache brings one token per row to what it holds already."""
@@ -164,8 +164,8 @@ class DecodeGraphs:
         self._inputs[1].copy_(positions)
         self._inputs[2].fill_(seen)
 
-    def _layers(self) -> list[PooledLayer]:
-        return [layer for layer in self.cache.layers if isinstance(layer, PooledLayer)]
+    def _layers(self) -> list[CacheLayer]:
+        return [layer for layer in self.cache.layers if isinstance(layer, CacheLayer)]
 
 
 def _remember(parts: list[Any]) -> list[Any]:
@@ -225,7 +225,7 @@ def decode_graphs(
     that reads a value from the device (rotary embeddings of type "dynamic", some
     mixtures of experts) cannot be recorded; CUDA says so.
     """
-    foreign = {type(each).__name__ for each in cache.layers if not isinstance(each, PooledLayer)}
+    foreign = {type(each).__name__ for each in cache.layers if not isinstance(each, CacheLayer)}
     if foreign:
         raise ValueError(
             "decode_graphs: expected a model of full-attention layers only, got layers of "

@@ -17,9 +17,9 @@ from hf_reasoncache.arguments import (
     require_scorer,
 )
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
-from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Fair
 from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import RKV
@@ -148,10 +148,10 @@ class ReasonAllocCache(ReasonCache):
         risk = require_risk(measure_risk, max_risk)
         demand, rule = demand_and_rule(profile, config)
 
-        def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
+        def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
             require_demand_of(layers, demand)
             if budget is None:
-                return PooledLayer(index)
+                return CacheLayer(index)
             policy = EvictionPolicy(
                 budget=budget,
                 buffer=buffer,

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
-from hf_reasoncache.layers.tables import tensors_of
 from hf_reasoncache.risk import RiskLog
+from hf_reasoncache.storage.pool_store import distinct_bytes
+from hf_reasoncache.storage.tables import tensors_of
 from triton_ops.backend import describe
 
 
@@ -64,9 +65,9 @@ class LayerReport:
     table_bytes: int = 0
 
     @staticmethod
-    def of(index: int, layer: PooledLayer) -> LayerReport:
+    def of(index: int, layer: CacheLayer) -> LayerReport:
         """Describe a layer as it is now."""
-        pool, kv_bytes = layer.pool, distinct_bytes(layer.kv_tensors())
+        pool, kv_bytes = layer.store.pool, distinct_bytes(layer.kv_tensors())
         evicting = layer if isinstance(layer, EvictingLayer) else None
         return LayerReport(
             index=index,

@@ -13,13 +13,14 @@ from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import require_int
 from hf_reasoncache.cache import ReasonCache, SuffixPolicy
-from hf_reasoncache.layers.branched import BranchedLayer, Branching
-from hf_reasoncache.layers.compressed_branch import branching_form
-from hf_reasoncache.layers.parking import Parked, Parking
-from hf_reasoncache.layers.pooled import PooledLayer, distinct_bytes
-from hf_reasoncache.layers.twins import Twins
+from hf_reasoncache.layer import CacheLayer
+from hf_reasoncache.layers.suffix import share
 from hf_reasoncache.report import BranchReport, CacheReport
 from hf_reasoncache.shards import Agreement
+from hf_reasoncache.storage.branch_store import BranchStore
+from hf_reasoncache.storage.parking import Parked, Parking
+from hf_reasoncache.storage.pool_store import distinct_bytes
+from hf_reasoncache.storage.prompt_deduplicator import PromptDeduplicator
 
 
 class SharedBranchCache(ReasonCache):
@@ -87,12 +88,14 @@ class SharedBranchCache(ReasonCache):
         self._forget_parked()
         # It checks its arguments, and has a layer for each of ours.
         compressed = None if suffix is None else suffix.cache(config, **suffix.settings)
-        twins = Twins()
+        deduplicator = PromptDeduplicator()
+        self._stores: list[BranchStore] = []
 
-        def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
+        def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
+            self._stores.append(BranchStore(deduplicator, index))
             if compressed is None:
-                return BranchedLayer(twins, index)
-            return branching_form(compressed.layers[index], twins)
+                return CacheLayer(index, self._stores[-1])
+            return share(cast(CacheLayer, compressed.layers[index]), self._stores[-1])
 
         agreement: Agreement = "agree" if compressed is None else compressed.tensor_parallel
         super().__init__(config, make_layer, tensor_parallel=agreement, offloading=offloading)
@@ -109,9 +112,8 @@ class SharedBranchCache(ReasonCache):
             What a branch will write: `max_new_tokens`, at most.
         """
         require_int("tokens", tokens, low=1)
-        for layer in self._branches():
-            if isinstance(layer, BranchedLayer):
-                layer.reserved = tokens
+        for store in self._stores:
+            store.reserved = tokens
 
     def fork(self, row: int, copies: int = 1) -> list[int]:
         """Add copies of a row to the batch, behind the last one.
@@ -144,7 +146,7 @@ class SharedBranchCache(ReasonCache):
         if rigid:
             raise ValueError(f"fork: expected layers whose rows can be repeated, got {rigid}.")
         for layer in self.layers:
-            if isinstance(layer, Branching):
+            if isinstance(layer, CacheLayer):
                 layer.fork(source)
             else:
                 cast(Any, layer).batch_select_indices(source)
@@ -168,19 +170,19 @@ class SharedBranchCache(ReasonCache):
             If there is no such row or no other one, or suffixes are compressed, or some layers of
             the model are not full-attention.
         """
-        layers = self._exact_layers("park")
+        self._require_exact("park")
         self._require_row(row)
         if not isinstance(score, Real) or isinstance(score, bool) or not 0 <= score < math.inf:
             raise ValueError(f"score: expected a finite number >= 0, got {score!r}.")
         if self._rows() == 1:
             raise ValueError("park: expected another row to stay in the batch, got the only one.")
-        for layer in layers:
-            layer.freeze(torch.tensor([row], device="cpu"))
+        for store in self._stores:
+            store.freeze(torch.tensor([row], device="cpu"))
         parked = Parked(
             score=float(score),
-            first=int(layers[0].first[row]),
+            first=int(self._stores[0].first[row]),
             end=self.get_seq_length(),
-            _paths=[layer.trunk.paths[row] for layer in layers],
+            _paths=[store.tree.paths[row] for store in self._stores],
         )
         others = [other for other in range(self._rows()) if other != row]
         self.batch_select_indices(torch.tensor(others, device="cpu"))
@@ -210,8 +212,9 @@ class SharedBranchCache(ReasonCache):
                 "resume: expected what park() of this cache returned, got a branch that is not "
                 "parked here; it was resumed already, or the cache was reset."
             )
-        for layer, path in zip(self._exact_layers("resume"), parked.paths, strict=True):
-            layer.unfreeze(path, parked.first)
+        self._require_exact("resume")
+        for layer, path in zip(self._pooled_layers(), parked.paths, strict=True):
+            layer.add_row(path, parked.first)
         self._parking.branches.remove(parked)
         return self._rows() - 1
 
@@ -240,12 +243,12 @@ class SharedBranchCache(ReasonCache):
 
     def report(self) -> CacheReport:
         """See `ReasonCache.report`; with what branches share."""
-        report, layers = super().report(), self._branches()
+        report = super().report()
         branches = BranchReport(
             rows=self._rows(),
             parked=len(self._parking.branches),
-            segments=len(layers[0].trunk.readers),
-            unshared_bytes=sum(layer.unshared_bytes for layer in layers),
+            segments=len(self._stores[0].tree.readers),
+            unshared_bytes=sum(store.unshared_bytes for store in self._stores),
             parked_bytes=self._kv_bytes() - report.kv_bytes,
             max_bytes=self.max_bytes,
             blocks_evicted=self._parking.blocks_evicted,
@@ -258,7 +261,7 @@ class SharedBranchCache(ReasonCache):
         self._steps_over = 0
 
     def _kv_bytes(self) -> int:
-        live = (tensor for layer in self._branches() for tensor in layer.kv_tensors())
+        live = (tensor for store in self._stores for tensor in store.kv_tensors())
         return distinct_bytes(chain(live, self._parking.tensors()))
 
     def _hold_bound(self) -> bool:
@@ -266,26 +269,22 @@ class SharedBranchCache(ReasonCache):
         if self.max_bytes is None:
             return True
         while self._kv_bytes() > self.max_bytes:
-            if not self._parking.evict_one(self._branches()[0].trunk.paths):
+            if not self._parking.evict_one(self._stores[0].tree.paths):
                 return False
         return True
 
-    def _exact_layers(self, action: str) -> list[BranchedLayer]:
-        layers = [layer for layer in self.layers if isinstance(layer, BranchedLayer)]
-        if len(layers) < len(self.layers):
-            other = next(layer for layer in self.layers if not isinstance(layer, BranchedLayer))
+    def _require_exact(self, action: str) -> None:
+        """Raise ValueError unless all layers are ours and keep every token."""
+        other = [layer for layer in self.layers if type(layer) is not CacheLayer]
+        if other:
             raise ValueError(
                 f"{action}: expected full-attention layers that keep every token, got "
-                f"{type(other).__name__}; use fork(), or a cache without suffix on a model without "
-                "sliding-window layers."
+                f"{type(other[0]).__name__}; use fork(), or a cache without suffix on a model "
+                "without sliding-window layers."
             )
-        return layers
-
-    def _branches(self) -> list[Branching]:
-        return [layer for layer in self.layers if isinstance(layer, Branching)]
 
     def _rows(self) -> int:
-        return self._branches()[0].rows or 0
+        return self._stores[0].rows or 0
 
     def _require_row(self, row: int) -> None:
         require_int("row", row, low=0)

@@ -21,7 +21,7 @@ from hf_reasoncache.arguments import (
 )
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.layers.window_policy import WindowPolicy
 from hf_reasoncache.layers.windowed import WindowedLayer
 from hf_reasoncache.protection import Fair
@@ -158,7 +158,7 @@ class SlidingWindowCompressCache(ReasonCache):
         risk = require_risk(measure_risk, max_risk)
         demand, rule = demand_and_rule(profile, config)
 
-        def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
+        def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
             require_demand_of(layers, demand)
             policy = WindowPolicy(
                 window=window,

@@ -9,8 +9,8 @@ import torch
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.geometry import head_shape
 from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.scorers.base import HeldTokens
+from hf_reasoncache.storage.pool import RaggedPool
 from triton_ops.backend import chosen
 
 TOKENS = 32
@@ -52,16 +52,18 @@ def warm_up(model: torch.nn.Module, cache: ReasonCache) -> None:
 def _evict(layer: EvictingLayer, keys: torch.Tensor, group: int) -> None:
     """Score and compact tokens as the layer would, in a pool of their own."""
     scorer, (_, heads, tokens, size) = layer.policy.scorer, keys.shape
-    pool = RaggedPool(torch.full((1, heads), tokens, device="cpu"), keys, keys, layer.statistics)
+    pool = RaggedPool(
+        torch.full((1, heads), tokens, device="cpu"), keys, keys, layer.store.statistics
+    )
     pool.append(keys, keys, torch.arange(tokens, device=keys.device))
     rows = torch.arange(1, device="cpu")
     slots, offset = pool.slots(rows)
-    asked = min(scorer.queries, layer.log_size)
+    asked = min(scorer.queries, layer.query_columns)
     queries = asked_at = None
     if asked:
         queries = torch.randn(1, heads, group, asked, size, dtype=keys.dtype, device=keys.device)
         asked_at = torch.arange(tokens - asked, tokens, device=keys.device)[None].clamp_min(-1)
-    statistics: dict[str, Any] = {name: pool.take(name, slots) for name in layer.statistics}
+    statistics: dict[str, Any] = {name: pool.take(name, slots) for name in layer.store.statistics}
     held = HeldTokens(
         keys=keys,
         positions=offset,

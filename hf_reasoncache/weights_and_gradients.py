@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from hf_reasoncache.layers.guarded import GuardedLayer
+from hf_reasoncache.layer import CacheLayer
 
 
-def asks_for_weights(module: Any, layer: GuardedLayer, kwargs: dict[str, Any]) -> bool:
+def asks_for_weights(module: Any, layer: CacheLayer, kwargs: dict[str, Any]) -> bool:
     """Whether attention weights are to be returned, by an argument or by the model's config."""
     if layer.rows is None:
         # Once, in the first forward: a look at a config takes 6 us.
@@ -18,7 +18,7 @@ def asks_for_weights(module: Any, layer: GuardedLayer, kwargs: dict[str, Any]) -
     return layer.gives_weights if asked is None else bool(asked)
 
 
-def require_weights(layer: GuardedLayer, base: str) -> None:
+def require_weights(layer: CacheLayer, base: str) -> None:
     """Raise ValueError unless `base` computes weights and the layer holds all they are about."""
     got = None
     if base != "eager":
@@ -33,7 +33,7 @@ def require_weights(layer: GuardedLayer, base: str) -> None:
         )
 
 
-def without_gradient(out: torch.Tensor, layer: GuardedLayer, *inputs: torch.Tensor) -> torch.Tensor:
+def without_gradient(out: torch.Tensor, layer: CacheLayer, *inputs: torch.Tensor) -> torch.Tensor:
     """Return the attention to a pool, which holds numbers and no graph.
 
     Where the model would give `inputs`, or tokens of an earlier forward, a gradient, the result

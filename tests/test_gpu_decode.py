@@ -101,7 +101,7 @@ def test_unequal_prompts_evict_one_after_another():
         arm = UnequalGraphs(model, work)
         arm.forward = model
         arm.warm_up()
-        held = [layer.pool.length.sum(-1).tolist() for layer in arm.cache.layers]
+        held = [layer.store.pool.length.sum(-1).tolist() for layer in arm.cache.layers]
     assert all(sorted(row) == [2 * (16 + more) for more in range(1, 5)] for row in held)
 
 

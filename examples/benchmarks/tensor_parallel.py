@@ -32,9 +32,9 @@ from examples.research.tables import write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, Problem, check, make_problems
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.evaluation.generation import answer_batch
-from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.scorers import H2O
 from hf_reasoncache.shards import Shard
+from hf_reasoncache.storage.pool import RaggedPool
 
 SEED = DEVELOPMENT_SEEDS[700]
 BATCH = 25

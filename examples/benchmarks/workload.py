@@ -10,8 +10,8 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.graphs import Recorder
-from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.report import storage_bytes
+from hf_reasoncache.storage.new_tokens import NewTokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -127,7 +127,7 @@ class Work:
                 announced = layer.take_incoming()
                 settings = {"scaling": self.shape.head_size**-0.5}
                 layer.store_first(
-                    Chunk(query.expand(-1, -1, tokens, -1), *announced, valid, settings)
+                    NewTokens(query.expand(-1, -1, tokens, -1), *announced, valid, settings)
                 )
 
 

@@ -19,10 +19,10 @@ from hf_reasoncache.calibration.estimate import Estimate, Record
 from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
-from hf_reasoncache.layers.chunk import Chunk
-from hf_reasoncache.layers.pooled import PooledLayer
-from hf_reasoncache.layers.selection import Occasion, gather_held
+from hf_reasoncache.layer import CacheLayer
+from hf_reasoncache.layers.selection import EvictionContext, gather_held
 from hf_reasoncache.scorers.base import HeldTokens
+from hf_reasoncache.storage.new_tokens import NewTokens
 from triton_ops.redundancy import redundancy
 
 RECENCY_BINS = 20
@@ -115,7 +115,7 @@ class Coverage:
         """
         layers: list[CoverageLayer] = []
 
-        def make_layer(index: int, rank: int, count: int) -> PooledLayer:
+        def make_layer(index: int, rank: int, count: int) -> CacheLayer:
             layers.append(CoverageLayer(index, self))
             return layers[-1]
 
@@ -149,7 +149,7 @@ class Coverage:
         return Estimate(by_layer.mean(0), error, BudgetRule(), by_head.mean(0))
 
 
-class CoverageLayer(PooledLayer):
+class CoverageLayer(CacheLayer):
     """An exact layer that looks at its own attention at the end of every full chunk.
 
     Attributes
@@ -167,8 +167,8 @@ class CoverageLayer(PooledLayer):
         self.count = 0
         super().__init__(index)
 
-    def attend(self, chunk: Chunk) -> torch.Tensor:
-        """See `GuardedLayer.attend`."""
+    def attend(self, chunk: NewTokens) -> torch.Tensor:
+        """See `CacheLayer.attend`."""
         out = super().attend(chunk)
         if chunk.steps == self.settings.interval:
             self._measure(chunk.query[:, :, -self.settings.queries :], **chunk.settings)
@@ -182,15 +182,15 @@ class CoverageLayer(PooledLayer):
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
     ) -> None:
-        occasion = Occasion(
+        occasion = EvictionContext(
             rows=torch.arange(query.shape[0]),
-            first=self.first,
+            first=self.store.first,
             columns=self.seen,
             queries=query,
             scaling=scaling,
             layer=self.index,
         )
-        held, *_ = gather_held(self._require_pool(), occasion)
+        held, *_ = gather_held(self.store.tokens, occasion)
         mass = attention_mass(held, softcap, s_aux)
         found = statistics(held, mass, self.settings)
         self.count += query.shape[0] * query.shape[2]

@@ -9,10 +9,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.layers.chunk import Chunk
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk.spectrum import least_tokens
+from hf_reasoncache.storage.new_tokens import NewTokens
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LeastBudget:
         return 2 * self.budget > self.prompt
 
 
-class _SpectrumLayer(PooledLayer):
+class _SpectrumLayer(CacheLayer):
     """Keeps every token, and measures the first forward."""
 
     def __init__(self, index: int, window: int, tolerance: float, queries: int) -> None:
@@ -57,8 +57,8 @@ class _SpectrumLayer(PooledLayer):
         super()._clear()
         self.found: list[tuple[int, tuple[int, ...]]] = []
 
-    def store_first(self, chunk: Chunk) -> None:
-        """See `GuardedLayer.store_first`."""
+    def store_first(self, chunk: NewTokens) -> None:
+        """See `CacheLayer.store_first`."""
         super().store_first(chunk)
         for row in range(len(chunk.keys)):
             real = chunk.real_tokens()[row, 0]
@@ -66,7 +66,7 @@ class _SpectrumLayer(PooledLayer):
             self.found.append(self._measure(query, keys, chunk))
 
     def _measure(
-        self, query: torch.Tensor, keys: torch.Tensor, chunk: Chunk
+        self, query: torch.Tensor, keys: torch.Tensor, chunk: NewTokens
     ) -> tuple[int, tuple[int, ...]]:
         window, tolerance, queries = self.settings
         total = keys.shape[1]
@@ -119,7 +119,7 @@ def least_budget(
         One for each row.
     """
 
-    def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
+    def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
         return _SpectrumLayer(index, window, tolerance, queries)
 
     config: PretrainedConfig = model.config

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.traces import Trace
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 
 LONGEST = 256
@@ -55,7 +55,7 @@ def replay(
     ids = ids.expand(rows, -1)
     model(input_ids=ids[:, :begin], **cache_kwarg(cache), use_cache=True, logits_to_keep=1)
     for layer in cache.layers:
-        if isinstance(layer, PooledLayer):
+        if isinstance(layer, CacheLayer):
             layer.activate_past_recording()
     for end in [*sorted({edge for edge in edges if begin < edge < last}), last]:
         while begin < end:

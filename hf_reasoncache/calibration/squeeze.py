@@ -15,36 +15,9 @@ from transformers import PreTrainedModel
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.policy import EvictionPolicy
-from hf_reasoncache.layers.pooled import PooledLayer
-
-
-class SqueezedLayer(BudgetedLayer):
-    """An evicting layer whose rows have budgets of their own.
-
-    Parameters
-    ----------
-    index, rank, policy
-        See `BudgetedLayer`; the policy's own budget is not used.
-    heads : LongTensor[B, H_kv]
-        Tokens that each head of each row keeps.
-    """
-
-    def __init__(self, index: int, rank: int, policy: EvictionPolicy, heads: torch.Tensor) -> None:
-        self.heads = heads
-        super().__init__(index, rank, replace(policy, budget=int(heads.max())))
-
-    def _allocate_for(self, prompt: torch.Tensor) -> None:
-        super()._allocate_for(prompt)
-        budgets = self._require_budgets()
-        if bool((self.heads < budgets.floor[:, None]).any()):
-            raise ValueError(
-                f"squeeze: expected budgets >= {int(budgets.floor.max())} (protected prompt and "
-                f"window of {self.policy.window}), got {int(self.heads.min())}; raise the smallest "
-                "budget or do not protect the prompt."
-            )
-        self.budgets = replace(budgets, heads=self.heads)
 
 
 def output_error(
@@ -72,8 +45,9 @@ def output_error(
     kept = budgets.clamp(max=trace.length)
     kept = torch.cat([torch.full_like(kept[:1], trace.length), kept])
 
-    def make_layer(index: int, rank: int, layers: int) -> PooledLayer:
-        return SqueezedLayer(index, rank, policy, kept[:, rank])
+    def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
+        heads = kept[:, rank]
+        return BudgetedLayer(index, rank, replace(policy, budget=int(heads.max())), heads=heads)
 
     cache = ReasonCache(model.config, make_layer)
     edges = eviction_columns(trace, kept, policy.buffer)

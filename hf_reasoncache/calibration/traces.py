@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_reasoncache.arguments import require_int, require_temperature
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 
 
@@ -106,7 +106,7 @@ def generate_traces(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    cache = ReasonCache(model.config, lambda index, rank, layers: PooledLayer(index))
+    cache = ReasonCache(model.config, lambda index, rank, layers: CacheLayer(index))
     with torch.random.fork_rng():
         torch.manual_seed((settings.seed << 20) + stream)
         output = model.generate(  # type: ignore[operator]

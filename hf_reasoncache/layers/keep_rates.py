@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.protection import Spans
 
 
-def keep_rates(layer: PooledLayer, spans: Spans) -> torch.Tensor:
+def keep_rates(layer: CacheLayer, spans: Spans) -> torch.Tensor:
     """Share of every span's tokens that a layer holds, on average over its heads.
 
     Returns
@@ -28,7 +28,7 @@ def keep_rates(layer: PooledLayer, spans: Spans) -> torch.Tensor:
     longest = max(map(len, spans.rows))
     rates = torch.full((len(sources), longest), torch.nan, dtype=torch.float64, device="cpu")
     for row, source in enumerate(sources):
-        first = int(layer.first[row])
+        first = int(layer.store.first[row])
         for place, (start, stop) in enumerate(spans.rows[source]):
             span = range(first + start, first + stop)
             kept = sum(column in span for head in held[row] for column in head)

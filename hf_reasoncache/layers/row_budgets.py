@@ -64,6 +64,22 @@ class RowBudgets:
             last_split=torch.full_like(prompt, -policy.head_interval),
         )
 
+    def given(self, heads: torch.Tensor) -> RowBudgets:
+        """Let heads keep as many tokens as `heads` says, LongTensor[B, H_kv].
+
+        Raises
+        ------
+        ValueError
+            If that is less than what no head may go below.
+        """
+        if bool((heads < self.floor[:, None]).any()):
+            raise ValueError(
+                f"heads: expected budgets >= {int(self.floor.max())} (protected prompt and window "
+                f"of {self.policy.window}), got {int(heads.min())}; raise the smallest budget or "
+                "do not protect the prompt."
+            )
+        return replace(self, heads=heads)
+
     @property
     def capacity(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: what a head may hold between two compactions."""

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from hf_reasoncache.budgets.ranking import kth_largest, lowest_first
-from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.policy import EvictionPolicy
-from hf_reasoncache.layers.pool import RaggedPool
 from hf_reasoncache.layers.row_budgets import RowBudgets
 from hf_reasoncache.risk.guard import Select
 from hf_reasoncache.scorers.base import HeldTokens
+from hf_reasoncache.storage.new_tokens import NewTokens
+from hf_reasoncache.storage.pool import RaggedPool
 
 
 @dataclass(frozen=True, eq=False)
-class Occasion:
+class EvictionContext:
     """Which rows of a layer are to be scored, and when.
 
     Attributes
@@ -45,7 +45,7 @@ class Occasion:
 
 def gather_held(
     pool: RaggedPool,
-    occasion: Occasion,
+    occasion: EvictionContext,
     span: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[HeldTokens, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Collect what some rows hold, in order of position.
@@ -53,7 +53,7 @@ def gather_held(
     Parameters
     ----------
     pool : RaggedPool
-    occasion : Occasion
+    occasion : EvictionContext
     span : two of LongTensor[R], optional
         First column of each row to collect, and first one after it not to; all by default.
 
@@ -82,9 +82,9 @@ def gather_held(
 
 
 def incoming_held(
-    chunk: Chunk, occasion: Occasion, *, keeps_notes: bool
+    new: NewTokens, occasion: EvictionContext, *, keeps_notes: bool
 ) -> tuple[HeldTokens, torch.Tensor]:
-    """Collect what a first chunk brings for some rows, in order of position, before it is stored.
+    """Collect what a first forward brings for some rows, in order of position, before it is stored.
 
     Without padding, and if all rows are asked for, keys and values are not copied.
 
@@ -92,15 +92,15 @@ def incoming_held(
     -------
     held : HeldTokens
     column : LongTensor[R, H_kv, N]
-        Where each token lies in the chunk; filler lies on padding.
+        Where each token lies among the new ones; filler lies on padding.
     """
-    device, heads = chunk.keys.device, chunk.keys.shape[1]
+    device, heads = new.keys.device, new.keys.shape[1]
     rows = occasion.rows.to(device)
-    if chunk.valid is None:
-        column = torch.arange(chunk.steps, device=device).expand(len(rows), -1)
+    if new.valid is None:
+        column = torch.arange(new.steps, device=device).expand(len(rows), -1)
         at = column
     else:
-        real = chunk.valid[rows]
+        real = new.valid[rows]
         count = real.sum(-1, keepdim=True)
         column = (~real).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(count.max())]
         at = column.where(torch.arange(column.shape[1], device=device) < count, -1)
@@ -109,9 +109,9 @@ def incoming_held(
     def load(name: str) -> torch.Tensor:
         if name == "notes":
             return torch.zeros(at.shape, dtype=torch.int32, device=device)
-        source = chunk.keys if name == "keys" else chunk.values
+        source = new.keys if name == "keys" else new.values
         source = source if len(rows) == len(source) else source[rows]
-        if chunk.valid is None:
+        if new.valid is None:
             return source
         return source.gather(2, column[..., None].expand(-1, -1, -1, source.shape[-1]))
 
@@ -120,7 +120,7 @@ def incoming_held(
 
 
 def _held_tokens(
-    occasion: Occasion,
+    occasion: EvictionContext,
     at: torch.Tensor,
     load: Callable[[str], torch.Tensor],
     names: Container[str],
@@ -167,7 +167,7 @@ def _held_tokens(
 def rank(
     policy: EvictionPolicy,
     budgets: RowBudgets,
-    occasion: Occasion,
+    occasion: EvictionContext,
     held: HeldTokens,
     protected: torch.Tensor,
 ) -> tuple[Select, RowBudgets]:
@@ -178,7 +178,7 @@ def rank(
     policy : EvictionPolicy
     budgets : RowBudgets
         Of all rows of the layer.
-    occasion : Occasion
+    occasion : EvictionContext
     held : HeldTokens
     protected : BoolTensor[R, H_kv, N]
         Tokens that stay whatever their score.

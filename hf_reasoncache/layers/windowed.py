@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 
 from hf_reasoncache.layers.allot import Allot, by_demand, equal
-from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.selection import Occasion, gather_held
+from hf_reasoncache.layers.selection import EvictionContext, gather_held
 from hf_reasoncache.layers.token2chunk import token2chunk
 from hf_reasoncache.layers.window_policy import WindowPolicy
 from hf_reasoncache.layers.windows import RowWindows
 from hf_reasoncache.risk.guard import Weigh
 from hf_reasoncache.scorers.base import HeldTokens
+from hf_reasoncache.storage.new_tokens import NewTokens
 
 _NO_ROWS = torch.zeros(0, dtype=torch.long, device="cpu")
 
@@ -32,19 +32,21 @@ class WindowedLayer(EvictingLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self._log.resize(self.log_size)
+        self.queries.resize(self.query_columns)
 
     @property
-    def log_size(self) -> int:
+    def query_columns(self) -> int:
         """Columns that lie between now and the oldest query that a complete window needs."""
         wanted = min(self.policy.scorer.queries, self.policy.window)
         return max(wanted + self.policy.recent if wanted else 0, self._risk_queries)
 
-    def _remember(self, chunk: Chunk) -> None:
-        if chunk.steps > 1 and self.log_size:
+    def _remember(self, new: NewTokens) -> None:
+        if self.budgets is not None and not self.budgets.placed:
+            self.budgets = replace(self.budgets, first=self.store.first)
+        if new.steps > 1 and self.query_columns:
             # It may bring several windows at once, whose queries are needed until they are served.
-            self._log.resize(max(self.log_size, self._open_columns()))
-        super()._remember(chunk)
+            self.queries.resize(max(self.query_columns, self._open_columns()))
+        super()._remember(new)
 
     def _open_columns(self) -> int:
         if self.budgets is not None:
@@ -61,18 +63,15 @@ class WindowedLayer(EvictingLayer):
     def _allocate(self) -> None:
         self._prompt_columns = self._end_of_prompt()
         self.budgets = RowWindows.after_prompt(
-            self.policy, self.first, self._prompt_columns, self.budgets, self._protect()
+            self.policy, self.store.first, self._prompt_columns, self.budgets, self._protect()
         )
+        if self.store.shares and self.budgets.limit is not None:
+            # What branches share counts against the bound of each.
+            self.budgets = replace(self.budgets, limit=self.budgets.limit - self.store.elsewhere)
 
     def _check_prompt(self) -> None:
         super()._check_prompt()
         self._require_windows().check_whitelist()
-
-    def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
-        placed = self._placed
-        super()._place_first(begin, valid)
-        if not placed and self.budgets is not None:
-            self.budgets = replace(self.budgets, first=self.first)
 
     def _capacity(self, length: torch.Tensor) -> torch.Tensor:
         """See `EvictingLayer._capacity`."""
@@ -99,7 +98,7 @@ class WindowedLayer(EvictingLayer):
         return length + (self.budgets.complete_at - columns).clamp(0, most)[:, None]
 
     def _make_room(self, steps: int) -> None:
-        pool = self._require_pool()
+        pool = self.store.tokens
         if steps > pool.least_free:
             pool.relayout(torch.maximum(pool.capacity, self._capacity(pool.length + steps)))
 
@@ -111,7 +110,7 @@ class WindowedLayer(EvictingLayer):
 
         All heads get their spare room then: the pool moves as seldom for many rows as for one.
         """
-        pool = self._require_pool()
+        pool = self.store.tokens
         target = self._capacity_at(columns, pool.length)
         if bool((self._until_compaction(columns, pool.length) > pool.capacity).any()) or (
             4 * pool.layout.slots > 5 * int(target.sum())
@@ -136,8 +135,8 @@ class WindowedLayer(EvictingLayer):
         if not served.numel():
             return
         self._hold_bound(served, columns)
-        self._log.resize(self.log_size)
-        self._tail = 0
+        self.queries.resize(self.query_columns)
+        self.store.forget_order()
         self._fit_at(columns)
 
     def _crop(self, columns: int) -> None:
@@ -176,17 +175,17 @@ class WindowedLayer(EvictingLayer):
             windows = self._require_windows()
             low, high = windows.stretch(rows)
             self.budgets = windows.sweep_to(rows, high)
-            now = columns - self.first[rows]
+            now = columns - self.store.first[rows]
             self._shrink(rows, columns, low, high, now, again, relent=False)
             rows = self._over_bound(rows)
 
     def _over_bound(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows that hold more than their bound in what no longer is in a window to come."""
-        windows, pool = self._require_windows(), self._require_pool()
+        windows, pool = self._require_windows(), self.store.tokens
         if windows.limit is None:
             return _NO_ROWS
         slots, offset = pool.slots(rows)
-        begin = (self.first[rows] + windows.start[rows]).to(slots.device)
+        begin = (self.store.first[rows] + windows.start[rows]).to(slots.device)
         past = (pool.take("positions", slots) < begin[:, None, None]) & (offset >= 0)
         held = past.sum(-1).cpu()
         if self.policy.keeps_unevenly:
@@ -209,10 +208,10 @@ class WindowedLayer(EvictingLayer):
 
         With `relent`, a guard may keep more than `allot` says.
         """
-        self.evicted += self._evict_hidden(rows)
-        pool, first = self._require_pool(), self.first[rows]
+        self.evicted += self.store.evict_hidden(rows)
+        pool, first = self.store.tokens, self.store.first[rows]
         where = (self._scaling, self.index, self.shard.first)
-        occasion = Occasion(rows, first, columns, None, *where)
+        occasion = EvictionContext(rows, first, columns, None, *where)
         held, slots, offset, _ = gather_held(pool, occasion, (first + low, first + high))
         if not held.keys.shape[2]:
             return
@@ -270,12 +269,12 @@ class WindowedLayer(EvictingLayer):
         LongTensor[R, A]
             Positions; -1 for a query that there is not.
         """
-        log, device = self._log.last(rows), self._require_pool().fields["positions"].device
+        log, device = self.queries.last(rows), self.store.tokens.fields["positions"].device
         wanted = min(self.policy.scorer.queries, self.policy.window)
         asked = now[:, None] + torch.arange(-wanted, 0, device="cpu")
         if log is None or not wanted:
             return None, torch.full_like(asked, -1).to(device)
-        place = self.first[rows][:, None] + asked - (columns - log.shape[2])
+        place = self.store.first[rows][:, None] + asked - (columns - log.shape[2])
         asked = asked.where((asked >= low[:, None]) & (place >= 0), -1).to(device)
         place = place.clamp_min(0).to(device)
         index = place[:, None, :, None].expand(-1, log.shape[1], -1, log.shape[3])

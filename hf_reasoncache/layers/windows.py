@@ -88,6 +88,11 @@ class RowWindows:
         return aligned.where(self.start >= self.prompt, torch.minimum(aligned, self.prompt))
 
     @cached_property
+    def placed(self) -> bool:
+        """Whether every row has begun."""
+        return bool((self.first >= 0).all())
+
+    @cached_property
     def complete_at(self) -> torch.Tensor:
         """LongTensor[B]: columns stored when a row's next window is complete."""
         complete = self.first + self.end + self.policy.recent

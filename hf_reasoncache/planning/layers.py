@@ -10,13 +10,14 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_reasoncache.geometry import head_shape
-from hf_reasoncache.layers.branched import GROWTH, ROOM, BranchedLayer, Branching
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.pooled import FIRST_ROOM, PooledLayer
 from hf_reasoncache.layers.windowed import WindowedLayer
 from hf_reasoncache.planning.queries import KeptQueries
 from hf_reasoncache.planning.windows import window_pool
+from hf_reasoncache.storage.branch_store import GROWTH, ROOM, BranchStore
+from hf_reasoncache.storage.pool_store import FIRST_ROOM
 
 _POSITION = 4  # bytes of what says where a token stands, and of each statistic of a slot
 
@@ -77,15 +78,14 @@ class LayerRow:
             # What stays is a view of what the last forward attended to, which may be a prompt.
             held = min(seen, layer.sliding_window) if generated else prompt
             return LayerRow(token, token * held, held, concatenates=True)
-        if not isinstance(layer, PooledLayer):
+        if not isinstance(layer, CacheLayer):
             raise ValueError(
                 f"layer {index}: expected an attention layer, got {type(layer).__name__}, whose "
                 "bytes do not follow from a config; run the model once and read cache.report()."
             )
-        shares = isinstance(layer, Branching)
-        elsewhere = prompt if shares else 0
+        elsewhere = prompt if layer.store.shares else 0
         slots, tokens = _pool(layer, prompt, generated, elsewhere)
-        own = heads * slots * (2 * size * number + _POSITION * (1 + len(layer.statistics)))
+        own = heads * slots * (2 * size * number + _POSITION * (1 + len(layer.store.statistics)))
         rest = 0
         if isinstance(layer, EvictingLayer):
             query = decoder.num_attention_heads * size * number
@@ -104,7 +104,7 @@ class LayerRow:
         )
 
 
-def _pool(layer: PooledLayer, prompt: int, generated: int, elsewhere: int) -> tuple[int, float]:
+def _pool(layer: CacheLayer, prompt: int, generated: int, elsewhere: int) -> tuple[int, float]:
     """Slots and tokens per KV head of a pool; `elsewhere` tokens of the prompt are not in it."""
     seen = prompt + generated - elsewhere
     if isinstance(layer, BudgetedLayer):
@@ -114,8 +114,8 @@ def _pool(layer: PooledLayer, prompt: int, generated: int, elsewhere: int) -> tu
         return budget + policy.buffer, min(seen, budget + policy.buffer / 2)
     if isinstance(layer, WindowedLayer):
         return window_pool(layer.policy, prompt, generated, elsewhere)
-    if isinstance(layer, BranchedLayer):
-        return _grown(generated, layer.reserved), seen
+    if isinstance(layer.store, BranchStore):
+        return _grown(generated, layer.store.reserved), seen
     slots = prompt + FIRST_ROOM
     while slots < seen:
         slots = 2 * slots
@@ -123,7 +123,7 @@ def _pool(layer: PooledLayer, prompt: int, generated: int, elsewhere: int) -> tu
 
 
 def _grown(tokens: int, reserved: int) -> int:
-    """Slots of a suffix that was appended to token by token, see `BranchedLayer`."""
+    """Slots of a suffix that was appended to token by token, see `BranchStore`."""
     slots = 0
     while slots < tokens:
         held = slots

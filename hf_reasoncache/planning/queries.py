@@ -32,10 +32,10 @@ class KeptQueries:
     def of(layer: EvictingLayer, prompt: int, slots: int, elsewhere: int) -> KeptQueries:
         """Describe a layer with so many slots per head; `elsewhere` tokens are not in them."""
         if not isinstance(layer, BudgetedLayer):
-            return KeptQueries(layer.log_size, prompt)
+            return KeptQueries(layer.query_columns, prompt)
         buffer, held = layer.policy.buffer, prompt - elsewhere
         free = slots - held if held <= slots else buffer
-        return KeptQueries(layer.log_size, prompt, free, buffer)
+        return KeptQueries(layer.query_columns, prompt, free, buffer)
 
     def after(self, generated: int) -> int:
         """Columns kept after so many single tokens."""

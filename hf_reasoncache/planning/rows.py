@@ -106,7 +106,7 @@ def row_bytes(
     """
     reading = layer_rows(cache, config, prompt=prompt, generated=0, dtype=dtype)
     layers = layer_rows(cache, config, prompt=prompt, generated=generated, dtype=dtype)
-    early = min(generated, max(getattr(each, "log_size", 1) for each in cache.layers) - 1)
+    early = min(generated, max(getattr(each, "query_columns", 1) for each in cache.layers) - 1)
     soon = layer_rows(cache, config, prompt=prompt, generated=max(0, early), dtype=dtype)
     dense = max(layer.token for layer in layers) * prompt
     return RowBytes(

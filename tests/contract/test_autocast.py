@@ -51,7 +51,7 @@ def test_exact_caches_are_dynamic_cache(name, attention, dtype):
         assert float((found - expected).abs().max()) < TOLERANCE[dtype], kind
         if dtype == torch.float16:
             assert torch.equal(found.argmax(-1), expected.argmax(-1)), kind
-        ours = [layer for layer in cache.layers if hasattr(layer, "pool")]
+        ours = [layer for layer in cache.layers if hasattr(layer, "store")]
         held = {tensor.dtype for layer in ours for tensor in layer.kv_tensors()}
         assert held == {dtype}, "what attention reads, and no more bytes"
 

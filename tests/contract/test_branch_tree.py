@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import LlamaConfig
 
 from hf_reasoncache import SharedBranchCache
-from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.releases import cache_kwarg
+from hf_reasoncache.storage.new_tokens import NewTokens
 from tests.caches import make_policy
 from tests.contract.test_lifecycle import Driver
 from tests.models import build, prompt
@@ -78,7 +78,7 @@ class Tree(RuleBasedStateMachine):
                 text.tokens.append((self.column + step, *each))
         for index, layer in enumerate(self.cache.layers):
             self.cache.update(keys[index], values[index], index)
-            chunk = Chunk(
+            chunk = NewTokens(
                 query[index].flatten(1, 2),
                 *layer.take_incoming(),
                 None,
@@ -130,7 +130,7 @@ class Tree(RuleBasedStateMachine):
         if bound is None:
             assert all(each.end >= text.tokens[-1][0] for each, text in self.parked)
         elif report.kv_bytes + report.branches.parked_bytes > bound:
-            live = {part for path in self.cache.layers[0].trunk.paths for part in path}
+            live = {part for path in self.cache.layers[0].store.tree.paths for part in path}
             assert all(set(each.paths[0]) <= live for each, _ in self.parked)
 
     @precondition(lambda self: self.parked and len(self.rows) < 8)
@@ -164,12 +164,12 @@ class Tree(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "cache"))
     @invariant()
     def nothing_is_stored_that_nobody_reads(self):
-        paths = [path for layer in self.cache.layers for path in layer.trunk.paths]
+        paths = [path for layer in self.cache.layers for path in layer.store.tree.paths]
         paths += [path for parked, _ in self.parked for path in parked.paths]
         reached = {part for path in paths for part in path}
         self.made.update(reached)
         assert set(self.made) == reached, "a segment outlives its readers"
-        own = sum(layer.pool.layout.slots for layer in self.cache.layers) * SIZE * 2 * 4
+        own = sum(layer.store.pool.layout.slots for layer in self.cache.layers) * SIZE * 2 * 4
         report = self.cache.report()
         stored = report.kv_bytes + report.branches.parked_bytes
         assert stored == own + sum(part.nbytes for part in reached)
@@ -274,7 +274,7 @@ def test_lowest_score_goes_first_prompt_last():
     low, high, middle, top = (cache.park(2, score) for score in (1.0, 5.0, 2.0, 4.0))
     assert [each.tokens for each in (low, high, middle, top)] == [14] * 4
     order = []
-    while cache._parking.evict_one(cache.layers[0].trunk.paths):
+    while cache._parking.evict_one(cache.layers[0].store.tree.paths):
         order.append([each.tokens for each in (low, middle, top, high)])
     assert order == [
         # Ends, by score / 3.
@@ -304,7 +304,7 @@ def test_prompts_go_after_all_else():
     machine.write(3)
     rich = cache.park(1, 9.0)
     order = []
-    while cache._parking.evict_one(cache.layers[0].trunk.paths):
+    while cache._parking.evict_one(cache.layers[0].store.tree.paths):
         order.append([poor.tokens, rich.tokens])
     assert order == [[4, 4], [0, 4], [0, 0]]
 

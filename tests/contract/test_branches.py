@@ -16,6 +16,7 @@ from hf_reasoncache import (
     prefill_once,
 )
 from hf_reasoncache.branching.prefill_once import _check
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, SnapKV
 from tests.caches import make_cache, make_policy
@@ -59,7 +60,7 @@ def branch_lengths(out):
 
 
 def segments(cache):
-    return [layer.trunk.readers for layer in cache.layers if hasattr(layer, "trunk")]
+    return [layer.store.tree.readers for layer in cache.layers if isinstance(layer, CacheLayer)]
 
 
 # ------------------------------------------------------------------------------- exact: one prefill
@@ -248,9 +249,9 @@ def test_different_prompts_are_not_shared_and_equal_ones_are(llama):
     with torch.no_grad():
         llama(ids, attention_mask=mask, **cache_kwarg(cache))
     for layer in cache.layers:
-        paths = layer.trunk.paths
+        paths = layer.store.tree.paths
         assert paths[0] == paths[2] and len(set(paths)) == 4
-        assert sum(layer.trunk.readers.values()) == 5
+        assert sum(layer.store.tree.readers.values()) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -278,8 +279,8 @@ def test_prompts_with_a_common_beginning_share_it_if_it_comes_in_chunks(llama):
         for part in ids.split(8, 1):
             llama(part, **cache_kwarg(cache))
     for layer in cache.layers:
-        lengths = [[part.tokens for part in path] for path in layer.trunk.paths]
-        assert lengths == [[8, 13]] * 4 and list(layer.trunk.readers.values()) == [4, 2, 2]
+        lengths = [[part.tokens for part in path] for path in layer.store.tree.paths]
+        assert lengths == [[8, 13]] * 4 and list(layer.store.tree.readers.values()) == [4, 2, 2]
     assert cache.report().kv_bytes == TOKEN_BYTES * (8 + 2 * 13)
 
 
@@ -369,7 +370,7 @@ def refused(*words):
         (make_policy("reason_alloc", protect_prompt=False), ["protect_prompt=True, got False"]),
         (make_policy("sliding_window", scorer=H2O()), ["attention mass", "RKV"]),
         (make_policy("reason_alloc", budget=-1), ["budget", "-1"]),
-        (SharedBranchCache.policy(), ["expected the policy of", "BranchedLayer"]),
+        (SharedBranchCache.policy(), ["expected the policy of", "SharedBranchCache"]),
     ],
     ids=str,
 )

@@ -86,7 +86,7 @@ def steps_until_next_eviction(driver, logits):
 
 
 def now_held(cache, layer):
-    return cache.layers[layer].pool.held().lists()
+    return cache.layers[layer].store.pool.held().lists()
 
 
 # ----------------------------------------------------------------------------------------- budgets
@@ -164,7 +164,7 @@ def kv_storages(cache):
     found = {}
     for layer in cache.layers:
         for name in ("keys", "values"):
-            storage = layer.pool.fields[name].untyped_storage()
+            storage = layer.store.pool.fields[name].untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
 
@@ -228,8 +228,8 @@ def test_no_tensor_escapes_the_report(kind, changes, mode):
     report, found = cache.report(), {}
     for layer in cache.layers:
         # Which rows are alike is known once for all layers.
-        own = {name: value for name, value in vars(layer).items() if name != "twins"}
-        tensors_reachable_from(own, found, set())
+        store = {name: each for name, each in vars(layer.store).items() if name != "deduplicator"}
+        tensors_reachable_from(vars(layer) | {"store": store}, found, set())
     assert sum(found.values()) == report.total_bytes
 
 
@@ -614,7 +614,7 @@ def test_bfloat16_model_runs(kind, changes):
     driver, logits = start(model, kind=kind, **changes)
     found = driver.greedy(logits, 60)
     assert found.dtype == torch.bfloat16 and bool(found.isfinite().all())
-    assert driver.cache.layers[0].pool.fields["keys"].dtype == torch.bfloat16
+    assert driver.cache.layers[0].store.pool.fields["keys"].dtype == torch.bfloat16
     assert driver.cache.report().evictions >= 12
 
 

@@ -6,7 +6,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes
 from hf_reasoncache.scorers import H2O, RKV, Random
@@ -93,7 +93,7 @@ def test_three_turns_equal_dynamic_cache(name, mode, side):
         cache = exact_cache(kind, model)
         assert torch.equal(conversation(model, cache, side, mode, assistant), expected), kind
         assert cache.report().evicted == 0
-        assert all(layer.hides for layer in cache.layers if isinstance(layer, PooledLayer))
+        assert all(layer.store.hides for layer in cache.layers if isinstance(layer, CacheLayer))
 
 
 def steps_of(model, cache, forwards):
@@ -149,7 +149,7 @@ def test_masks_that_hide_and_show_again_equal_dynamic_cache(kind, name, by_hand)
     cache = exact_cache(kind, model)
     got = steps_of(model, cache, forwards)
     assert (got - expected).abs().max() < 1e-4
-    assert not any(layer.hides for layer in cache.layers if isinstance(layer, PooledLayer))
+    assert not any(layer.store.hides for layer in cache.layers if isinstance(layer, CacheLayer))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -332,7 +332,7 @@ def test_probes_measure_against_what_the_mask_shows():
 
 def test_a_step_whose_mask_hides_nothing_new_moves_nothing(monkeypatch):
     model, inputs, calls = build("llama"), prompt(), []
-    monkeypatch.setattr(PooledLayer, "hide", lambda self, hidden: calls.append(hidden))
+    monkeypatch.setattr(CacheLayer, "hide", lambda self, hidden: calls.append(hidden))
     for kind in KINDS:
         cache = exact_cache(kind, model)
         ids = model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=9, do_sample=False)

@@ -33,7 +33,7 @@ class Spy:
 def test_a_probe_is_the_difference_to_all_tokens(name, kind):
     model, inputs = build(name), prompt()
     cache = make_cache(kind, model, probes=ALL)
-    ours = [index for index, each in enumerate(cache.layers) if hasattr(each, "pool")]
+    ours = [index for index, each in enumerate(cache.layers) if hasattr(each, "store")]
     spy = Spy(cache.layers[ours[-1]])
     driver = Driver(model, cache, inputs["attention_mask"])
     logits, checked = driver(inputs["input_ids"]), 0
@@ -109,8 +109,8 @@ def test_a_shadow_follows_rows_and_drafts(mode):
     if "num_beams" not in mode:
         assert torch.equal(out, run()[0])
     for layer in cache.layers:
-        shadow, pool = layer.shadow, layer.pool
-        assert shadow.columns == layer.seen == int(layer.pool.fields["positions"].max()) + 1
+        shadow, pool = layer.shadow, layer.store.pool
+        assert shadow.columns == layer.seen == int(layer.store.pool.fields["positions"].max()) + 1
         keys = torch.cat([chunk[0] for chunk in shadow._chunks], 2)
         slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
         at = pool.fields["positions"][slots].long()

@@ -38,7 +38,7 @@ def test_the_last_chunk_of_a_prompt_is_shared_by_its_branches():
         model.config, suffix=make_policy("reason_alloc", prompt_length=COLUMNS)
     )
     tokens(model, cache, inputs, num_return_sequences=3, do_sample=True, prefill_chunk_size=7)
-    assert [part.tokens for part in cache.layers[0].trunk.readers] == [COLUMNS] * 2
+    assert [part.tokens for part in cache.layers[0].store.tree.readers] == [COLUMNS] * 2
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != BRANCHED])

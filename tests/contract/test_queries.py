@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.layers.budgeted import BudgetedLayer
-from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.scorers import RKV
+from hf_reasoncache.storage.pool_store import PoolStore
 from tests.contract.test_lifecycle import Driver
 from tests.models import build, prompt
 
@@ -27,11 +27,13 @@ class Witness:
 
     def __init__(self, patch):
         self.known, self.checked, self.skipped = {}, 0, 0
-        append, occasion = PooledLayer._append, BudgetedLayer._occasion
+        self.cache = None
+        append, occasion = PoolStore.append, BudgetedLayer._occasion
 
-        def watched_append(layer, chunk, end):
-            append(layer, chunk, end)
-            self.skipped += layer._log.last() is None
+        def watched_append(store, chunk, end):
+            append(store, chunk, end)
+            (layer,) = [each for each in self.cache.layers if each.store is store]
+            self.skipped += layer.queries.last() is None
             for index in range(chunk.steps):
                 column = end - chunk.steps + index
                 self.known[layer.index, column] = chunk.query[:, :, index].clone()
@@ -43,7 +45,7 @@ class Witness:
             self.checked += 1
             return found
 
-        patch.setattr(PooledLayer, "_append", watched_append)
+        patch.setattr(PoolStore, "append", watched_append)
         patch.setattr(BudgetedLayer, "_occasion", watched_occasion)
 
     def rows(self, rows):
@@ -55,6 +57,7 @@ def run(actions, witness):
     cache = ReasonAllocCache(
         model.config, budget=40, buffer=BUFFER, window=4, scorer=RKV(queries=QUERIES)
     )
+    witness.cache = cache
     driver, drafting = Driver(model, cache, inputs["attention_mask"]), False
     ids = driver(inputs["input_ids"])[:, -1:].argmax(-1)
     # A single token ends the prompt.

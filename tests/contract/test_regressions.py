@@ -69,7 +69,7 @@ def test_forward_with_gradients_enabled_keeps_no_graph(budget):
         for _ in range(30):
             logits = model(logits[:, -1:].argmax(-1), **cache_kwarg(cache)).logits
     for layer in cache.layers:
-        assert not any(field.requires_grad for field in layer.pool.fields.values())
+        assert not any(field.requires_grad for field in layer.store.pool.fields.values())
     copy.deepcopy(cache)
 
 
@@ -166,7 +166,7 @@ def test_assisted_decoding_allocates_the_budget_once():
     sizes = []
 
     def watch(module, arguments, output):
-        sizes.append(cache.layers[0].pool.layout.slots)
+        sizes.append(cache.layers[0].store.pool.layout.slots)
 
     hook = model.register_forward_hook(watch)
     tokens(model, cache, inputs, prompt_lookup_num_tokens=4, max_new_tokens=60)

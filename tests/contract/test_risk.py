@@ -20,11 +20,11 @@ MEASURED = {
 
 def snapshot(layer):
     """Tokens `[B, H]` of a layer by column, and its newest queries."""
-    pool = layer.pool
+    pool = layer.store.pool
     slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
     at = pool.fields["positions"][slots].long().masked_fill(offset < 0, -1)
     keys, values = pool.fields["keys"][slots], pool.fields["values"][slots]
-    queries = layer._log.last()
+    queries = layer.queries.last()
     return at, keys, values, None if queries is None else queries[:, :, -8:]
 
 
@@ -34,7 +34,7 @@ def test_risk_is_the_difference_that_the_eviction_makes(name, kind):
     model, inputs = build(name), prompt()
     # Phases of their own keep windows of a row apart: one eviction per layer and step.
     cache = make_cache(kind, model, **MEASURED[kind])
-    ours = [index for index, each in enumerate(cache.layers) if hasattr(each, "pool")]
+    ours = [index for index, each in enumerate(cache.layers) if hasattr(each, "store")]
     driver = Driver(model, cache, inputs["attention_mask"])
     logits, checked = driver(inputs["input_ids"]), 0
     for _ in range(40):

@@ -321,7 +321,7 @@ def test_storages_follow_the_windows_and_move_rarely(head_budgets):
                 for length in lengths:
                     need = length + end + RECENT - seen + spare
                     slots += math.ceil(need / step) * step
-            pool = driver.cache.layers[index].pool
+            pool = driver.cache.layers[index].store.pool
             size = pool.fields["keys"].untyped_storage().nbytes() // (
                 4 * pool.fields["keys"].shape[-1]
             )
@@ -343,7 +343,7 @@ def test_long_turn_gives_its_memory_back():
     assert max(map(max, layer.held)) < 21 + 110 * KEPT / WINDOW + WINDOW + RECENT
     most = max(map(max, layer.held)) + WINDOW + KEPT + WINDOW // 4
     assert max(map(max, layer.capacity)) <= 1.25 * most
-    log = driver.cache.layers[0]._log
+    log = driver.cache.layers[0].queries
     assert log.last().shape[2] == WINDOW + RECENT
 
 

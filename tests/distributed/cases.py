@@ -11,8 +11,8 @@ from hf_reasoncache import (
     SlidingWindowCompressCache,
     branch_generate,
 )
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.layers.budgeted import BudgetedLayer
-from hf_reasoncache.layers.pooled import PooledLayer
 from hf_reasoncache.protection import Fair
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Guard, Probes
@@ -166,7 +166,7 @@ HYBRID = {"hybrid": generate(alloc(**LOOSE))}
 def outcome(name, model):
     """What a case gives, as plain numbers; of the heads of this process."""
     tokens, cache = (CASES | LOCAL | HYBRID)[name](model)
-    ours = [index for index, layer in enumerate(cache.layers) if isinstance(layer, PooledLayer)]
+    ours = [index for index, layer in enumerate(cache.layers) if isinstance(layer, CacheLayer)]
     report = cache.report()
     return {
         "tokens": tokens.tolist(),

@@ -8,7 +8,7 @@ from accelerate import dispatch_model
 from transformers import DynamicCache
 
 from examples.benchmarks.moves import Moves
-from hf_reasoncache.layers.pooled import PooledLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from tests.caches import KINDS, exact_cache, make_cache
 from tests.models import build, prompt
@@ -45,7 +45,7 @@ def test_two_devices_give_what_one_gives(kind, spread, here):
     assert torch.equal(generate(spread, cache), generate(here, expected))
     assert cache.report().evicted == expected.report().evicted > 0
     for index, layer in enumerate(cache.layers):
-        assert isinstance(layer, PooledLayer)
+        assert isinstance(layer, CacheLayer)
         assert {x.device.index for x in layer.tensors()} == {PLACES[f"model.layers.{index}"]}
 
 

@@ -37,7 +37,7 @@ def test_tokens_equal_those_of_pytorch(prompts, suffix, device):
     assert "triton" in report.backend and wanted.backend == "torch"
     assert torch.equal(tokens, expected)
     assert (report.evictions > 0) == (suffix is not None)
-    assert all(len(layer.trunk.readers) == prompts for layer in cache.layers)
+    assert all(len(layer.store.tree.readers) == prompts for layer in cache.layers)
 
 
 def test_forked_rows_equal_those_of_pytorch(device):

@@ -95,7 +95,7 @@ def test_another_step_than_the_case_says_is_an_error(changes):
 def test_the_command_shows_the_lines_of_a_case(capsys):
     count_steps.main(["no budget"])
     lines = capsys.readouterr().out
-    assert "launch          attend_kernel" in lines and "hf_reasoncache.layers.pool:" in lines
+    assert "launch          attend_kernel" in lines and "hf_reasoncache.storage.pool:" in lines
     assert "mark" not in lines
     with pytest.raises(SystemExit):
         count_steps.main(["nothing"])

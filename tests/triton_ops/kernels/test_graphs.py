@@ -25,8 +25,8 @@ CASES = {
 
 def host_tensors(cache):
     """What the pools keep on the CPU."""
-    layouts = [layer.pool.layout for layer in cache.layers]
-    return [layer.pool.length for layer in cache.layers] + [
+    layouts = [layer.store.pool.layout for layer in cache.layers]
+    return [layer.store.pool.length for layer in cache.layers] + [
         tensor for each in layouts for tensor in (each.capacity, each.start, each.order)
     ]
 
@@ -49,8 +49,8 @@ def test_tokens_and_contents_are_those_without_graphs(name, device, monkeypatch)
     for layer in range(2):
         assert cache.held_positions(layer) == plain.held_positions(layer)
         mine, its = cache.layers[layer], plain.layers[layer]
-        assert mine.seen == its.seen and torch.equal(mine.pool.length, its.pool.length)
-        assert torch.equal(mine.pool.device_length.cpu(), mine.pool.length)
+        assert mine.seen == its.seen and torch.equal(mine.store.pool.length, its.store.pool.length)
+        assert torch.equal(mine.store.pool.device_length.cpu(), mine.store.pool.length)
     assert "forward" not in vars(model)
 
 
@@ -62,7 +62,7 @@ def test_graphs_may_begin_where_no_query_is_kept_yet(device):
     arguments = {"do_sample": False, "min_new_tokens": 3}
     for each in (plain, cache):
         first = model.generate(**inputs, **arguments, **cache_kwarg(each), max_new_tokens=6)
-    assert cache.layers[0]._log.last() is None
+    assert cache.layers[0].queries.last() is None
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
     arguments |= {"input_ids": first, "attention_mask": mask, "max_new_tokens": 9}
     expected = model.generate(**arguments, **cache_kwarg(plain))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_reasoncache.layers.held_positions import HeldPositions
+from hf_reasoncache.storage.held_positions import HeldPositions
 from triton_ops.compact import compact
 from triton_ops.layout import RaggedLayout
 

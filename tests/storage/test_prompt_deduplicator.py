@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_reasoncache.layers.chunk import Chunk
-from hf_reasoncache.layers.twins import Twins
 from hf_reasoncache.shards import ALONE, Shard
+from hf_reasoncache.storage.new_tokens import NewTokens
+from hf_reasoncache.storage.prompt_deduplicator import PromptDeduplicator
 
 SIZE = (6, 2, 5, 8)
 
@@ -17,11 +17,11 @@ def chunk_of(change, dtype=torch.float32):
     keys, values = (torch.randn(2, *SIZE[1:], generator=draw)[like].to(dtype) for _ in range(2))
     valid = torch.ones(6, 5, dtype=torch.bool)
     change(keys, values, valid)
-    return Chunk(keys, keys, values, valid, {})
+    return NewTokens(keys, keys, values, valid, {})
 
 
 def first_like(change, groups=(0,) * 6, dtype=torch.float32):
-    return Twins().of(chunk_of(change, dtype), 0, torch.tensor(groups), ALONE).tolist()
+    return PromptDeduplicator().of(chunk_of(change, dtype), 0, torch.tensor(groups), ALONE).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -84,7 +84,7 @@ def test_rows_that_differ_already_stay_apart_and_need_not_be_neighbours():
 
 
 def test_the_lowest_layer_decides_for_all():
-    twins, groups = Twins(), torch.zeros(6, dtype=torch.long)
+    twins, groups = PromptDeduplicator(), torch.zeros(6, dtype=torch.long)
     equal, other = chunk_of(lambda *_: None), chunk_of(lambda keys, *_: keys[1].neg_())
     assert twins.of(equal, 1, groups, ALONE).tolist() == [0, 0, 0, 3, 3, 3]
     assert twins.of(other, 2, groups, ALONE).tolist() == [0, 0, 0, 3, 3, 3]
@@ -99,5 +99,5 @@ def test_rows_are_twins_if_every_process_says_so():
             return torch.cat([own, torch.tensor([[0], [1], [1], [3], [3], [5]])], 1)
 
     groups = torch.zeros(6, dtype=torch.long)
-    found = Twins().of(chunk_of(lambda *_: None), 0, groups, Elsewhere())
+    found = PromptDeduplicator().of(chunk_of(lambda *_: None), 0, groups, Elsewhere())
     assert found.tolist() == [0, 1, 1, 3, 3, 5]

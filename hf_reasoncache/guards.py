@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from hf_reasoncache.layers.guarded import GuardedLayer
+    from hf_reasoncache.layer import CacheLayer
 
 _METADATA = frozenset(
     [getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")]
@@ -33,17 +33,17 @@ class GuardTensor(torch.Tensor):
 
     Attributes
     ----------
-    layer : GuardedLayer
+    layer : CacheLayer
         The cache layer it came from.
     on_failure : Callable[[Exception], None]
         What the cache does when the attention fails.
     """
 
-    layer: GuardedLayer
+    layer: CacheLayer
     on_failure: Callable[[Exception], None]
 
     @staticmethod
-    def wrap(tensor: torch.Tensor, layer: GuardedLayer) -> GuardTensor:
+    def wrap(tensor: torch.Tensor, layer: CacheLayer) -> GuardTensor:
         """Guard a tensor without copying it."""
         guard = tensor.as_subclass(GuardTensor)
         guard.layer, guard.on_failure = layer, _nothing

@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
+class NewTokens:
     """New tokens of one layer.
 
     Attributes
@@ -40,8 +40,8 @@ class Chunk:
             return torch.ones(batch, heads, steps, dtype=torch.bool, device=self.keys.device)
         return self.valid[:, None].repeat(1, heads, 1)
 
-    def columns(self, first: int, last: int) -> Chunk:
-        """Return the chunk's own columns `first` to `last - 1`."""
+    def columns(self, first: int, last: int) -> NewTokens:
+        """Return the tokens in columns `first` to `last - 1`."""
         return replace(
             self,
             query=self.query[:, :, first:last],

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 
-class QueryLog:
+class QueryWindow:
     """Post-RoPE queries of the newest columns.
 
     By default the log keeps the tensors that the model made anyway, which costs nothing per step,
@@ -135,9 +135,9 @@ class QueryLog:
         self._end_ring()
         self._chunks = deque(chunk.index_select(0, rows.to(chunk.device)) for chunk in self._chunks)
 
-    def clone(self) -> QueryLog:
+    def clone(self) -> QueryWindow:
         """Return a log that changes independently; kept tensors are never written to."""
-        twin = QueryLog(self.size)
+        twin = QueryWindow(self.size)
         held = self.last() if self._ring is not None else None
         twin._chunks = deque(self._chunks if held is None else [held])
         twin._columns = self._columns if held is None else self._held

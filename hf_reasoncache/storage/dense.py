@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_reasoncache.layers.pool import RaggedPool
-from hf_reasoncache.layers.trunk import Trunk
+from hf_reasoncache.storage.pool import RaggedPool
+from hf_reasoncache.storage.prefix_tree import PrefixTree
 
 
 def dense_tokens(pools: Sequence[RaggedPool], name: str, columns: int) -> torch.Tensor:
@@ -22,9 +22,9 @@ def dense_tokens(pools: Sequence[RaggedPool], name: str, columns: int) -> torch.
     return out
 
 
-def add_trunk(out: torch.Tensor, trunk: Trunk, name: str) -> torch.Tensor:
+def add_shared(out: torch.Tensor, tree: PrefixTree, name: str) -> torch.Tensor:
     """Copy what rows share into `out`, `[B, H_kv, columns, D]`."""
-    for row, paths in enumerate(zip(trunk.paths, trunk.aside, strict=True)):
+    for row, paths in enumerate(zip(tree.paths, tree.aside, strict=True)):
         for part in (*paths[0], *paths[1]):
             out[row, :, part.columns.long()] = getattr(part, name)
     return out

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_reasoncache.layers.pool import RaggedPool
-from hf_reasoncache.layers.query_log import QueryLog
+from hf_reasoncache.storage.pool import RaggedPool
+from hf_reasoncache.storage.query_window import QueryWindow
 
 ACTIONS = st.lists(
     st.sampled_from(["append", "pad", "compact", "relayout", "rows", "drop", "snapshot"]),
@@ -65,7 +65,7 @@ def test_a_pool_with_lengths_on_the_device_is_the_same_pool(actions, ragged, see
 @pytest.mark.parametrize("size", [1, 3, 8])
 @given(steps=st.lists(st.integers(1, 4), min_size=1, max_size=10), ring_at=st.integers(0, 9))
 def test_a_ring_answers_like_a_list(size, steps, ring_at):
-    plain, ring = QueryLog(size), QueryLog(size)
+    plain, ring = QueryWindow(size), QueryWindow(size)
     seen, clock = 0, torch.zeros(1, dtype=torch.long)
     for index, count in enumerate(steps):
         if index >= ring_at:
@@ -92,7 +92,7 @@ def test_a_ring_answers_like_a_list(size, steps, ring_at):
 
 
 def test_a_ring_of_nothing_stays_nothing():
-    log = QueryLog(0)
+    log = QueryWindow(0)
     log.make_ring(3)
     log.append(torch.ones(1, 1, 1, 2))
     log.count_appended()

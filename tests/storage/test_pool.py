@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hf_reasoncache.layers.pool import RaggedPool
+from hf_reasoncache.storage.pool import RaggedPool
 
 KEY_SIZE, VALUE_SIZE = 2, 3
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from hf_reasoncache.layers.pool import POOL_FIELDS, RaggedPool
+from hf_reasoncache.storage.pool import POOL_FIELDS, RaggedPool
 
 Choice = Callable[[torch.Tensor], torch.Tensor]
 """From the columns of tokens, LongTensor[B, H_kv, N], to those that are meant, BoolTensor."""

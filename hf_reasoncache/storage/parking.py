@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_reasoncache.layers.segments import Path
+from hf_reasoncache.storage.segment import Path
 
 
 @dataclass(eq=False)

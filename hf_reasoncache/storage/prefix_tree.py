@@ -13,13 +13,13 @@ from functools import cached_property
 
 import torch
 
-from hf_reasoncache.layers.segments import Path, Segment
+from hf_reasoncache.storage.segment import Path, Segment
 from triton_ops.layout import SharedPrefix
 from triton_ops.merge_state import merge_state
 
 
 @dataclass(frozen=True, eq=False)
-class Trunk:
+class PrefixTree:
     """What the rows of a layer read besides their own tokens; changes give a new object.
 
     Attributes
@@ -35,9 +35,9 @@ class Trunk:
     aside: tuple[Path, ...] = ()
 
     @staticmethod
-    def of_rows(count: int) -> Trunk:
+    def of_rows(count: int) -> PrefixTree:
         """Begin with rows that read nothing."""
-        return Trunk(((),) * count, ((),) * count)
+        return PrefixTree(((),) * count, ((),) * count)
 
     @cached_property
     def lengths(self) -> torch.Tensor:
@@ -92,18 +92,18 @@ class Trunk:
         own = {part: part.columns.tolist() for part in self.readers}
         return [[column for part in path for column in own[part]] for path in self.paths]
 
-    def select_rows(self, rows: torch.Tensor) -> Trunk:
+    def select_rows(self, rows: torch.Tensor) -> PrefixTree:
         """Keep, repeat or reorder rows; nothing is copied."""
         paths, aside = self.paths, self.aside
-        return Trunk(
+        return PrefixTree(
             tuple(paths[row] for row in rows.tolist()), tuple(aside[row] for row in rows.tolist())
         )
 
-    def with_last(self, path: Path) -> Trunk:
+    def with_last(self, path: Path) -> PrefixTree:
         """Give the last row another path."""
-        return Trunk((*self.paths[:-1], path), (*self.aside[:-1], ()))
+        return PrefixTree((*self.paths[:-1], path), (*self.aside[:-1], ()))
 
-    def hide(self, hidden: torch.Tensor) -> Trunk:
+    def hide(self, hidden: torch.Tensor) -> PrefixTree:
         """Leave out what a mask hides, and take in again what it shows, BoolTensor[B, T]."""
         known: dict[Segment, torch.Tensor] = {}
         made: dict[tuple[Segment, bytes], list[tuple[Segment, bool]]] = {}
@@ -123,9 +123,9 @@ class Trunk:
             paths.append(tuple(part for part, gone in pieces if not gone))
             aside.append(tuple(part for part, gone in pieces if gone))
         same = tuple(paths) == self.paths and tuple(aside) == self.aside
-        return self if same else Trunk(tuple(paths), tuple(aside))
+        return self if same else PrefixTree(tuple(paths), tuple(aside))
 
-    def append(self, parts: Sequence[Segment | None], *, join: bool = False) -> Trunk:
+    def append(self, parts: Sequence[Segment | None], *, join: bool = False) -> PrefixTree:
         """Lengthen the paths of rows by one segment each, or not.
 
         Parameters
@@ -149,16 +149,16 @@ class Trunk:
                 paths.append((*path[:-1], joined[pair]))
             else:
                 paths.append(path if pair[1] is None else (*path, pair[1]))
-        return Trunk(tuple(paths), self.aside)
+        return PrefixTree(tuple(paths), self.aside)
 
-    def crop(self, column: int) -> Trunk:
+    def crop(self, column: int) -> PrefixTree:
         """Leave out all tokens from a column on."""
         kept = {part: part.before(column) for part in self.segments}
 
         def cropped(paths: tuple[Path, ...]) -> tuple[Path, ...]:
             return tuple(tuple(kept[x] for x in path if kept[x].tokens) for path in paths)
 
-        return Trunk(cropped(self.paths), cropped(self.aside))
+        return PrefixTree(cropped(self.paths), cropped(self.aside))
 
     def join_attention(
         self,

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import torch
 
-from hf_reasoncache.layers.chunk import Chunk
 from hf_reasoncache.shards import Shard
+from hf_reasoncache.storage.new_tokens import NewTokens
 
 ORDER = 32
 """Units in the last place of a vector's largest number that the order of its sums may make up."""
 
 
-class Twins:
+class PromptDeduplicator:
     """Finds rows with the same tokens, once per forward for all layers of a cache.
 
     The first layer that asks decides, where rounding has had least occasion to grow.
@@ -31,12 +31,12 @@ class Twins:
         self._layer: int | None = None
         self._first_like: torch.Tensor = torch.zeros(0, dtype=torch.long, device="cpu")
 
-    def of(self, chunk: Chunk, layer: int, groups: torch.Tensor, shard: Shard) -> torch.Tensor:
+    def of(self, new: NewTokens, layer: int, groups: torch.Tensor, shard: Shard) -> torch.Tensor:
         """Return for each row the first row that brings the same tokens.
 
         Parameters
         ----------
-        chunk : Chunk
+        new : NewTokens
         layer : int
             Index of the layer that asks; the lowest one decides for all.
         groups : LongTensor[B]
@@ -50,19 +50,19 @@ class Twins:
             On the CPU.
         """
         if self._layer is None or layer <= self._layer:
-            found = shard.gather(_first_like(chunk, groups)[:, None])
+            found = shard.gather(_first_like(new, groups)[:, None])
             same = (found[:, None] == found).all(-1)
             self._layer, self._first_like = layer, same.int().argmax(-1)
         return self._first_like
 
 
-def _first_like(chunk: Chunk, groups: torch.Tensor) -> torch.Tensor:
+def _first_like(new: NewTokens, groups: torch.Tensor) -> torch.Tensor:
     found = list(range(len(groups)))
     firsts: list[int] = []
     for row in found:
         # Copies of a prompt are neighbours as a rule.
         for first in reversed(firsts):
-            if groups[first] == groups[row] and _same_tokens(chunk, first, row):
+            if groups[first] == groups[row] and _same_tokens(new, first, row):
                 found[row] = first
                 break
         else:
@@ -70,12 +70,12 @@ def _first_like(chunk: Chunk, groups: torch.Tensor) -> torch.Tensor:
     return torch.tensor(found, device="cpu")
 
 
-def _same_tokens(chunk: Chunk, one: int, other: int) -> bool:
-    keys, values = chunk.keys, chunk.values
-    if chunk.valid is not None:
-        if not torch.equal(chunk.valid[one], chunk.valid[other]):
+def _same_tokens(new: NewTokens, one: int, other: int) -> bool:
+    keys, values = new.keys, new.values
+    if new.valid is not None:
+        if not torch.equal(new.valid[one], new.valid[other]):
             return False
-        keys, values = (x[[one, other]][:, :, chunk.valid[one]] for x in (keys, values))
+        keys, values = (x[[one, other]][:, :, new.valid[one]] for x in (keys, values))
         one, other = 0, 1
     return _equal(keys[one], keys[other]) and _equal(values[one], values[other])
 

@@ -1,0 +1,349 @@
+"""Where a layer keeps its tokens: a ragged pool, and what a mask hides of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from hf_reasoncache.shards import Shard
+from hf_reasoncache.storage.aside import exchange, gathered
+from hf_reasoncache.storage.dense import dense_tokens
+from hf_reasoncache.storage.new_tokens import NewTokens
+from hf_reasoncache.storage.pool import RaggedPool
+from triton_ops.backend import uses_triton
+from triton_ops.decode_attention import decode_attention, even_attention
+
+FIRST_ROOM = 256
+"""Slots allocated beyond the prompt when no budget says how long the text may become."""
+
+
+def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all storages behind some tensors, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class PoolStore:
+    """The tokens of one layer, every row and KV head in a stretch of one `RaggedPool`.
+
+    It knows neither the model nor a policy: tokens come in with `append`, are read by `attend`, and
+    go when somebody compacts the pool. Padding never enters it.
+
+    Attributes
+    ----------
+    shares : bool
+        Whether rows share what they have in common.
+    statistics : mapping from str to dtype
+        Numbers that are kept per token; set before the first one comes.
+    pool : RaggedPool or None
+        None until the first forward is stored.
+    first : LongTensor[B]
+        Column of each row's first real token, on the CPU; -1 while a row has only seen padding.
+    clock : LongTensor[1] or None
+        On the pool's device, set while a step is captured: the column of the one new token, read
+        wherever the host's count would otherwise become part of the graph.
+    aside : RaggedPool or None
+        Tokens that the attention mask hides; replaced, never written to.
+    """
+
+    shares = False
+
+    def __init__(self) -> None:
+        self.statistics: Mapping[str, torch.dtype] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all tokens and free their storage."""
+        self.pool: RaggedPool | None = None
+        self.first = torch.zeros(0, dtype=torch.long, device="cpu")
+        self.clock: torch.Tensor | None = None
+        self.aside: RaggedPool | None = None
+        self._placed = False
+        # Newest columns that every head is known to hold in its last slots, where a crop finds
+        # them.
+        self._tail = 0
+
+    @property
+    def rows(self) -> int | None:
+        """Batch rows stored; None before the first forward."""
+        return None if self.pool is None else self.pool.length.shape[0]
+
+    @property
+    def tokens(self) -> RaggedPool:
+        """The pool, which there must be.
+
+        Raises
+        ------
+        ValueError
+            Before the first forward.
+        """
+        if self.pool is None:
+            raise ValueError("expected stored tokens, got an empty layer of a cache.")
+        return self.pool
+
+    # ----------------------------------------------------------------------------------- new tokens
+
+    def begin(self, new: NewTokens, end: int) -> None:
+        """Note how many rows there are, and where they begin, from the first tokens that come."""
+        self.first = torch.full((new.keys.shape[0],), -1, device="cpu")
+        self._placed = False
+        self._place_first(end - new.steps, new.valid)
+
+    def allocate(self, capacity: torch.Tensor, new: NewTokens) -> RaggedPool:
+        """Make an empty pool with `capacity` slots, LongTensor[B, H_kv], in place of any other."""
+        self.pool = RaggedPool(capacity, new.keys, new.values, self.statistics)
+        self._tail = 0
+        return self.pool
+
+    def store_first(self, new: NewTokens, end: int, shard: Shard) -> None:
+        """Store the tokens of the first forward, with room for more.
+
+        Parameters
+        ----------
+        new : NewTokens
+        end : int
+            Column behind the last of them.
+        shard : Shard
+            Which KV heads of the layer these are.
+        """
+        batch, heads, steps, _ = new.keys.shape
+        self.begin(new, end)
+        self.allocate(torch.full((batch, heads), steps + FIRST_ROOM, device="cpu"), new)
+        self.append(new, end)
+
+    def store_part(
+        self,
+        new: NewTokens,
+        end: int,
+        capacity: torch.Tensor,
+        keep: torch.Tensor | None,
+        **statistics: torch.Tensor,
+    ) -> None:
+        """Store some tokens of the first forward, after `begin`.
+
+        Parameters
+        ----------
+        new : NewTokens
+        end : int
+        capacity : LongTensor[B, H_kv]
+            Slots of each head.
+        keep : BoolTensor[B, H_kv, T] or None
+            What is stored; None stores everything.
+        **statistics : Tensor[B, H_kv, T]
+        """
+        columns = torch.arange(end - new.steps, end, device=new.keys.device)
+        self.allocate(capacity, new).append(new.keys, new.values, columns, keep, **statistics)
+        self._tail = new.steps if keep is None else 0
+
+    def extend_prompt(self, new: NewTokens, end: int, shard: Shard) -> None:
+        """Take note that the newest tokens in the pool are another chunk of the prompt."""
+
+    def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
+        """Note where rows begin that had no real token before column `begin`."""
+        if self._placed:
+            return
+        if valid is None:
+            found = torch.full_like(self.first, begin)
+        else:
+            found = (begin + valid.int().argmax(-1)).where(valid.any(-1), -1).cpu()
+        self.first = self.first.where(self.first >= 0, found)
+        self._placed = bool((self.first >= 0).all())
+
+    def make_room(self, steps: int) -> None:
+        """Make sure that every head has room for `steps` more tokens, and for many after them."""
+        pool = self.tokens
+        if steps > pool.least_free:
+            needed = pool.longest + steps
+            doubled = max(2 * int(pool.capacity.max()), needed)
+            pool.relayout(torch.full_like(pool.capacity, doubled))
+
+    def append(self, new: NewTokens, end: int) -> None:
+        """Append tokens whose last one is column `end - 1`; there must be room."""
+        batch, heads, steps, _ = new.keys.shape
+        columns: torch.Tensor | int | None = self.clock
+        if columns is None and steps == 1:
+            columns = end - 1
+        elif columns is None:
+            columns = torch.arange(end - steps, end, device=new.keys.device)
+        keep = None if new.valid is None else new.valid[:, None].expand(batch, heads, steps)
+        self._place_first(end - steps, new.valid)
+        self.tokens.append(new.keys, new.values, columns, keep)
+        self._tail = self._tail + steps if new.valid is None else 0
+
+    # ------------------------------------------------------------------------------------ attention
+
+    def attend(self, new: NewTokens, end: int, **accumulate: Any) -> torch.Tensor:
+        """Attend to all that is held with queries whose last one is at column `end - 1`.
+
+        Returns
+        -------
+        Tensor[B, T, H_q, D_v]
+        """
+        pool = self.tokens
+        batch, query_heads, steps, head_size = new.query.shape
+        heads, attention = pool.length.shape[1], self._attention(new)
+        if attention is decode_attention and not accumulate and self._is_even(new):
+            held = (pool.fields["keys"], pool.fields["values"], pool.layout, pool.longest)
+            return even_attention(new.query, *held, new.settings["scaling"])
+        asking = None
+        if steps > 1:
+            asking = torch.arange(end - steps, end, device=new.query.device)
+            asking = asking.expand(batch, steps)
+            if new.valid is not None:
+                asking = asking.masked_fill(~new.valid, -1)
+        return attention(
+            query=new.query.reshape(batch, heads, query_heads // heads, steps, head_size),
+            keys=pool.fields["keys"],
+            values=pool.fields["values"],
+            positions=pool.fields["positions"],
+            layout=pool.layout,
+            length=pool.length,
+            device_length=pool.device_length if uses_triton(pool.fields["keys"]) else None,
+            query_positions=asking,
+            **new.settings,
+            **accumulate,
+        )
+
+    def _is_even(self, new: NewTokens) -> bool:
+        """Whether one token asks heads that hold equally many, and no kernel is to answer."""
+        pool, settings = self.tokens, new.settings
+        return (
+            new.steps == 1
+            and pool.is_even
+            and pool.longest > 0
+            and settings["softcap"] is None
+            and settings["s_aux"] is None
+            and not uses_triton(pool.fields["keys"])
+        )
+
+    def _attention(self, new: NewTokens) -> Callable[..., torch.Tensor]:
+        """Return what attends to the pool; called with the arguments of `decode_attention`."""
+        return decode_attention
+
+    # ------------------------------------------------------------------------------- captured steps
+
+    def static_parts(self) -> Iterator[Any]:
+        """Yield the objects that a captured step reads and writes where they are."""
+        pool = self.tokens
+        yield from (pool.layout, pool.device_length, *pool.fields.values())
+
+    def advance(self) -> None:
+        """Take note of one token per row that a replayed step has stored."""
+        self._tail += 1
+        self.tokens.count_appended(1)
+
+    # ------------------------------------------------------------------------- masks, rows, undoing
+
+    def hide(self, hidden: torch.Tensor) -> None:
+        """Attend from now on to no column that is hidden, and again to all others that are held.
+
+        Parameters
+        ----------
+        hidden : BoolTensor[B, T]
+            True for columns that the attention mask hides; nothing for those after the last.
+        """
+        pool = self.tokens
+        before = pool.length
+        self.aside = exchange(pool, self.aside, hidden)
+        if pool.length is not before:
+            self.forget_order()
+
+    @property
+    def hides(self) -> bool:
+        """Whether the mask hides tokens that are held."""
+        return self.aside is not None
+
+    def evict_hidden(self, rows: torch.Tensor) -> int:
+        """Let what the mask hides in some rows go, LongTensor[R] on the CPU.
+
+        Returns
+        -------
+        int
+            Tokens evicted, each row and head counted.
+        """
+        if self.aside is None:
+            return 0
+        others = torch.ones(len(self.aside.length), dtype=torch.bool, device="cpu")
+        others = others.index_fill(0, rows, False)[:, None, None]
+        count = int(self.aside.length[rows].sum())
+        self.aside = gathered([self.aside], lambda at: others.to(at.device).expand_as(at))
+        return count
+
+    def forget_order(self) -> None:
+        """Take note that the newest tokens may lie anywhere: somebody has compacted the pool."""
+        self._tail = 0
+
+    def crop(self, end: int, columns: int) -> None:
+        """Take back the newest `columns` columns, so that `end` are left."""
+        pool = self.tokens
+        if self.aside is not None:
+            self.aside = gathered([self.aside], lambda at: at < end)
+        if columns <= self._tail:
+            pool.drop_newest(columns)
+            self._tail -= columns
+        else:
+            rows = torch.arange(pool.length.shape[0], device="cpu")
+            slots, offset = pool.slots(rows)
+            keep = (pool.fields["positions"][slots] < end) & (offset >= 0)
+            pool.compact(rows, slots, offset, keep)
+            self._tail = 0
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep, repeat or reorder rows: new row `i` copies row `rows[i]` (LongTensor, CPU)."""
+        if self.pool is not None:
+            self.pool.select_rows(rows)
+            self.first = self.first[rows]
+        if self.aside is not None:
+            self.aside = self.aside.snapshot(deep=False)
+            self.aside.select_rows(rows)
+
+    def fork(self, rows: torch.Tensor) -> None:
+        """Like `select_rows`, for rows that will go on for long: what copies have in common is
+        stored once, if it can be.
+        """
+        self.select_rows(rows)
+
+    def snapshot(self, *, deep: bool) -> PoolStore:
+        """Copy, so that later appends leave the copy as it is; see `RaggedPool.snapshot`."""
+        twin = copy.copy(self)
+        twin.pool = self.tokens.snapshot(deep=deep)
+        return twin
+
+    # --------------------------------------------------------------------------------------- report
+
+    @property
+    def elsewhere(self) -> torch.Tensor:
+        """LongTensor[B]: tokens that every head of a row holds outside of the pool."""
+        return torch.zeros_like(self.first)
+
+    def held(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: tokens held, on the CPU."""
+        return torch.zeros(0, 0, device="cpu") if self.pool is None else self.pool.length
+
+    def held_positions(self) -> list[list[list[int]]]:
+        """Sorted columns that are held, per row and KV head; padding is never listed."""
+        return [] if self.pool is None else self.with_shared(self.pool.held().lists())
+
+    def with_shared(self, own: list[list[list[int]]]) -> list[list[list[int]]]:
+        """Add the columns that rows hold outside of the pool to those of each head in it."""
+        return own
+
+    def dense(self, name: str, columns: int) -> torch.Tensor:
+        """Copy all keys or values that are held to `[B, H_kv, columns, D]`; zeros elsewhere."""
+        pools = [self.tokens] if self.aside is None else [self.tokens, self.aside]
+        return dense_tokens(pools, name, columns)
+
+    def kv_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield all keys and values."""
+        for pool in (self.pool, self.aside):
+            if pool is not None:
+                yield from (pool.fields["keys"], pool.fields["values"])
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield all tensors whose size grows with the tokens held."""
+        for pool in (self.pool, self.aside):
+            if pool is not None:
+                yield from pool.fields.values()
