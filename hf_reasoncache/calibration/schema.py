@@ -55,7 +55,7 @@ def sequence(name: str, value: object, meaning: str, length: int | None = None) 
     if not isinstance(value, list | tuple):
         refuse(name, meaning, value)
     if length is not None and len(value) != length:
-        refuse(name, f"{meaning}, {length} of them", f"{len(value)} elements")
+        refuse(name, f"{meaning}, {shown(length)} of them", f"{len(value)} elements")
     return value
 
 

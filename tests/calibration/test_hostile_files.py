@@ -102,6 +102,7 @@ def test_mutated_config(config: bytes) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(places(CONTENT)[1:]), JSON), min_size=1, max_size=3))
 @example([(("demand",), [1, 2, 3])])
+@example([(("geometry", "kv_heads"), 10**250)])
 def test_other_values_in_the_config(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
     content = copy.deepcopy(CONTENT)
     for path, value in changes:
