@@ -43,8 +43,8 @@ class RowWindows:
     protection: RowProtection | None = None
 
     def __post_init__(self) -> None:
-        # Now, because a captured step may ask for it but not compute it.
-        _ = self.calm
+        # Now, because a captured step may ask for them but not compute them.
+        _ = self.calm, self.placed
 
     @staticmethod
     def after_prompt(

@@ -43,7 +43,7 @@ def test_layers_show_the_keys_and_values_of_stock_layers(name, mode):
             assert ours.is_initialized and ours.get_seq_length() == theirs.get_seq_length()
             for got, want in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
                 assert got.shape == want.shape and got.dtype == want.dtype, (kind, index)
-                if hasattr(ours, "pool"):
+                if hasattr(ours, "store"):
                     got, want = (x * real[: len(x)] for x in (got, want))
                 assert torch.allclose(got, want, atol=1e-4), (kind, index)
 

@@ -257,9 +257,9 @@ def _inputs(case: Case) -> list[dict[str, torch.Tensor]]:
 
 def _states(cache: Cache) -> list[tuple[int, object]]:
     """Return how often the rows of each layer have evicted, and the layout of its pool."""
-    pools = [getattr(layer, "pool", None) for layer in cache.layers]
+    stores = [getattr(layer, "store", None) for layer in cache.layers]
     evictions = [getattr(layer, "evictions", 0) for layer in cache.layers]
-    return [(n, getattr(pool, "layout", None)) for n, pool in zip(evictions, pools, strict=True)]
+    return [(n, store and store.tokens.layout) for n, store in zip(evictions, stores, strict=True)]
 
 
 def table() -> str:

@@ -5,8 +5,8 @@ import torch
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.graphs import CudaRecorder, decode_graphs
-from hf_reasoncache.layers import branched
 from hf_reasoncache.releases import cache_kwarg
+from hf_reasoncache.storage import branch_store
 from tests.models import prompt
 from tests.triton_ops.kernels.tape import TapeRecorder
 from tests.triton_ops.kernels.test_generate import small_llama
@@ -58,7 +58,7 @@ def test_forked_rows_equal_those_of_pytorch(device):
 
 
 def test_graphs_of_branches_give_the_same_tokens(device, monkeypatch):
-    monkeypatch.setattr(branched, "ROOM", 4)
+    monkeypatch.setattr(branch_store, "ROOM", 4)
     model = small_llama(query_heads=2).to(device)
     arguments = branches(device, 1)
     plain, cache = (SharedBranchCache(model.config) for _ in range(2))

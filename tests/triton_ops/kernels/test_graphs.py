@@ -5,9 +5,9 @@ import torch
 
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.graphs import CudaRecorder, decode_graphs
-from hf_reasoncache.layers import pooled
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
+from hf_reasoncache.storage import pool_store
 from tests.models import prompt
 from tests.triton_ops.kernels.tape import NotReplayableError, Tape, TapeRecorder
 from tests.triton_ops.kernels.test_generate import small_llama
@@ -33,7 +33,7 @@ def host_tensors(cache):
 
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_and_contents_are_those_without_graphs(name, device, monkeypatch):
-    monkeypatch.setattr(pooled, "FIRST_ROOM", 4)
+    monkeypatch.setattr(pool_store, "FIRST_ROOM", 4)
     steps, counts, kind, settings = CASES[name]
     model = small_llama(query_heads=2).to(device)
     inputs = {k: v.to(device) for k, v in prompt(tokens=9, padding=(0, 3)).items()}
