@@ -242,6 +242,9 @@ def _expect_continuation(
     if steps == 1 or positions is None or positions.dim() != 2 or known in mask.made:
         return
     mask.made[known] = True
+    if mask.valid is not None:
+        # Padding has any position; rows that are nothing else do not begin again.
+        positions = positions.masked_fill(~mask.valid.to(positions.device), 1)
     if bool((positions.amin(-1) == 0).all()) and bool(layer.held().any()):
         warnings.warn(
             f"expected the new tokens to continue the {layer.seen - steps} that the cache has "

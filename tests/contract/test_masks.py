@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
@@ -15,6 +17,7 @@ from tests.models import VOCABULARY, build, prompt
 from tests.oracle import Recorder
 
 LEFT, RIGHT = "left", "right"
+RELEASE = Version(transformers.__version__)
 
 
 def padded_prompt(side, batch=2, tokens=21):
@@ -80,7 +83,13 @@ def conversation(model, cache, side, mode, assistant=None):
 @pytest.mark.parametrize("side", [LEFT, RIGHT])
 @pytest.mark.parametrize("mode", TURNS)
 @pytest.mark.parametrize("name", ["llama", "qwen2_sliding", "gpt_oss"])
+@pytest.mark.filterwarnings("error:expected the new tokens to continue")
 def test_three_turns_equal_dynamic_cache(name, mode, side):
+    if Version("5.23") > RELEASE:
+        if mode == "chunked_prefill":
+            pytest.skip(f"transformers {RELEASE} cuts the mask of a later turn in chunks short")
+        if mode in ("prompt_lookup", "assisted") and name != "llama":
+            pytest.skip(f"transformers {RELEASE} cannot go on after drafts with sliding layers")
     base = "eager" if name == "gpt_oss" else "sdpa"
     model, assistant = build(name, base), None
     if mode == "assisted":
@@ -364,12 +373,13 @@ def test_assisted_decoding_over_a_used_cache_is_noticed(kind):
         ids = model.generate(**alone, **cache_kwarg(cache), **common)
         mask = pad(alone["attention_mask"], (0, 5), value=1)
         arguments = dict(input_ids=ids, attention_mask=mask, **cache_kwarg(cache), **common)
-        if row == 0:
-            with pytest.warns(UserWarning, match="continue the 25 .* seen, got .* reset"):
-                model.generate(**arguments, prompt_lookup_num_tokens=3)
+        if row == 0 and Version("5.18") <= RELEASE:
+            # generate drops a mask that hides nothing.
+            noticed = pytest.warns(UserWarning, match="continue the 25 .* seen, got .* reset")
         else:
-            with pytest.raises(ValueError, match=r"expected .* columns, 25 seen and .* reset"):
-                model.generate(**arguments, prompt_lookup_num_tokens=3)
+            noticed = pytest.raises(ValueError, match=r"expected .* columns, 25 seen and .* reset")
+        with noticed:
+            model.generate(**arguments, prompt_lookup_num_tokens=3)
 
 
 def test_another_prompt_is_noticed_where_it_shows():
