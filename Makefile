@@ -68,7 +68,7 @@ test-lowest: $(STAMP)
 test-newest: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --dry-run --upgrade --report $(RESOLVED) transformers
 	@$(TEST_NEWEST) TESTS='tests/contract tests/branching tests/test_graphs.py'
-	@TRITON_INTERPRET=1 $(TEST_NEWEST) TESTS=tests/triton_ops/kernels/test_graphs.py
+	@export TRITON_INTERPRET=1 && $(TEST_NEWEST) TESTS=tests/triton_ops/kernels/test_graphs.py
 
 # TESTS with the PACKAGES in a folder OVERLAY laid over .venv, which is made anew where they or .venv have changed.
 # The version is asked of the module that the tests will import, not of the installer.
