@@ -39,6 +39,11 @@ class ReasonCache(Cache):
     offloading : bool
         Must be False.
 
+    Attributes
+    ----------
+    own_layers : list of CacheLayer
+        The full-attention layers, which are ours.
+
     Raises
     ------
     ValueError
@@ -61,9 +66,12 @@ class ReasonCache(Cache):
             )
         layers = supported_layers(config)
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        # Known once, because every forward asks for them several times.
+        self.own_layers: list[CacheLayer] = []
         for rank, index in enumerate(ours):
             layer = layers[index] = make_layer(index, rank, len(ours))
             layer.agreement, layer.layers = self.tensor_parallel, len(layers)
+            self.own_layers.append(layer)
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
         self._blank = {
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
@@ -124,7 +132,7 @@ class ReasonCache(Cache):
         ValueError
             If the mask has another number of columns.
         """
-        ours = self._pooled_layers()
+        ours = self.own_layers
         first, seen = ours[0], ours[0].seen
         if first.store.clock is not None:
             # Within a captured step, before which the mask has been seen.
@@ -158,11 +166,8 @@ class ReasonCache(Cache):
         return None if bool(new.all()) else new
 
     def _hide(self, hidden: torch.Tensor) -> None:
-        for layer in self._pooled_layers():
+        for layer in self.own_layers:
             layer.hide(hidden)
-
-    def _pooled_layers(self) -> list[CacheLayer]:
-        return [layer for layer in self.layers if isinstance(layer, CacheLayer)]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Yield keys, values and size of a sliding window of each layer, as `DynamicCache` does."""
@@ -172,7 +177,7 @@ class ReasonCache(Cache):
 
     def reset(self) -> None:
         """Make the cache new: no token, no storage."""
-        for layer in self._pooled_layers():
+        for layer in self.own_layers:
             layer.reset()
         for index, blank in self._blank.items():
             self.layers[index] = copy.deepcopy(blank)
@@ -211,7 +216,7 @@ class ReasonCache(Cache):
 
     def _forget_first(self) -> bool:
         """Make the cache new if its first forward is still going on."""
-        first = any(layer.rows is None for layer in self._pooled_layers())
+        first = any(layer.rows is None for layer in self.own_layers)
         if first:
             self.reset()
         return first
@@ -222,7 +227,7 @@ class ReasonCache(Cache):
             cast(CacheLayer, self.layers[0]).take_back(steps)
 
     def _check_complete(self) -> None:
-        ours = self._pooled_layers()
+        ours = self.own_layers
         ours[0].expect_idle()
         seen = sorted({layer.seen for layer in ours})
         if len(seen) > 1:
@@ -233,7 +238,7 @@ class ReasonCache(Cache):
             )
 
     def _check_batch(self, batch: int) -> None:
-        rows = self._pooled_layers()[0].rows
+        rows = self.own_layers[0].rows
         if rows is not None and rows != batch:
             raise ValueError(
                 f"expected a batch of {rows} rows as before, got {batch}; reset() the cache, or "
@@ -243,7 +248,7 @@ class ReasonCache(Cache):
     def _check_forward(self, keys: torch.Tensor) -> None:
         self._check_complete()
         self._check_batch(keys.shape[0])
-        first = self._pooled_layers()[0]
+        first = self.own_layers[0]
         (keys,) = as_attended(keys)
         if first.rows is not None and first.dtype != keys.dtype:
             raise ValueError(
@@ -253,14 +258,10 @@ class ReasonCache(Cache):
 
     def report(self) -> CacheReport:
         """Return what is held now, and what it took; of the KV heads that this process holds."""
-        ours = self._pooled_layers()
+        ours = self.own_layers
         return CacheReport(
             seen=self.get_seq_length(),
-            layers=tuple(
-                LayerReport.of(index, layer)
-                for index, layer in enumerate(self.layers)
-                if isinstance(layer, CacheLayer)
-            ),
+            layers=tuple(LayerReport.of(layer.index, layer) for layer in ours),
             other_bytes=sum(
                 storage_bytes(layer) for layer in self.layers if not isinstance(layer, CacheLayer)
             ),
@@ -287,7 +288,7 @@ class ReasonCache(Cache):
             If the spans are not valid or for another number of rows, or nothing is held yet.
         """
         chosen = Spans.of(spans)
-        return torch.stack([keep_rates(layer, chosen) for layer in self._pooled_layers()])
+        return torch.stack([keep_rates(layer, chosen) for layer in self.own_layers])
 
     def held_positions(self, layer_idx: int) -> list[list[list[int]]]:
         """Return the tokens that the last forward attended to in one layer.
@@ -310,7 +311,7 @@ class ReasonCache(Cache):
         """
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
         if not isinstance(layer, CacheLayer):
-            ours = [index for index, each in enumerate(self.layers) if isinstance(each, CacheLayer)]
+            ours = [each.index for each in self.own_layers]
             raise ValueError(
                 f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}."
             )

@@ -96,7 +96,7 @@ class DecodeGraphs:
         # What the mask hides is in no pool now.
         ids, positions = settings.pop("input_ids"), settings.pop("position_ids", None)
         self._place(ids, positions)
-        layers = self._layers()
+        layers = self.cache.own_layers
         for layer in layers:
             layer.prepare()
         parts = [*self._inputs, *(part for layer in layers for part in layer.static_parts())]
@@ -108,7 +108,7 @@ class DecodeGraphs:
 
     def _step(self, parts: list[Any], run: Callable[[], Any]) -> Any:
         if self._recording is not None and _same(self._recording[0], parts):
-            for layer in self._layers():
+            for layer in self.cache.own_layers:
                 layer.advance()
             self._recording[2]()
             self.replayed += 1
@@ -126,20 +126,20 @@ class DecodeGraphs:
 
     def _run(self, settings: dict[str, Any]) -> Any:
         ids, positions, clock = self._inputs
-        for layer in self._layers():
+        for layer in self.cache.own_layers:
             layer.store.clock = clock
         try:
             return self.forward(
                 input_ids=ids, position_ids=positions, **cache_kwarg(self.cache), **settings
             )
         finally:
-            for layer in self._layers():
+            for layer in self.cache.own_layers:
                 layer.store.clock = None
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         """Whether a forward with our cache brings one token per row to what it holds already."""
         ids = kwargs.get("input_ids")
-        first = self._layers()[0]
+        first = self.cache.own_layers[0]
         known, mask = ("input_ids", "position_ids", "attention_mask"), kwargs.get("attention_mask")
         others = [value for name, value in kwargs.items() if name not in known]
         return (
@@ -153,7 +153,7 @@ class DecodeGraphs:
 
     def _place(self, ids: torch.Tensor, positions: torch.Tensor | None) -> None:
         """Put what a step reads where the graph reads it."""
-        seen = self._layers()[0].seen
+        seen = self.cache.own_layers[0].seen
         if positions is None:
             positions = torch.full_like(ids, seen)
         shapes = [tensor.shape for tensor in self._inputs[:2]]
@@ -163,9 +163,6 @@ class DecodeGraphs:
         self._inputs[0].copy_(ids)
         self._inputs[1].copy_(positions)
         self._inputs[2].fill_(seen)
-
-    def _layers(self) -> list[CacheLayer]:
-        return [layer for layer in self.cache.layers if isinstance(layer, CacheLayer)]
 
 
 def _remember(parts: list[Any]) -> list[Any]:

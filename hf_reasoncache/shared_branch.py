@@ -213,7 +213,7 @@ class SharedBranchCache(ReasonCache):
                 "parked here; it was resumed already, or the cache was reset."
             )
         self._require_exact("resume")
-        for layer, path in zip(self._pooled_layers(), parked.paths, strict=True):
+        for layer, path in zip(self.own_layers, parked.paths, strict=True):
             layer.add_row(path, parked.first)
         self._parking.branches.remove(parked)
         return self._rows() - 1

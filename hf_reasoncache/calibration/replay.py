@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.traces import Trace
-from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 
 LONGEST = 256
@@ -54,9 +53,8 @@ def replay(
     ids = torch.tensor(trace.prompt + trace.completion, device=model.device)
     ids = ids.expand(rows, -1)
     model(input_ids=ids[:, :begin], **cache_kwarg(cache), use_cache=True, logits_to_keep=1)
-    for layer in cache.layers:
-        if isinstance(layer, CacheLayer):
-            layer.activate_past_recording()
+    for layer in cache.own_layers:
+        layer.activate_past_recording()
     for end in [*sorted({edge for edge in edges if begin < edge < last}), last]:
         while begin < end:
             stop = min(end, begin + longest)

@@ -30,10 +30,6 @@ class WindowedLayer(EvictingLayer):
     policy: WindowPolicy
     budgets: RowWindows | None
 
-    def _clear(self) -> None:
-        super()._clear()
-        self.queries.resize(self.query_columns)
-
     @property
     def query_columns(self) -> int:
         """Columns that lie between now and the oldest query that a complete window needs."""
