@@ -189,12 +189,13 @@ def _attend(
             f"{kwargs['sliding_window']} on a layer that the config calls full_attention; this "
             "model is not supported."
         )
-    if layer.rows is not None and query.shape[2] > 1 and not attention_mask.is_plain:
+    begins = layer.rows is None
+    if not begins and query.shape[2] > 1 and not attention_mask.is_plain:
         raise ValueError(
             f"layer {layer.index}: expected causal attention after the first forward, got a "
             "model-specific mask pattern over several tokens; feed such a prompt in one forward."
         )
-    if layer.rows is None:
+    if begins:
         _require_layers(module, layer)
     weighs = asks_for_weights(module, layer, kwargs)
     if weighs:
@@ -207,7 +208,7 @@ def _attend(
     }
     (asking,) = as_attended(query.detach())
     new = NewTokens(asking, keys.detach(), values.detach(), attention_mask.valid, settings)
-    if layer.rows is None:
+    if begins:
         layer.shard = _shard(module, layer, keys.shape[1])
         result = run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
         layer.differentiable = result[0].requires_grad

@@ -124,8 +124,7 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         steps = key_states.shape[-2]
-        with without_autocast(key_states.device):
-            self._begin(steps)
+        self._begin(steps)
         keys, values = as_attended(key_states, value_states)
         self._incoming = (keys, values)
         self.seen += steps
@@ -198,8 +197,7 @@ class CacheLayer(CacheLayerMixin):
         Afterwards the step has static shapes, allocates nothing that stays, and never waits: it can
         be captured, and replayed if `static_parts` are the same objects.
         """
-        with without_autocast(self.device):
-            self._begin(1)
+        self._begin(1)
         self._make_room(1)
         # Asked for here, so that it is not made within the step.
         _ = self.store.tokens.device_length

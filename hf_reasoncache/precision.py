@@ -15,6 +15,7 @@ import torch
 
 # Every layer asks several times per step.
 _is_available = cache(torch.amp.is_autocast_available)
+_NOTHING = nullcontext()
 
 
 def _is_on(kind: str) -> bool:
@@ -34,5 +35,5 @@ def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which types on a device are what they seem; nearly free without."""
     if not _is_on(device.type):
-        return nullcontext()
+        return _NOTHING
     return torch.autocast(device.type, enabled=False)

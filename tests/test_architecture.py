@@ -44,7 +44,7 @@ PARTS: dict[str, set[str]] = {
     "precision": set(),
     "guards": {"layer"},
     "layer": {"guards", "precision", "shards", "storage"},
-    "layers": LAYERS | {"scorers", "budgets", "protection", "risk", "shards"},
+    "layers": LAYERS | {"precision", "scorers", "budgets", "protection", "risk", "shards"},
     "base_attention": set(),
     "weights_and_gradients": {"layer"},
     "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "layer"}

@@ -22,6 +22,7 @@ import torch
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.layers.draft import Before, Draft
 from hf_reasoncache.layers.policy import Budgets, Policy
+from hf_reasoncache.precision import without_autocast
 from hf_reasoncache.protection import RowProtection
 from hf_reasoncache.risk import Probes, RiskLog, Shadow, eviction_damage
 from hf_reasoncache.risk.guard import Select, Weigh
@@ -146,6 +147,11 @@ class EvictingLayer(CacheLayer):
             self._by_token = steps == 1
         if steps <= room or self.store.pool is None:
             return
+        with without_autocast(self.device):
+            self._evict_due(steps)
+
+    def _evict_due(self, steps: int) -> None:
+        """Fix the budgets if they are not yet, and evict what is due before `steps` new tokens."""
         grows = self._grows_prompt(self.seen, steps)
         complete = self._prompt_open and not grows
         if self.budgets is None:
