@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.backend import interpreting
+from .backend import interpreting
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -18,7 +18,7 @@ from tests.triton_ops.attention_cases import (
     expected,
     make_case,
 )
-from triton_ops import cpu
+from triton_ops import cpu_features
 from triton_ops.decode_attention import even_attention, fused, reference
 from triton_ops.layout import RaggedLayout
 
@@ -69,7 +69,7 @@ def test_equals_float64_head_by_head(shape, extras, dtype, call, monkeypatch):
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_few_queries_that_share_keys(shape, limit, threads, able, monkeypatch):
-    monkeypatch.setattr(cpu, "capabilities", lambda: able)
+    monkeypatch.setattr(cpu_features, "capabilities", lambda: able)
     monkeypatch.setattr(fused, "_CACHED_BYTES", limit)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     calls, attend = [], torch.nn.functional.scaled_dot_product_attention
@@ -92,7 +92,7 @@ def test_few_queries_that_share_keys(shape, limit, threads, able, monkeypatch):
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 6)], ids=["equal", "narrow values"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_heads_that_hold_equally_many(dtype, sizes, able, monkeypatch):
-    monkeypatch.setattr(cpu, "capabilities", lambda: able)
+    monkeypatch.setattr(cpu_features, "capabilities", lambda: able)
     for batch, heads, group, held, room in ((1, 1, 1, 1, 1), (3, 2, 2, 7, 9), (2, 3, 4, 9, 9)):
         capacity, length = [[room] * heads] * batch, [[held] * heads] * batch
         case = make_case(capacity, length, group, 1, dtype=dtype, sizes=sizes)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.triton_ops.redundancy_cases import by_definition, keys_with, prefix
-from triton_ops import cpu
+from triton_ops import cpu_features
 from triton_ops.redundancy import GONE, NONE, UNSEEN, redundancy, reference, search
 
 
@@ -189,7 +189,7 @@ def test_norms_whose_products_leave_the_range_are_compared_in_float32(monkeypatc
 @contextmanager
 def by_sign(monkeypatch):
     """Compare in bfloat16 whatever the CPU can do, and record the products."""
-    monkeypatch.setattr(cpu, "capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(cpu_features, "capabilities", lambda: {"avx512_bf16": True})
     with Sizes() as sizes:
         yield sizes
 

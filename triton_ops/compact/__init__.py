@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from triton_ops.backend import chosen
-from triton_ops.compact.reference import compact_reference
+from ..backend import chosen
+from .reference import compact_reference
 
 __all__ = ["compact"]
 
@@ -47,7 +47,7 @@ def compact(
                 f"strides {field.stride()}; pass the storage itself, not a view of it."
             )
     if chosen(slots.device) == "triton":
-        from triton_ops.compact.kernel import compact_triton as run
+        from .kernel import compact_triton as run
     else:
         run = compact_reference
     run(fields, slots, offset, keep)

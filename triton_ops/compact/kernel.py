@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.launch import launcher
-from triton_ops.tiles import blocks, power_of_two
+from ..launch import launcher
+from ..tiles import blocks, power_of_two
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """A move copies bits, whatever they mean."""

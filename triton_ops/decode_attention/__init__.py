@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from triton_ops.backend import uses_triton
-from triton_ops.decode_attention.reference import decode_attention_reference, even_attention
-from triton_ops.layout import RaggedLayout
+from ..backend import uses_triton
+from ..layout import RaggedLayout
+from .reference import decode_attention_reference, even_attention
 
 __all__ = ["decode_attention", "even_attention"]
 
@@ -109,7 +109,7 @@ def decode_attention(
         logsumexp=logsumexp,
     )
     if uses_triton(keys):
-        from triton_ops.decode_attention.kernel import decode_attention_triton
+        from .kernel import decode_attention_triton
 
         held = length if device_length is None else device_length
         return decode_attention_triton(query, keys, values, positions, layout, held, **arguments)

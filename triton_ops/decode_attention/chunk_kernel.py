@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_ops.tiles import NOTHING, load_rows, tile_logits
+from ..tiles import NOTHING, load_rows, tile_logits
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from triton_ops import cpu
+from .. import cpu_features
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -90,7 +90,7 @@ def _are_faster_alone(query: torch.Tensor, keys: torch.Tensor, values: torch.Ten
     queries, (_, tokens, size) = query.shape[1], keys.shape
     fit = 2 * tokens * size * keys.dtype.itemsize <= _CACHED_BYTES
     return bool(
-        cpu.capabilities().get("amx_bf16")
+        cpu_features.capabilities().get("amx_bf16")
         and values.shape[-1] == size
         and (queries == 2 or (queries <= _FEW_QUERIES and fit and torch.get_num_threads() == 1))
     )

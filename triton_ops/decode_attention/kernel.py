@@ -6,14 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.decode_attention.chunk_kernel import attend_chunk, store_partial
-from triton_ops.decode_attention.mass_kernel import add_mass
-from triton_ops.decode_attention.work import PrefixWork, work
-from triton_ops.launch import launcher
-from triton_ops.layout import RaggedLayout, SharedPrefix
-from triton_ops.merge_state.kernel import join
-from triton_ops.prefix_attention.kernel import attend_prefix
-from triton_ops.tiles import Tile, block_d, blocks, load_rows
+from ..launch import launcher
+from ..layout import RaggedLayout, SharedPrefix
+from ..merge_state.kernel import join
+from ..prefix_attention.kernel import attend_prefix
+from ..tiles import Tile, block_d, blocks, load_rows
+from .chunk_kernel import attend_chunk, store_partial
+from .mass_kernel import add_mass
+from .work import PrefixWork, work
 
 
 @triton.jit

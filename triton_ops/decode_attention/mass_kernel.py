@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.decode_attention.work import Work
-from triton_ops.tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
+from ..tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
+from .work import Work
 
 
 @triton.jit

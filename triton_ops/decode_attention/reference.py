@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
-from triton_ops.decode_attention.fused import fused_attention, fused_attention_with_sums, has_sums
-from triton_ops.layout import Bucket, RaggedLayout
+from ..layout import Bucket, RaggedLayout
+from .fused import fused_attention, fused_attention_with_sums, has_sums
 
 # One more call takes as long as a head with so many tokens, and a mask adds this share to a call:
 # measured on one core.

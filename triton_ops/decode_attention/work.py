@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from triton_ops.layout import RaggedLayout, SharedPrefix
-from triton_ops.tiles import blocks
+from ..layout import RaggedLayout, SharedPrefix
+from ..tiles import blocks
 
 SMALLEST, STEP = 32, 64
 """Slots of the smallest chunk, half a tile of keys, and what others are a multiple of."""

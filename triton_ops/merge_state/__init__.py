@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from triton_ops.backend import uses_triton
-from triton_ops.merge_state.reference import merge_state_reference
+from ..backend import uses_triton
+from .reference import merge_state_reference
 
 __all__ = ["merge_state"]
 
@@ -44,7 +44,7 @@ def merge_state(
             f"{list(other_logsumexp.shape)}."
         )
     if uses_triton(out):
-        from triton_ops.merge_state.kernel import merge_state_triton as run
+        from .kernel import merge_state_triton as run
     else:
         run = merge_state_reference
     return run(out, logsumexp, other, other_logsumexp)

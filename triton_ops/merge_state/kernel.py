@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.launch import launcher
-from triton_ops.tiles import LOG2_E, NOTHING, block_d, blocks, load_rows
+from ..launch import launcher
+from ..tiles import LOG2_E, NOTHING, block_d, blocks, load_rows
 
 
 @triton.jit

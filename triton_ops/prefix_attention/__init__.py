@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from triton_ops.backend import uses_triton
-from triton_ops.layout import RaggedLayout, SharedPrefix
-from triton_ops.prefix_attention.reference import prefix_attention_reference
+from ..backend import uses_triton
+from ..layout import RaggedLayout, SharedPrefix
+from .reference import prefix_attention_reference
 
 __all__ = ["prefix_attention"]
 
@@ -76,7 +76,7 @@ def prefix_attention(
         logsumexp=logsumexp,
     )
     if uses_triton(keys):
-        from triton_ops.decode_attention.kernel import decode_attention_triton
+        from ..decode_attention.kernel import decode_attention_triton
 
         return decode_attention_triton(
             query, keys, values, positions, layout,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_ops.decode_attention.chunk_kernel import attend_chunk, store_partial
-from triton_ops.tiles import load_rows
+from ..decode_attention.chunk_kernel import attend_chunk, store_partial
+from ..tiles import load_rows
 
 
 @triton.jit

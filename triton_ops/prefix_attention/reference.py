@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from triton_ops.decode_attention.reference import decode_attention_reference
-from triton_ops.layout import RaggedLayout, SharedPrefix
-from triton_ops.merge_state.reference import merge_state_reference
+from ..decode_attention.reference import decode_attention_reference
+from ..layout import RaggedLayout, SharedPrefix
+from ..merge_state.reference import merge_state_reference
 
 
 def prefix_attention_reference(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from triton_ops.backend import uses_triton
-from triton_ops.redundancy import reference
-from triton_ops.redundancy.places import GONE, NONE, UNSEEN
+from ..backend import uses_triton
+from . import reference
+from .places import GONE, NONE, UNSEEN
 
 __all__ = ["GONE", "NONE", "UNSEEN", "redundancy"]
 
@@ -73,7 +73,7 @@ def redundancy(
             f"redundancy expects known {list(valid.shape)} like valid, got {list(known.shape)}."
         )
     if uses_triton(keys):
-        from triton_ops.redundancy.kernel import redundancy_triton as run
+        from .kernel import redundancy_triton as run
     else:
         run = reference.redundancy
     return run(keys, valid, threshold=threshold, known=known)

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.launch import launcher
-from triton_ops.redundancy import places
-from triton_ops.tiles import Tile, block_d, blocks, dot_rows, load_rows
+from ..launch import launcher
+from ..tiles import Tile, block_d, blocks, dot_rows, load_rows
+from . import places
 
 NONE = tl.constexpr(places.NONE)
 UNSEEN = tl.constexpr(places.UNSEEN)

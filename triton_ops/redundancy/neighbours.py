@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from triton_ops import cpu
+from .. import cpu_features
 
 NORMAL = 128
 """Bits, read as an integer, of the smallest bfloat16 that is not subnormal."""
@@ -153,5 +153,5 @@ def _split(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _multiplies_bfloat16(keys: torch.Tensor) -> bool:
     if keys.device.type != "cpu":
         return False
-    able = cpu.capabilities()
+    able = cpu_features.capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))

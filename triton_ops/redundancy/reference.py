@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from triton_ops.redundancy.neighbours import Neighbours, whole_rows
-from triton_ops.redundancy.places import NONE
-from triton_ops.redundancy.search import most_recent_repeats, search
+from .neighbours import Neighbours, whole_rows
+from .places import NONE
+from .search import most_recent_repeats, search
 
 # All cosines of the heads that are searched at once, of which a step of the scan holds a few
 # columns. A long prompt, whose heads are searched one after another, borrows little memory.

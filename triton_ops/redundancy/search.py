@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from triton_ops.redundancy.neighbours import NORMAL, Neighbours
-from triton_ops.redundancy.places import NONE, UNSEEN
+from .neighbours import NORMAL, Neighbours
+from .places import NONE, UNSEEN
 
 BLOCK = 128
 """Columns per step of the scan."""

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 import torch
 
-from triton_ops.backend import uses_triton
-from triton_ops.window_scores.reference import window_scores_reference
+from ..backend import uses_triton
+from .reference import window_scores_reference
 
 Group = Literal["max", "mean"]
 Sees = Literal["past", "causal", "all"]
@@ -87,7 +87,7 @@ def window_scores(
     if sees not in get_args(Sees):
         raise ValueError(f"window_scores expects sees in {get_args(Sees)}, got {sees!r}.")
     if uses_triton(keys):
-        from triton_ops.window_scores.kernel import window_scores_triton as run
+        from .kernel import window_scores_triton as run
     else:
         run = window_scores_reference
     return run(queries, keys, query_positions, key_positions, scaling, group=group, sees=sees)

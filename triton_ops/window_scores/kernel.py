@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_ops.launch import launcher
-from triton_ops.tiles import LOG2_E, NOTHING, Tile, block_d, blocks, load_rows, tile_logits
+from ..launch import launcher
+from ..tiles import LOG2_E, NOTHING, Tile, block_d, blocks, load_rows, tile_logits
 
 
 @triton.jit
