@@ -6,9 +6,9 @@
 import pytest
 import torch
 
-from tests.triton_ops.attention_cases import expected, make_case
-from tests.triton_ops.redundancy_cases import by_definition, keys_with
-from tests.triton_ops.window_cases import by_hand
+from tests.support.ops.attention_cases import expected, make_case
+from tests.support.ops.redundancy_cases import by_definition, keys_with
+from tests.support.ops.window_cases import by_hand
 from triton_ops.backend import use_backend
 from triton_ops.redundancy import redundancy
 from triton_ops.window_scores import window_scores

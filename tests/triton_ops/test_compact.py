@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.triton_ops.compact_cases import check, requests
+from tests.support.ops.compact_cases import check, requests
 from triton_ops.compact import compact
 
 

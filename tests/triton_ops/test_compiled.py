@@ -1,152 +1,19 @@
 """Every kernel compiles for sm_80 and sm_90 in the sizes of real models, within their limits."""
 
 import pytest
-import torch
 
+from tests.support.ops.launches import CASES
 from triton_ops.backend import interpreting
-from triton_ops.layout import RaggedLayout, SharedPrefix
 
 pytestmark = pytest.mark.skipif(
     interpreting(), reason="TRITON_INTERPRET=1 replaces the kernels by Python"
 )
 
-BATCH, KV_HEADS, CAPACITY = 2, 8, 1152
-
-
-def pool(dtype, head_size):
-    layout = RaggedLayout(torch.full((BATCH, KV_HEADS), CAPACITY))
-    keys, values = (torch.empty(layout.slots, head_size, dtype=dtype) for _ in range(2))
-    return keys, values, torch.empty(layout.slots, dtype=torch.int32), layout, layout.capacity
-
-
-def decode(dtype, head_size, group, steps=1, extras=False):
-    """Launch what `decode_attention` launches, with or without all that is optional."""
-    from triton_ops.decode_attention.kernel import decode_attention_triton
-
-    keys, values, positions, layout, length = pool(dtype, head_size)
-    decode_attention_triton(
-        torch.empty(BATCH, KV_HEADS, group, steps, head_size, dtype=dtype),
-        keys,
-        values,
-        positions,
-        layout,
-        length,
-        query_positions=None if steps == 1 else torch.empty(BATCH, steps, dtype=torch.long),
-        scaling=head_size**-0.5,
-        softcap=30.0 if extras else None,
-        s_aux=torch.empty(KV_HEADS * group, dtype=dtype) if extras else None,
-        mass=torch.empty(layout.slots) if extras else None,
-        mass_weight=torch.empty(steps) if extras else None,
-        logsumexp=None,
-    )
-
-
-def branches(dtype, head_size, group, count):
-    """Launch what `prefix_attention` launches for one prefix, and what `merge_state` does."""
-    from triton_ops.decode_attention.kernel import decode_attention_triton
-    from triton_ops.merge_state.kernel import merge_state_triton
-
-    keys, values, positions, _, _ = pool(dtype, head_size)
-    layout = RaggedLayout(torch.full((count, KV_HEADS), 64))
-    shared = RaggedLayout(torch.full((1, KV_HEADS), CAPACITY))
-    prefix = SharedPrefix(
-        keys, values, shared, shared.capacity, torch.zeros(count, dtype=torch.long)
-    )
-    out = decode_attention_triton(
-        torch.empty(count, KV_HEADS, group, 1, head_size, dtype=dtype),
-        keys,
-        values,
-        positions,
-        layout,
-        layout.capacity,
-        query_positions=None,
-        scaling=head_size**-0.5,
-        softcap=None,
-        s_aux=None,
-        mass=None,
-        mass_weight=None,
-        logsumexp=None,
-        prefix=prefix,
-    )
-    merge_state_triton(out, out[..., 0], out, out[..., 0])
-
-
-def scores(dtype, head_size, group, window, pooling):
-    """Launch what `window_scores` launches."""
-    from triton_ops.window_scores.kernel import window_scores_triton
-
-    window_scores_triton(
-        torch.empty(BATCH, KV_HEADS, group, window, head_size, dtype=dtype),
-        torch.empty(BATCH, KV_HEADS, CAPACITY, head_size, dtype=dtype),
-        torch.zeros(BATCH, window, dtype=torch.long),
-        torch.zeros(BATCH, KV_HEADS, CAPACITY, dtype=torch.long),
-        head_size**-0.5,
-        group=pooling,
-        sees="past",
-    )
-
-
-def repeats(dtype, head_size):
-    """Launch what `redundancy` launches."""
-    from triton_ops.redundancy.kernel import redundancy_triton
-    from triton_ops.redundancy.places import UNSEEN
-
-    keys = torch.empty(BATCH, KV_HEADS, CAPACITY, head_size, dtype=dtype)
-    known = torch.full(keys.shape[:3], UNSEEN)
-    redundancy_triton(keys, torch.ones_like(known, dtype=torch.bool), threshold=0.5, known=known)
-
-
-def fill_holes(dtype, head_size):
-    """Launch what `compact` launches."""
-    from triton_ops.compact.kernel import compact_triton
-
-    keys, values, positions, layout, _ = pool(dtype, head_size)
-    slots = torch.zeros(BATCH, KV_HEADS, CAPACITY, dtype=torch.long)
-    compact_triton([keys, values, positions, torch.empty(layout.slots)], slots, slots, slots.bool())
-
-
-# What is launched, and how many programs of each kernel must fit one multiprocessor: two wherever
-# latency has to be hidden, one where a single program fills it.
-CASES = {
-    "decode: Llama 8B": (2, lambda: decode(torch.bfloat16, 128, 4)),
-    "decode: Qwen3 14B": (2, lambda: decode(torch.bfloat16, 128, 5)),
-    "decode: GPT-OSS": (2, lambda: decode(torch.bfloat16, 64, 8, extras=True)),
-    "decode: Phi-3 mini": (2, lambda: decode(torch.bfloat16, 96, 1)),
-    "decode: Gemma 3": (2, lambda: decode(torch.bfloat16, 256, 2)),
-    "decode: Gemma 3, all extras": (2, lambda: decode(torch.bfloat16, 256, 2, extras=True)),
-    "decode: size 512": (2, lambda: decode(torch.bfloat16, 512, 8, extras=True)),
-    "decode: float16, all extras": (2, lambda: decode(torch.float16, 128, 4, extras=True)),
-    "decode: float32, all extras": (2, lambda: decode(torch.float32, 128, 4, extras=True)),
-    "draft of 8": (1, lambda: decode(torch.bfloat16, 128, 4, steps=8)),
-    "second turn": (1, lambda: decode(torch.bfloat16, 128, 4, steps=64, extras=True)),
-    "second turn: size 256": (1, lambda: decode(torch.bfloat16, 256, 4, steps=64)),
-    "second turn: size 512": (1, lambda: decode(torch.bfloat16, 512, 8, steps=64)),
-    "second turn: float32": (1, lambda: decode(torch.float32, 256, 4, steps=64, extras=True)),
-    "16 branches": (1, lambda: branches(torch.bfloat16, 128, 4, 16)),
-    "64 branches: size 256": (1, lambda: branches(torch.bfloat16, 256, 2, 64)),
-    "64 branches: size 512": (1, lambda: branches(torch.bfloat16, 512, 8, 64)),
-    "16 branches: float32": (1, lambda: branches(torch.float32, 128, 4, 16)),
-    "R-KV scores": (2, lambda: scores(torch.bfloat16, 128, 4, 8, "max")),
-    "SnapKV scores": (2, lambda: scores(torch.bfloat16, 128, 5, 8, "mean")),
-    "Kara scores": (2, lambda: scores(torch.bfloat16, 128, 4, 512, "mean")),
-    "scores: size 256": (1, lambda: scores(torch.float16, 256, 2, 512, "max")),
-    "scores: size 512": (1, lambda: scores(torch.bfloat16, 512, 8, 8, "max")),
-    "scores: float32": (1, lambda: scores(torch.float32, 256, 2, 8, "max")),
-    "redundancy": (2, lambda: repeats(torch.bfloat16, 128)),
-    "redundancy: size 96": (2, lambda: repeats(torch.float16, 96)),
-    "redundancy: size 256": (1, lambda: repeats(torch.bfloat16, 256)),
-    "redundancy: size 512": (1, lambda: repeats(torch.bfloat16, 512)),
-    "redundancy: float32": (1, lambda: repeats(torch.float32, 128)),
-    "redundancy: float32, size 256": (1, lambda: repeats(torch.float32, 256)),
-    "compact": (2, lambda: fill_holes(torch.bfloat16, 128)),
-    "compact: size 80": (2, lambda: fill_holes(torch.float32, 80)),
-}
-
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", CASES)
 def test_it_compiles_within_limits(name, capability, tmp_path):
-    from tests.triton_ops.offline import SHARED_MEMORY, Binary, compiling
+    from tests.support.ops.offline import SHARED_MEMORY, Binary, compiling
 
     programs, launch = CASES[name]
     with compiling(capability) as kernels:

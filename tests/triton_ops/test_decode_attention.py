@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.triton_ops.attention_cases import (
+from tests.support.ops.attention_cases import (
     KEY_SIZE,
     OPTIONS,
     POISON,

@@ -10,7 +10,7 @@ import torch
 from triton import runtime
 
 import triton_ops
-from tests.triton_ops.test_compiled import CASES
+from tests.support.ops.launches import CASES
 from triton_ops import launch
 from triton_ops.backend import interpreting
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.triton_ops.attention_cases import assert_close, expected
-from tests.triton_ops.prefix_cases import SHAPES, make_shared, shared_cases
+from tests.support.ops.attention_cases import assert_close, expected
+from tests.support.ops.prefix_cases import SHAPES, make_shared, shared_cases
 
 
 def check(case, tolerance=2e-5, **arguments):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.triton_ops.redundancy_cases import by_definition, keys_with, prefix
+from tests.support.ops.redundancy_cases import by_definition, keys_with, prefix
 from triton_ops import cpu_features
 from triton_ops.redundancy import GONE, NONE, UNSEEN, redundancy, reference, search
 

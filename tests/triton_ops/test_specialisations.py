@@ -54,7 +54,7 @@ def merge(tokens):
     ("launch", "count"), [(repeats, 3), (scores, 2), (fill_holes, 3), (merge, 1)]
 )
 def test_one_binary_serves_every_number_of_tokens(launch, count):
-    from tests.triton_ops.offline import compiling
+    from tests.support.ops.offline import compiling
 
     found = {}
     for tokens in (1, 15, 16, 40, 1151, 1152):

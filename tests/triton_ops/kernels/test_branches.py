@@ -8,9 +8,8 @@ from hf_reasoncache.graphs import CudaRecorder, decode_graphs
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.storage import branch_store
 from tests.models import prompt
-from tests.triton_ops.kernels.tape import TapeRecorder
-from tests.triton_ops.kernels.test_generate import small_llama
-from tests.triton_ops.kernels.test_graphs import host_tensors
+from tests.support.ops.generation import host_tensors, small_llama
+from tests.support.ops.tape import TapeRecorder
 from triton_ops.backend import interpreting, use_backend
 
 POLICY = ReasonAllocCache.policy(budget=7, buffer=1, window=2)

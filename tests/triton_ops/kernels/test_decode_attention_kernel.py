@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from tests.triton_ops.attention_cases import OPTIONS, arguments_of, cases, expected, make_case
+from tests.support.ops.attention_cases import OPTIONS, arguments_of, cases, expected, make_case
 from triton_ops.decode_attention import work
 
 TILE = work.STEP

@@ -2,27 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
-from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
-from tests.models import SHAPE, build, prompt
+from tests.models import build, prompt
+from tests.support.ops.generation import generate, small_llama
 from triton_ops.backend import interpreting, use_backend
-
-
-def generate(model, cache, inputs, **arguments):
-    arguments = {"max_new_tokens": 9} | arguments
-    return model.generate(**inputs, **arguments, **cache_kwarg(cache), do_sample=False)
-
-
-def small_llama(query_heads=4):
-    """Two layers and few heads: the interpreter takes 10 ms for each query head of a step."""
-    size = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=query_heads, head_dim=16)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE | size)).eval()
-    model.generation_config.eos_token_id = None
-    model.set_attn_implementation("reasoncache")
-    return model
 
 
 def both(model, device, inputs, arguments, kind=ReasonAllocCache, **settings):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from examples.benchmarks import arms, gpu_decode
-from tests.triton_ops.kernels.tape import TapeRecorder
+from tests.support.ops.tape import TapeRecorder
 from triton_ops.backend import interpreting
 
 ARMS = "exact-graphs,moving-graphs,unequal-graphs,floor-graph"

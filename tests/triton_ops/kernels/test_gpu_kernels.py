@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from examples.benchmarks import gpu_kernels
-from tests.triton_ops.kernels.tape import NotReplayableError, TapeRecorder
+from tests.support.ops.tape import NotReplayableError, TapeRecorder
 from triton_ops.backend import interpreting
 
 

@@ -9,8 +9,8 @@ from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
 from hf_reasoncache.storage import pool_store
 from tests.models import prompt
-from tests.triton_ops.kernels.tape import NotReplayableError, Tape, TapeRecorder
-from tests.triton_ops.kernels.test_generate import small_llama
+from tests.support.ops.generation import host_tensors, small_llama
+from tests.support.ops.tape import NotReplayableError, Tape, TapeRecorder
 from triton_ops.backend import interpreting
 
 IN_PLACE = dict(budget=8, window=2, head_budgets=False, protect_prompt=False)
@@ -21,14 +21,6 @@ CASES = {
     "mass": (5, (1, 1), ReasonAllocCache, dict(buffer=2, scorer=H2O(mass_decay=0.9), **IN_PLACE)),
     "windows": (9, (2, 4), SlidingWindowCompressCache, dict(window=4, ratio=0.25, recent=1)),
 }
-
-
-def host_tensors(cache):
-    """What the pools keep on the CPU."""
-    layouts = [layer.store.pool.layout for layer in cache.layers]
-    return [layer.store.pool.length for layer in cache.layers] + [
-        tensor for each in layouts for tensor in (each.capacity, each.start, each.order)
-    ]
 
 
 @pytest.mark.parametrize("name", CASES)

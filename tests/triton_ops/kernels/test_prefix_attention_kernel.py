@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from tests.triton_ops.attention_cases import expected
-from tests.triton_ops.prefix_cases import SHAPES, make_shared, shared_cases
+from tests.support.ops.attention_cases import expected
+from tests.support.ops.prefix_cases import SHAPES, make_shared, shared_cases
 from triton_ops.backend import use_backend
 from triton_ops.merge_state import merge_state
 

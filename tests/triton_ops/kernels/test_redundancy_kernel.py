@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.triton_ops.redundancy_cases import by_definition, keys_with, prefix
+from tests.support.ops.redundancy_cases import by_definition, keys_with, prefix
 from triton_ops.backend import use_backend
 from triton_ops.redundancy import GONE, NONE, UNSEEN, redundancy
 

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.triton_ops.window_cases import SCALING, by_hand, example
+from tests.support.ops.window_cases import SCALING, by_hand, example
 from triton_ops.window_scores import Sees, window_scores
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from tests.triton_ops.attention_cases import Case, make_case
+from tests.support.ops.attention_cases import Case, make_case
 from triton_ops.layout import RaggedLayout, SharedPrefix
 from triton_ops.prefix_attention import prefix_attention
 
