@@ -1,4 +1,4 @@
-"""Which implementation runs the operations: the Triton kernels or their PyTorch references.
+"""Which implementation runs the operations: the Triton kernels or PyTorch.
 
 The choice is one for the whole process: `set_backend`, the context manager `use_backend`, or the
 environment variable `REASONCACHE_BACKEND`, which is read when this module is first imported.
@@ -129,7 +129,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
-    """Whether the kernel, not the reference, runs for this tensor; errors as `chosen`."""
+    """Whether the kernel, not the path in PyTorch, runs for this tensor; errors as `chosen`."""
     # Asked at every step and layer, where a look at the device's type takes microseconds.
     if tensor.is_cpu and _requested != "triton":
         return False

@@ -99,6 +99,11 @@ class RaggedLayout:
         """Total number of slots."""
         return int(self.capacity.sum())
 
+    def head(self, row: int, head: int, length: torch.Tensor) -> slice:
+        """Return the slots in use of a head; `length` `[B, H_kv]` says how many are."""
+        start = int(self.start[row, head])
+        return slice(start, start + int(length[row, head]))
+
     @property
     def is_uniform(self) -> bool:
         """Whether all heads have one capacity, so that storage order is (row, head) order."""

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tests.support.ops.attention_cases import expected, make_case
-from tests.support.ops.redundancy_cases import by_definition, keys_with
-from tests.support.ops.window_cases import by_hand
+from tests.support.ops.redundancy_cases import keys_with
 from triton_ops.backend import use_backend
 from triton_ops.redundancy import redundancy
+from triton_ops.redundancy.reference import redundancy_reference
 from triton_ops.window_scores import window_scores
+from triton_ops.window_scores.reference import window_scores_reference
 
 TOLERANCE = 1e-2
 
@@ -47,7 +48,8 @@ def test_window_scores(group, device):
     keys = torch.randn(2, 2, 300, 128).bfloat16()
     at = torch.arange(300).expand(2, 2, 300)
     asked = torch.arange(292, 300).expand(2, 8)
-    wanted = by_hand(queries.double(), keys.double(), asked, at, group, "past")
+    exact = (queries.double(), keys.double(), asked, at)
+    wanted = window_scores_reference(*exact, 0.3, group=group, sees="past")
     inputs = [x.to(device) for x in (queries, keys, asked, at)]
     assert close(window_scores(*inputs, 0.3, group=group, sees="past"), wanted)
 
@@ -57,4 +59,4 @@ def test_redundancy(common, device):
     keys = keys_with(common, (1, 2, 1152, 128), torch.bfloat16)
     valid = torch.ones(1, 2, 1152, dtype=torch.bool)
     mean, _ = redundancy(keys.to(device), valid.to(device))
-    assert close(mean, by_definition(keys, valid))
+    assert close(mean, redundancy_reference(keys.double(), valid)[0])

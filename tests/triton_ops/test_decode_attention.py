@@ -1,11 +1,14 @@
-"""decode_attention against softmax attention written out head by head in float64."""
+"""decode_attention against its definition in float64, and that against torch and loops."""
 
+import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from tests.support.ops.attention_cases import (
     KEY_SIZE,
@@ -19,7 +22,7 @@ from tests.support.ops.attention_cases import (
     make_case,
 )
 from triton_ops import cpu_features
-from triton_ops.decode_attention import even_attention, fused, reference
+from triton_ops.decode_attention import cpu, even_attention, fused
 from triton_ops.layout import RaggedLayout
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -32,13 +35,55 @@ EXTRAS = {
 }
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_definition_is_attention_head_by_head(shape):
+    case = make_case(*SHAPES[shape], 4, 3).double()
+    out, *_ = expected(case)
+    for row, head in product(*map(range, case.length.shape)):
+        own = case.head(row, head)
+        seen = case.positions[own] <= case.query_positions[row, :, None]
+        wanted = scaled_dot_product_attention(
+            case.query[row, head], case.keys[own], case.values[own], attn_mask=seen, scale=0.3
+        )
+        wanted = wanted.where(seen.any(-1, keepdim=True), math.nan).transpose(0, 1)
+        found = out[row, :, 4 * head : 4 * head + 4]
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_the_definition_with_everything_is_what_loops_say():
+    case = make_case([[4, 2]], [[3, 1]], 2, 2).double()
+    sinks, decay = [0.5, -1.0, 0.0, 2.0], [0.25, 1.0]
+    out, mass, lse = expected(
+        case, softcap=1.5, s_aux=torch.tensor(sinks), mass_weight=torch.tensor(decay)
+    )
+    expected_mass = torch.zeros_like(mass)
+    for head, member, step in product(range(2), repeat=3):
+        own, query_head = case.head(0, head), 2 * head + member
+        logits = {
+            slot: 0.3 * float(case.query[0, head, member, step] @ case.keys[slot])
+            for slot in range(own.start, own.stop)
+            if case.positions[slot] <= case.query_positions[0, step]
+        }
+        weights = {slot: math.exp(1.5 * math.tanh(x / 1.5)) for slot, x in logits.items()}
+        total = sum(weights.values()) + math.exp(sinks[query_head])
+        assert float(lse[0, step, query_head]) == pytest.approx(math.log(total))
+        result = sum(weight / total * case.values[slot] for slot, weight in weights.items())
+        found = out[0, step, query_head]
+        torch.testing.assert_close(
+            found, result if weights else torch.full_like(found, math.nan), equal_nan=True
+        )
+        for slot, weight in weights.items():
+            expected_mass[slot] += decay[step] * weight / total
+    torch.testing.assert_close(mass, expected_mass)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("call", [0, 1 << 20], ids=["apart", "masked"])
-def test_equals_float64_head_by_head(shape, extras, dtype, call, monkeypatch):
+def test_equals_the_definition(shape, extras, dtype, call, monkeypatch):
     # Heads that hold differently many: each stretch on its own, or all under a mask.
-    monkeypatch.setattr(reference, "_CALL", call)
+    monkeypatch.setattr(cpu, "_CALL", call)
     for group, steps in ((1, 1), (4, 1), (5, 1), (1, 3), (4, 5)):
         case = make_case(*SHAPES[shape], group, steps, dtype=dtype)
         heads, wanted = SHAPES[shape][0], EXTRAS[extras]
@@ -104,7 +149,7 @@ def test_heads_that_hold_equally_many(dtype, sizes, able, monkeypatch):
 
 @settings(max_examples=60)
 @given(case=cases(), options=OPTIONS)
-def test_any_pool_equals_float64_head_by_head(case, options):
+def test_any_pool_equals_the_definition(case, options):
     arguments = arguments_of(case, options)
     out, mass, _ = expected(case, softcap=options["softcap"], s_aux=arguments["s_aux"])
     assert_close(case.run(**arguments), out, 2e-5)
@@ -250,6 +295,6 @@ def test_heads_of_other_lengths_are_attended_to_apart_where_that_is_less_work(
     length = torch.tensor(length)
     layout = RaggedLayout(torch.full_like(length, 9000))
     query = torch.empty(*length.shape, 4, steps, 1)
-    found = list(reference._calls(layout, length.flatten().tolist(), query))
+    found = list(cpu._calls(layout, length.flatten().tolist(), query))
     assert [bucket.count for bucket in found] == calls
     assert [bucket.begin for bucket in found] == [9000 * bucket.first for bucket in found]

@@ -1,4 +1,4 @@
-"""prefix_attention against rows that hold a copy of the prefix each, in float64."""
+"""prefix_attention against its definition in float64, and that against copies of the prefix."""
 
 from dataclasses import replace
 
@@ -11,15 +11,26 @@ from tests.support.ops.prefix_cases import SHAPES, make_shared, shared_cases
 
 
 def check(case, tolerance=2e-5, **arguments):
-    out, _, lse = expected(case.copied(), **arguments)
+    out, lse = case.expected(**arguments)
     total = torch.full(lse.shape, torch.nan)
     assert_close(case.run(logsumexp=total, **arguments), out, tolerance)
     torch.testing.assert_close(total.double(), lse, atol=tolerance, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_definition_is_attention_to_a_copy_of_the_prefix_in_every_row(shape):
+    case = make_shared(*SHAPES[shape], 4, 2)
+    settings = dict(s_aux=torch.linspace(-1, 2, 4 * case.own.length.shape[1]), softcap=1.5)
+    for arguments in ({}, settings):
+        out, _, lse = expected(case.copied(), **arguments)
+        found, total = case.expected(**arguments)
+        torch.testing.assert_close(found, out, rtol=1e-12, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(total, lse, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("group", "steps"), [(1, 1), (4, 1), (3, 4)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_copies_of_the_prefix(shape, group, steps):
+def test_equals_the_definition(shape, group, steps):
     check(make_shared(*SHAPES[shape], group, steps))
 
 

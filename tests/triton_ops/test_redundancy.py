@@ -1,4 +1,4 @@
-"""`redundancy` against R-KV's definition with the whole cosine matrix in float64."""
+"""`redundancy` against its definition in float64, and the definition against loops."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.ops.redundancy_cases import by_definition, keys_with, prefix
+from tests.support.ops.redundancy_cases import keys_with, prefix
 from triton_ops import cpu_features
-from triton_ops.redundancy import GONE, NONE, UNSEEN, redundancy, reference, search
+from triton_ops.redundancy import GONE, NONE, UNSEEN, cpu, redundancy, search
+from triton_ops.redundancy.reference import redundancy_reference
 
 
 def mean_of(keys, valid, **settings):
@@ -21,12 +22,17 @@ def mean_of(keys, valid, **settings):
     return redundancy(keys, valid, **settings)[0]
 
 
+def defined(keys, valid, threshold=0.5):
+    """What each key is worth by the definition in float64."""
+    return redundancy_reference(keys.double(), valid, threshold=threshold)[0]
+
+
 @pytest.mark.parametrize("common", [0.0, 0.6, 0.9, 2.0])
 @pytest.mark.parametrize("held", [1, 2, 127, 128, 129, 300])
 def test_it_is_its_definition(held, common):
     keys = keys_with(common, (2, 2, held, 8))
     valid = prefix([[held, held // 2], [1, max(1, held - 3)]], held)
-    expected = by_definition(keys, valid)
+    expected = defined(keys, valid)
     torch.testing.assert_close(mean_of(keys, valid), expected, rtol=0, atol=1e-12)
     single = mean_of(keys.float(), valid)
     assert single.dtype == torch.float32
@@ -39,7 +45,7 @@ def test_the_threshold(threshold):
     valid = prefix([[150, 140]], 150)
     torch.testing.assert_close(
         mean_of(keys, valid, threshold=threshold),
-        by_definition(keys, valid, threshold),
+        defined(keys, valid, threshold),
         rtol=0,
         atol=1e-12,
     )
@@ -51,7 +57,7 @@ def test_rows_that_find_no_repeat_are_searched_to_the_end():
     for head, odd in ((0, [3, 77, 399]), (1, [5])):
         keys[0, head, [0, *odd]] = -2.0 + 0.1 * torch.randn(len(odd) + 1, 16, dtype=torch.float64)
     valid = torch.ones(1, 2, 400, dtype=torch.bool)
-    torch.testing.assert_close(mean_of(keys, valid), by_definition(keys, valid), rtol=0, atol=1e-12)
+    torch.testing.assert_close(mean_of(keys, valid), defined(keys, valid), rtol=0, atol=1e-12)
 
 
 @given(
@@ -65,7 +71,7 @@ def test_repeated_and_zero_keys(counts, kinds, seed):
     distinct[0] = 0.0
     pick = torch.randint(kinds, (len(counts), 1, 40), generator=generator)
     keys, valid = distinct[pick], prefix([[count] for count in counts], 40)
-    torch.testing.assert_close(mean_of(keys, valid), by_definition(keys, valid), rtol=0, atol=1e-12)
+    torch.testing.assert_close(mean_of(keys, valid), defined(keys, valid), rtol=0, atol=1e-12)
 
 
 def test_the_newest_of_the_repeats_is_spared():
@@ -79,12 +85,7 @@ def test_the_newest_of_the_repeats_is_spared():
 @pytest.mark.parametrize("held", [2, 129, 300])
 def test_the_repeat_is_the_newest_neighbour_over_the_threshold(common, held):
     keys, valid = keys_with(common, (1, 2, held, 8)), prefix([[held, held - 1]], held)
-    _, repeat = redundancy(keys, valid)
-    for head, count in enumerate([held, held - 1]):
-        unit = keys[0, head, :count] / keys[0, head, :count].norm(dim=-1, keepdim=True)
-        over = (unit @ unit.T > 0.5) & ~torch.eye(count, dtype=torch.bool)
-        expected = [max(row.nonzero().flatten().tolist(), default=NONE) for row in over]
-        assert repeat[0, head].tolist() == expected + [NONE] * (held - count)
+    assert torch.equal(redundancy(keys, valid)[1], redundancy_reference(keys, valid)[1])
 
 
 @pytest.mark.parametrize("held", [150, 256, 300, 640])
@@ -97,12 +98,10 @@ def test_keys_with_few_neighbours_find_them_in_any_block(monkeypatch, held, dtyp
         like = torch.randint(held, (held,), generator=generator)[::5]
         noise = torch.randn(len(like), 256, generator=generator, dtype=torch.float64)
         head[::5] = head[like] + 0.5 * noise
-    keys = keys.to(dtype)
+    keys, valid = keys.to(dtype), prefix([[held] * 4], held)
     with by_sign(monkeypatch):
-        _, repeat = redundancy(keys, prefix([[held] * 4], held))
-    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
-    over = (unit @ unit.mT > 0.5) & ~torch.eye(held, dtype=torch.bool)
-    assert torch.equal(repeat, (over * torch.arange(1, held + 1)).amax(-1) - 1)
+        _, repeat = redundancy(keys, valid)
+    assert torch.equal(repeat, redundancy_reference(keys.double(), valid)[1])
 
 
 @given(
@@ -218,8 +217,8 @@ def test_every_row_is_scored_by_its_own_keys():
 
 def test_a_few_keys_beside_many_are_computed_in_float64_as_they_are_alone():
     keys = keys_with(0.6, (1, 2, 90, 8), torch.float32)
-    valid = prefix([[reference.FEW, 90]], 90)
-    exact = by_definition(keys, valid)[0, 0].float()
+    valid = prefix([[cpu.FEW, 90]], 90)
+    exact = defined(keys, valid)[0, 0].float()
     assert torch.equal(mean_of(keys, valid)[0, 0], exact)
 
 
@@ -262,7 +261,7 @@ def test_many_heads_are_worked_off_in_groups(monkeypatch):
     keys = keys_with(0.6, (3, 3, 160, 8))
     valid = prefix([[160, 1, 30], [2, 160, 60], [159, 58, 57]], 160)
     at_once = mean_of(keys, valid)
-    monkeypatch.setattr(reference, "TILE", 2 * 160**2)
+    monkeypatch.setattr(cpu, "TILE", 2 * 160**2)
     with Sizes() as sizes:
         in_groups = mean_of(keys, valid)
     assert sizes.largest == 2 * 160 * search.BLOCK
@@ -301,11 +300,14 @@ def test_a_wrong_shape_of_what_is_known_is_named():
 
 def test_the_definition_is_what_loops_say():
     keys, valid = keys_with(0.3, (1, 1, 12, 4)), prefix([[11]], 12)
+    mean, repeat = redundancy_reference(keys, valid)
     unit = torch.nn.functional.normalize(keys[0, 0, :11], dim=-1)
     expected = torch.zeros(12, dtype=torch.float64)
     for i in range(11):
         others = [(j, float(unit[i] @ unit[j])) for j in range(11) if j != i]
-        exempt = max([j for j, cosine in others if cosine > 0.5], default=None)
+        exempt = max([j for j, cosine in others if cosine > 0.5], default=NONE)
+        assert repeat[0, 0, i] == exempt
         for j, cosine in others:
             expected[j] += 0.0 if j == exempt else cosine / 11
-    torch.testing.assert_close(by_definition(keys, valid)[0, 0], expected, rtol=0, atol=1e-14)
+    assert repeat[0, 0, 11] == NONE
+    torch.testing.assert_close(mean[0, 0], expected, rtol=0, atol=1e-14)

@@ -1,4 +1,4 @@
-"""`compact` in plain PyTorch."""
+"""`compact` in plain PyTorch: its definition, and the CPU path."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 from ..backend import uses_triton
 from ..layout import RaggedLayout
-from .reference import decode_attention_reference, even_attention
+from .cpu import decode_attention_cpu, even_attention
 
 __all__ = ["decode_attention", "even_attention"]
 
@@ -113,4 +113,4 @@ def decode_attention(
 
         held = length if device_length is None else device_length
         return decode_attention_triton(query, keys, values, positions, layout, held, **arguments)
-    return decode_attention_reference(query, keys, values, positions, layout, length, **arguments)
+    return decode_attention_cpu(query, keys, values, positions, layout, length, **arguments)

@@ -1,23 +1,10 @@
-"""`decode_attention` in plain PyTorch: its definition, and the CPU path.
-
-One batched call per bucket of equal capacity, or per stretch of heads that hold equally many. The
-group's queries are packed as rows of one matrix, so keys are never repeated.
-"""
+"""Definition of `decode_attention` in plain PyTorch, head by head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-
 import torch
 
-from ..layout import Bucket, RaggedLayout
-from .fused import fused_attention, fused_attention_with_sums, has_sums
-
-# One more call takes as long as a head with so many tokens, and a mask adds this share to a call:
-# measured on one core.
-_CALL = 1000
-_MASK = 0.1
+from ..layout import RaggedLayout
 
 
 def decode_attention_reference(
@@ -30,190 +17,72 @@ def decode_attention_reference(
     *,
     query_positions: torch.Tensor | None,
     scaling: float,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    mass: torch.Tensor | None,
-    mass_weight: torch.Tensor | None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    mass: torch.Tensor | None = None,
+    mass_weight: torch.Tensor | None = None,
     logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `triton_ops.decode_attention.decode_attention`."""
-    batch, kv_heads, group, steps, head_size = query.shape
-    packed = query.reshape(batch * kv_heads, group * steps, head_size)
-    lengths = length.flatten()
-    if not layout.is_uniform:
-        # Whole rows, faster on a CPU than indexing.
-        packed = packed.index_select(0, layout.order.to(packed.device))
-        lengths = lengths.index_select(0, layout.order)
-    # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
-    used = lengths.tolist()
-    explicit = any(x is not None for x in (softcap, s_aux, mass))
-    explicit = explicit or (logsumexp is not None and not has_sums(query, values))
-
-    outputs, sums = [], []
-    for bucket in _calls(layout, used, query):
-        heads = slice(bucket.first, bucket.first + bucket.count)
-        longest = max(*used[heads], 1)
-        q = packed[heads]
-        k = bucket.view(keys, longest)
-        v = bucket.view(values, longest)
-        visible = None
-        if query_positions is not None or min(used[heads]) != longest:
-            visible = _visible(
-                bucket, lengths[heads], longest, positions, query_positions, layout, kv_heads, group
+    """See `triton_ops.decode_attention.decode_attention`; a query that sees nothing yields 0."""
+    batch, kv_heads, group, steps, _ = query.shape
+    out = query.new_zeros(batch, steps, kv_heads * group, values.shape[-1])
+    for row in range(batch):
+        for head in range(kv_heads):
+            own = layout.head(row, head, length)
+            asking = None if query_positions is None else query_positions[row, :, None]
+            visible = None if asking is None else positions[own] <= asking
+            members = slice(head * group, (head + 1) * group)
+            sinks = None if s_aux is None else s_aux[members]
+            result, weights, total = attend(
+                query[row, head], keys[own], values[own], visible, scaling, softcap, sinks
             )
-        if explicit:
-            sink = None if s_aux is None else _sink(s_aux, bucket, layout, kv_heads, group, steps)
-            out, weights, logits = _explicit(q, k, v, visible, scaling, softcap, sink)
+            out[row, :, members] = result.transpose(0, 1)
             if logsumexp is not None:
-                sums.append(_logsumexp(logits))
+                logsumexp[row, :, members] = total.T
             if mass is not None:
-                if mass_weight is not None:
-                    weights = weights * mass_weight.repeat(group)[:, None]
-                bucket.view(mass, longest).add_(weights.sum(1))
-        else:
-            bias = None if visible is None else _additive(visible, q.dtype)
-            if logsumexp is None:
-                out = fused_attention(q, k, v, bias, scaling)
-            else:
-                out, total = fused_attention_with_sums(q, k, v, bias, scaling)
-                sums.append(total)
-        outputs.append(out)
-
-    def in_order(parts: list[torch.Tensor]) -> torch.Tensor:
-        result = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if not layout.is_uniform:
-            result = result.index_select(0, layout.rank.to(result.device))
-        # Fused attention answers in the strides of the query.
-        return result.reshape(batch, kv_heads * group, steps, -1).transpose(1, 2)
-
-    if logsumexp is not None:
-        logsumexp.copy_(in_order(sums)[..., 0])
-    return in_order(outputs).contiguous()
+                each = 1.0 if mass_weight is None else mass_weight[:, None]
+                mass[own] += (weights * each).sum((0, 1))
+    return out
 
 
-def even_attention(
+def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    layout: RaggedLayout,
-    tokens: int,
-    scaling: float,
-) -> torch.Tensor:
-    """Attend with one query per head to a pool whose heads hold equally many tokens.
-
-    `decode_attention` without all that such a pool does not need. In a model that is larger than
-    the caches of a CPU, every small operation of a layer takes microseconds.
-
-    Parameters
-    ----------
-    query : Tensor[B, H_q, 1, D]
-    keys, values : Tensor[slots, D], Tensor[slots, D_v]
-        The pool.
-    layout : RaggedLayout
-        Heads of equal capacity.
-    tokens : int
-        What each head holds, at least one.
-    scaling : float
-
-    Returns
-    -------
-    Tensor[B, 1, H_q, D_v]
-    """
-    batch, heads, _, size = query.shape
-    (bucket,) = layout.buckets
-    packed = query.reshape(bucket.count, -1, size)
-    k, v = bucket.view(keys, tokens), bucket.view(values, tokens)
-    return fused_attention(packed, k, v, None, scaling).reshape(batch, 1, heads, -1)
-
-
-def _calls(layout: RaggedLayout, used: Sequence[int], query: torch.Tensor) -> Iterator[Bucket]:
-    """Yield the heads that are attended to at once."""
-    for bucket in layout.buckets:
-        own = used[bucket.first : bucket.first + bucket.count]
-        # Several queries need a mask in any case.
-        if min(own) == max(own) or query.shape[3] > 1 or query.device.type != "cpu":
-            yield bucket
-            continue
-        changes = [i for i in range(1, len(own)) if own[i] != own[i - 1]]
-        parts = list(pairwise([0, *changes, len(own)]))
-        # A head is worked on by one thread.
-        threads = torch.get_num_threads()
-        apart = sum(_CALL + -(-(stop - start) // threads) * own[start] for start, stop in parts)
-        if apart < _CALL + (1 + _MASK) * -(-len(own) // threads) * max(own):
-            yield from (bucket.part(start, stop) for start, stop in parts)
-        else:
-            yield bucket
-
-
-def _visible(
-    bucket: Bucket,
-    used: torch.Tensor,
-    longest: int,
-    positions: torch.Tensor,
-    query_positions: torch.Tensor | None,
-    layout: RaggedLayout,
-    kv_heads: int,
-    group: int,
-) -> torch.Tensor:
-    """Which slots each packed query sees: BoolTensor `[count, 1 or G * T, longest]`."""
-    device = positions.device
-    visible = torch.arange(longest, device=device) < used.to(device)[:, None, None]
-    if query_positions is None:
-        return visible
-    rows = layout.order[bucket.first : bucket.first + bucket.count] // kv_heads
-    asking = query_positions[rows.to(device)].repeat(1, group)
-    held = bucket.view(positions, longest)[:, None]
-    return visible & (held <= asking[..., None])
-
-
-def _sink(
-    s_aux: torch.Tensor,
-    bucket: Bucket,
-    layout: RaggedLayout,
-    kv_heads: int,
-    group: int,
-    steps: int,
-) -> torch.Tensor:
-    """Sink logit of every packed query: Tensor `[count, G * T, 1]`."""
-    heads = layout.order[bucket.first : bucket.first + bucket.count] % kv_heads
-    return s_aux.view(kv_heads, group)[heads.to(s_aux.device)].repeat_interleave(steps, 1)[
-        ..., None
-    ]
-
-
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # The smallest finite number, not -inf: a row that sees nothing must not become NaN.
-    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[None]
-
-
-def _explicit(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     visible: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
-    sink: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Softmax attention, its weights `[count, G * T, longest]` and all its logits in float32."""
-    logits = torch.bmm(q, k.transpose(1, 2)).float() * scaling
+    """Softmax attention of the queries of one group to the tokens of one KV head.
+
+    Parameters
+    ----------
+    query, keys, values : Tensor[G, T, D], Tensor[N, D], Tensor[N, D_v]
+    visible : BoolTensor[T, N], optional
+        Tokens that a query sees; all by default.
+    scaling, softcap
+        As in `decode_attention`.
+    sinks : Tensor[G], optional
+
+    Returns
+    -------
+    out : Tensor[G, T, D_v]
+    weights : Tensor[G, T, N]
+    logsumexp : Tensor[G, T]
+        Counts the sinks.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = scaling * query.to(dtype) @ keys.to(dtype).T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
-        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-    if sink is None:
-        weights = logits.softmax(-1)
-    else:
-        logits = torch.cat([logits, sink.float()], dim=-1)
-        weights = logits.softmax(-1)[..., :-1]
-    if visible is not None:
-        # A query that sees nothing (padding) would otherwise spread its weight over the filler.
-        weights = weights.masked_fill(~visible, 0.0)
-    return torch.bmm(weights.to(v.dtype), v), weights, logits
-
-
-def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension; -inf where every logit is the stand-in for "not visible"."""
-    total = logits.logsumexp(-1)
-    return total.masked_fill(total < torch.finfo(logits.dtype).min / 2, -torch.inf)
+        logits = logits.where(visible, -torch.inf)
+    counted = logits
+    if sinks is not None:
+        sink = sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)
+        counted = torch.cat([logits, sink], -1)
+    total = counted.logsumexp(-1)
+    # -inf less -inf is NaN: a query that sees nothing gives no weight.
+    weights = (logits - total[..., None]).exp().where(logits > -torch.inf, 0.0)
+    return weights @ values.to(dtype), weights, total

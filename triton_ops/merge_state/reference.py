@@ -1,4 +1,4 @@
-"""`merge_state` in plain PyTorch."""
+"""`merge_state` in plain PyTorch: its definition, and the CPU path."""
 
 from __future__ import annotations
 

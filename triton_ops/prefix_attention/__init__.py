@@ -8,7 +8,7 @@ import torch
 
 from ..backend import uses_triton
 from ..layout import RaggedLayout, SharedPrefix
-from .reference import prefix_attention_reference
+from .cpu import prefix_attention_cpu
 
 __all__ = ["prefix_attention"]
 
@@ -83,6 +83,4 @@ def prefix_attention(
             length if device_length is None else device_length,
             mass=None, mass_weight=None, prefix=prefix, **settings,
         )  # fmt: skip
-    return prefix_attention_reference(
-        query, prefix, keys, values, positions, layout, length, **settings
-    )
+    return prefix_attention_cpu(query, prefix, keys, values, positions, layout, length, **settings)

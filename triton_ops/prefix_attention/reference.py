@@ -1,12 +1,11 @@
-"""`prefix_attention` in plain PyTorch: one matrix product per prefix and KV head, then a join."""
+"""Definition of `prefix_attention` in plain PyTorch: every row holds its prefix before its own."""
 
 from __future__ import annotations
 
 import torch
 
-from ..decode_attention.reference import decode_attention_reference
+from ..decode_attention.reference import attend
 from ..layout import RaggedLayout, SharedPrefix
-from ..merge_state.reference import merge_state_reference
 
 
 def prefix_attention_reference(
@@ -20,59 +19,27 @@ def prefix_attention_reference(
     *,
     query_positions: torch.Tensor | None,
     scaling: float,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    logsumexp: torch.Tensor | None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `triton_ops.prefix_attention.prefix_attention`."""
+    """See `triton_ops.prefix_attention.prefix_attention`; who sees nothing yields 0."""
     batch, kv_heads, group, steps, _ = query.shape
-    own_sum = query.new_empty(batch, steps, kv_heads * group, dtype=torch.float32)
-    own = decode_attention_reference(
-        query,
-        keys,
-        values,
-        positions,
-        layout,
-        length,
-        query_positions=query_positions,
-        scaling=scaling,
-        softcap=softcap,
-        s_aux=s_aux,
-        mass=None,
-        mass_weight=None,
-        logsumexp=own_sum,
-    )
-    out, total = merge_state_reference(own, own_sum, *_shared(query, prefix, scaling, softcap))
-    if logsumexp is not None:
-        logsumexp.copy_(total)
-    return out
-
-
-def _shared(
-    query: torch.Tensor, prefix: SharedPrefix, scaling: float, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every row to its prefix alone: `[B, T, H_q, D_v]` and `[B, T, H_q]`."""
-    batch, kv_heads, group, steps, size = query.shape
-    value_size = prefix.values.shape[-1]
-    out = query.new_zeros(batch, kv_heads, group, steps, value_size)
-    total = query.new_full(out.shape[:-1], -torch.inf, dtype=torch.float32)
-    starts, lengths = prefix.layout.start.tolist(), prefix.length.tolist()
-    for index, (begin, end) in enumerate(prefix.first.unfold(0, 2, 1).tolist()):
-        rows = prefix.members[begin:end].to(query.device)
+    out = query.new_zeros(batch, steps, kv_heads * group, values.shape[-1])
+    for row in range(batch):
         for head in range(kv_heads):
-            used = lengths[index][head]
-            if not used or begin == end:
-                continue
-            own = slice(starts[index][head], starts[index][head] + used)
-            logits = (query[rows, head].reshape(-1, size) @ prefix.keys[own].T).float() * scaling
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            # softmax and logsumexp in one: over a long prefix each pass over the logits counts.
-            top = logits.amax(-1, keepdim=True)
-            weights = logits.sub_(top).exp_()
-            weight = weights.sum(-1, keepdim=True)
-            part = weights.to(prefix.values.dtype) @ prefix.values[own] / weight
-            out[rows, head] = part.view(-1, group, steps, value_size).to(out.dtype)
-            total[rows, head] = (top + weight.log()).view(-1, group, steps)
-    # [B, H_kv, G, T, ...] -> [B, T, H_q, ...]
-    return out.flatten(1, 2).transpose(1, 2), total.flatten(1, 2).transpose(1, 2)
+            own = layout.head(row, head, length)
+            shared = prefix.layout.head(int(prefix.owner[row]), head, prefix.length)
+            k = torch.cat([prefix.keys[shared], keys[own]])
+            v = torch.cat([prefix.values[shared], values[own]])
+            visible = torch.ones(steps, len(k), dtype=torch.bool, device=k.device)
+            if query_positions is not None:
+                behind = visible[:, shared.stop - shared.start :]
+                behind &= positions[own] <= query_positions[row, :, None]
+            members = slice(head * group, (head + 1) * group)
+            sinks = None if s_aux is None else s_aux[members]
+            result, _, total = attend(query[row, head], k, v, visible, scaling, softcap, sinks)
+            out[row, :, members] = result.transpose(0, 1)
+            if logsumexp is not None:
+                logsumexp[row, :, members] = total.T
+    return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backend import uses_triton
-from . import reference
+from .cpu import redundancy_cpu
 from .places import GONE, NONE, UNSEEN
 
 __all__ = ["GONE", "NONE", "UNSEEN", "redundancy"]
@@ -75,5 +75,5 @@ def redundancy(
     if uses_triton(keys):
         from .kernel import redundancy_triton as run
     else:
-        run = reference.redundancy
+        run = redundancy_cpu
     return run(keys, valid, threshold=threshold, known=known)

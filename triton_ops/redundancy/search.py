@@ -1,4 +1,4 @@
-"""The search for every key's most recent repeat, in plain PyTorch."""
+"""The CPU path's search for every key's most recent repeat."""
 
 from __future__ import annotations
 

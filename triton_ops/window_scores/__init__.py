@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from ..backend import uses_triton
-from .reference import window_scores_reference
+from .cpu import window_scores_cpu
 
 Group = Literal["max", "mean"]
 Sees = Literal["past", "causal", "all"]
@@ -89,5 +89,5 @@ def window_scores(
     if uses_triton(keys):
         from .kernel import window_scores_triton as run
     else:
-        run = window_scores_reference
+        run = window_scores_cpu
     return run(queries, keys, query_positions, key_positions, scaling, group=group, sees=sees)

@@ -1,4 +1,4 @@
-"""Ragged pools to attend to, and softmax attention written out head by head in float64."""
+"""Ragged pools to attend to, and what the definition says of them in float64."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from triton_ops.decode_attention import decode_attention
+from triton_ops.decode_attention.reference import decode_attention_reference
 from triton_ops.layout import RaggedLayout
 
 KEY_SIZE, VALUE_SIZE = 8, 6
@@ -28,8 +29,12 @@ class Case:
 
     def head(self, row, head):
         """The slots that a head uses."""
-        start = int(self.layout.start[row, head])
-        return slice(start, start + int(self.length[row, head]))
+        return self.layout.head(row, head, self.length)
+
+    def double(self):
+        """The same in float64."""
+        fields = {name: getattr(self, name).double() for name in ("query", "keys", "values")}
+        return replace(self, **fields)
 
     def to(self, device):
         """The same on another device; layout and length stay on the CPU."""
@@ -40,8 +45,8 @@ class Case:
         }
         return replace(self, **moved)
 
-    def run(self, **settings):
-        return decode_attention(
+    def run(self, attention=decode_attention, **settings):
+        return attention(
             self.query,
             self.keys,
             self.values,
@@ -87,41 +92,22 @@ def make_case(
     )
 
 
-def expected(case, *, softcap=None, s_aux=None, mass_weight=None):
-    """Output `[B, T, H_q, D_v]`, mass per slot and logsumexp `[B, T, H_q]`, in float64.
+def expected(case, **settings):
+    """Output `[B, T, H_q, D_v]`, mass per slot and logsumexp `[B, T, H_q]` by the definition.
 
     The output of a query that sees nothing is NaN.
     """
     batch, heads, group, steps, _ = case.query.shape
-    shape = (batch, steps, heads * group)
-    out = torch.full((*shape, case.values.shape[1]), math.nan, dtype=torch.float64)
-    lse = torch.full(shape, -math.inf, dtype=torch.float64)
     mass = torch.zeros(case.layout.slots, dtype=torch.float64)
-    for row in range(batch):
-        for head in range(heads):
-            own = case.head(row, head)
-            k, v = case.keys[own].double(), case.values[own].double()
-            for g in range(group):
-                for t in range(steps):
-                    seen = torch.ones(k.shape[0], dtype=torch.bool)
-                    if case.query_positions is not None:
-                        seen = case.positions[own] <= case.query_positions[row, t]
-                    if s_aux is not None:
-                        lse[row, t, head * group + g] = s_aux[head * group + g].double()
-                    if not bool(seen.any()):
-                        continue
-                    logits = k @ case.query[row, head, g, t].double() * 0.3
-                    if softcap is not None:
-                        logits = softcap * torch.tanh(logits / softcap)
-                    weights = logits.exp() * seen
-                    total = weights.sum()
-                    if s_aux is not None:
-                        total = total + s_aux[head * group + g].double().exp()
-                    lse[row, t, head * group + g] = total.log()
-                    weights = weights / total
-                    out[row, t, head * group + g] = weights @ v
-                    mass[own] += weights * (1.0 if mass_weight is None else float(mass_weight[t]))
-    return out, mass, lse
+    lse = torch.zeros(batch, steps, heads * group, dtype=torch.float64)
+    run = case.double().run
+    out = run(attention=decode_attention_reference, mass=mass, logsumexp=lse, **settings)
+    return seen_only(out), mass, lse
+
+
+def seen_only(out):
+    """Let the output of queries that see nothing, which is 0 by the definition, be NaN."""
+    return out.where(out.any(-1, keepdim=True), math.nan)
 
 
 def assert_close(found, wanted, tolerance):

@@ -1,13 +1,14 @@
 """Rows that share prefixes, and the same rows with a copy of the prefix each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 
-from tests.support.ops.attention_cases import Case, make_case
+from tests.support.ops.attention_cases import Case, make_case, seen_only
 from triton_ops.layout import RaggedLayout, SharedPrefix
 from triton_ops.prefix_attention import prefix_attention
+from triton_ops.prefix_attention.reference import prefix_attention_reference
 
 EVERYWHERE = -100
 """A position that every query sees, padding at -1 included."""
@@ -20,18 +21,12 @@ class Shared:
     own: Case
     prefix: SharedPrefix
 
-    def run(self, device="cpu", **settings):
+    def run(self, device="cpu", attention=prefix_attention, **settings):
         own, prefix = self.own.to(device), self.prefix
-        moved = SharedPrefix(
-            prefix.keys.to(device),
-            prefix.values.to(device),
-            prefix.layout,
-            prefix.length,
-            prefix.owner,
-        )
-        return prefix_attention(
+        keys, values = (x.to(device) for x in (prefix.keys, prefix.values))
+        return attention(
             own.query,
-            moved,
+            replace(prefix, keys=keys, values=values),
             own.keys,
             own.values,
             own.positions,
@@ -42,6 +37,15 @@ class Shared:
             **settings,
         )
 
+    def expected(self, **settings):
+        """Output and logsumexp by the definition in float64; NaN for a query that sees nothing."""
+        keys, values = (x.double() for x in (self.prefix.keys, self.prefix.values))
+        case = Shared(self.own.double(), replace(self.prefix, keys=keys, values=values))
+        batch, heads, group, steps, _ = self.own.query.shape
+        lse = torch.zeros(batch, steps, heads * group, dtype=torch.float64)
+        out = case.run(attention=prefix_attention_reference, logsumexp=lse, **settings)
+        return seen_only(out), lse
+
     def copied(self):
         """A case in which every row holds its own copy of the prefix."""
         own, prefix = self.own, self.prefix
@@ -51,14 +55,11 @@ class Shared:
         positions = torch.full((layout.slots,), EVERYWHERE, dtype=torch.int32)
         for row, owner in enumerate(prefix.owner.tolist()):
             for head in range(length.shape[1]):
-                start = int(layout.start[row, head])
-                shared, held = int(prefix.length[owner, head]), own.head(row, head)
-                first = int(prefix.layout.start[owner, head])
-                middle, end = start + shared, start + int(length[row, head])
-                keys[start:middle] = prefix.keys[first : first + shared]
-                values[start:middle] = prefix.values[first : first + shared]
-                keys[middle:end], values[middle:end] = own.keys[held], own.values[held]
-                positions[middle:end] = own.positions[held]
+                to, held = layout.head(row, head, length), own.head(row, head)
+                shared = prefix.layout.head(owner, head, prefix.length)
+                keys[to] = torch.cat([prefix.keys[shared], own.keys[held]])
+                values[to] = torch.cat([prefix.values[shared], own.values[held]])
+                positions[to.stop - (held.stop - held.start) : to.stop] = own.positions[held]
         return Case(own.query, keys, values, positions, layout, length, own.query_positions)
 
 

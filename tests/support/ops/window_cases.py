@@ -1,38 +1,8 @@
-"""Observation windows over ragged heads, and their scores one query and one key at a time."""
-
-import math
+"""Observation windows over ragged heads."""
 
 import torch
 
 SCALING = 0.3
-
-
-def by_hand(queries, keys, query_positions, key_positions, group, sees):
-    """Loop over rows, heads and queries; exponentials of one row at a time."""
-    rows, heads, group_size, window, _ = queries.shape
-    scores = torch.zeros(keys.shape[:3], dtype=torch.float64)
-    for row in range(rows):
-        present = [a for a in range(window) if query_positions[row, a] >= 0]
-        oldest = min((int(query_positions[row, a]) for a in present), default=0)
-        for head in range(heads):
-            for a in present:
-                limits = {"past": oldest - 1, "causal": int(query_positions[row, a])}
-                limit = limits.get(sees, math.inf)
-                seen = [
-                    n for n, p in enumerate(key_positions[row, head].tolist()) if 0 <= p <= limit
-                ]
-                logits = [
-                    [SCALING * float(queries[row, head, g, a] @ keys[row, head, n]) for n in seen]
-                    for g in range(group_size)
-                ]
-                if group == "max":
-                    logits = [[max(column) for column in zip(*logits, strict=True)]]
-                for line in logits:
-                    weights = [math.exp(logit) for logit in line]
-                    for n, weight in zip(seen, weights, strict=True):
-                        share = weight / sum(weights) / len(logits) / len(present)
-                        scores[row, head, n] += share
-    return scores
 
 
 def example(rows=2, heads=3, group_size=4, window=5, held=17, size=8, positions=None):

@@ -1,4 +1,4 @@
-"""The kernels of decode_attention against softmax attention in float64."""
+"""The kernels of decode_attention against its definition in float64."""
 
 import math
 from dataclasses import replace
@@ -44,7 +44,7 @@ def check(case, device, tolerance=1e-5, **arguments):
 
 @pytest.mark.parametrize(("group", "steps"), [(1, 1), (4, 1), (5, 1), (4, 3)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_float64(shape, group, steps, device):
+def test_equals_the_definition(shape, group, steps, device):
     case = make_case(*SHAPES[shape], group, steps, poison=math.nan)
     check(case, device)
 
