@@ -1,4 +1,4 @@
-"""Softmax of a tile of queries over a chunk of keys: the inner loop of all decode attention."""
+"""What all kernels of decode attention do: find their chunk, load queries, attend to the chunk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ import triton
 import triton.language as tl
 
 from ..tiles import NOTHING, load_rows, tile_logits
+
+
+@triton.jit
+def load_chunk(items, program, start, length, chunk):
+    """Read what a program works on: head, first slot, end of the used slots, third number."""
+    item = items + 3 * program
+    head = tl.load(item)
+    offset = tl.load(item + 1)
+    begin = tl.load(start + head) + offset
+    held = tl.minimum(chunk, tl.load(length + head) - offset)
+    return head, begin, begin + held, tl.load(item + 2)
+
+
+@triton.jit
+def load_queries(
+    query, head, first, rows, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Load `BLOCK_M` of the `rows` queries of a head: their numbers, which exist, and the tile."""
+    row = first + tl.arange(0, BLOCK_M)
+    real = row < rows
+    return row, real, load_rows(query, head.to(tl.int64) * rows + row, real, D, BLOCK_D)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from ..launch import launcher
 from ..layout import RaggedLayout, SharedPrefix
 from ..merge_state.kernel import join
 from ..prefix_attention.kernel import attend_prefix
-from ..tiles import Tile, block_d, blocks, load_rows
-from .chunk_kernel import attend_chunk, store_partial
+from ..tiles import Tile, block_d, blocks
+from .chunk_kernel import attend_chunk, load_chunk, load_queries, store_partial
 from .mass_kernel import add_mass
 from .work import PrefixWork, work
 
@@ -44,25 +44,17 @@ def attend_own(
     BLOCK_DV: tl.constexpr,
 ):
     """One chunk of one head, attended to by a tile of the queries that belong to the head."""
-    item = items + 3 * program
-    head = tl.load(item)
-    offset = tl.load(item + 1)
-    partial = tl.load(item + 2).to(tl.int64)
-
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = row < rows
-    q = load_rows(query, head.to(tl.int64) * rows + row, real, D, BLOCK_D)
+    head, begin, end, partial = load_chunk(items, program, start, length, chunk)
+    row, real, q = load_queries(query, head, tile * BLOCK_M, rows, D, BLOCK_M, BLOCK_D)
     asking = None
     if query_positions is not None:
         # A padding row asks at -1 and sees nothing.
         asking = tl.load(query_positions + head // heads * steps + row % steps, mask=real, other=-1)
-    begin = tl.load(start + head) + offset
-    held = tl.minimum(chunk, tl.load(length + head) - offset)
     out, lse = attend_chunk(
-        q, asking, keys, values, positions, begin, begin + held, scale, softcap,
+        q, asking, keys, values, positions, begin, end, scale, softcap,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    store_partial(partial_out, partial_lse, partial * rows + row, real, out, lse, DV)
+    store_partial(partial_out, partial_lse, partial.to(tl.int64) * rows + row, real, out, lse, DV)
 
 
 @triton.jit(do_not_specialize=["prefix_programs"])

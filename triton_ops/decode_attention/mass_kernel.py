@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
+from .chunk_kernel import load_chunk, load_queries
 from .work import Work
 
 
@@ -37,22 +38,16 @@ def mass_kernel(
 
     One program owns a slot, so nothing is atomic and the sum has one order.
     """
-    item = items + 3 * tl.program_id(0)
-    head = tl.load(item)
-    offset = tl.load(item + 1)
-    first = tl.load(start + head)
-    end = first + tl.minimum(offset + chunk, tl.load(length + head))
+    head, first, end, _ = load_chunk(items, tl.program_id(0), start, length, chunk)
     rows = group * steps
-    for at in tl.range(first + offset, end, BLOCK_N):
+    for at in tl.range(first, end, BLOCK_N):
         slot = at + tl.arange(0, BLOCK_N)
         used = slot < end
         k = load_rows(keys, slot, used, D, BLOCK_D)
         added = tl.zeros([BLOCK_N], tl.float32)
         for begin in tl.range(0, rows, BLOCK_M):
-            row = begin + tl.arange(0, BLOCK_M)
-            real = row < rows
+            row, real, q = load_queries(query, head, begin, rows, D, BLOCK_M, BLOCK_D)
             step = head // heads * steps + row % steps
-            q = load_rows(query, head.to(tl.int64) * rows + row, real, D, BLOCK_D)
             query_head = head % heads * group + row // steps
             where = step.to(tl.int64) * (heads * group) + query_head
             lse = tl.load(logsumexp + where, mask=real, other=0.0) * LOG2_E

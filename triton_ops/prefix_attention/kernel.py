@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..decode_attention.chunk_kernel import attend_chunk, store_partial
+from ..decode_attention.chunk_kernel import attend_chunk, load_chunk, store_partial
 from ..tiles import load_rows
 
 
@@ -37,10 +37,7 @@ def attend_prefix(
     BLOCK_DV: tl.constexpr,
 ):
     """One chunk of one prefix head, read once for a tile of the queries of all its rows."""
-    item = items + 3 * program
-    head = tl.load(item)
-    offset = tl.load(item + 1)
-    number = tl.load(item + 2)
+    head, begin, end, number = load_chunk(items, program, start, length, chunk)
     begin_members = tl.load(members_first + head // heads)
     queries = (tl.load(members_first + head // heads + 1) - begin_members) * rows
 
@@ -51,10 +48,8 @@ def attend_prefix(
     row = index % rows
     q = load_rows(query, own_head.to(tl.int64) * rows + row, real, D, BLOCK_D)
 
-    begin = tl.load(start + head) + offset
-    held = tl.minimum(chunk, tl.load(length + head) - offset)
     # A tile beyond the queries of this prefix has nothing to read.
-    end = begin + tl.where(tile * BLOCK_M < queries, held, 0)
+    end = tl.where(tile * BLOCK_M < queries, end, begin)
     out, lse = attend_chunk(
         q, None, keys, values, None, begin, end, scale, softcap,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
