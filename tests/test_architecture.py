@@ -1,4 +1,4 @@
-"""The import direction of the packages, and what package code never does.
+"""The import direction of the packages, and what package code and tests never do.
 
 Everything is read from the syntax tree, so an import inside a function, under `TYPE_CHECKING` or in
 a branch for another platform counts like any other. A module that the tables do not name fails:
@@ -136,6 +136,7 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(p): p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))}
+TESTS = {module_name(p): p for p in sorted((ROOT / "tests").rglob("*.py"))}
 
 
 def imports(module: str, tree: ast.AST, known: set[str]) -> Iterator[tuple[int, str]]:
@@ -208,6 +209,15 @@ def import_violations(module: str, source: str, known: set[str]) -> list[str]:
     return found
 
 
+def shared_test_violations(module: str, source: str, known: set[str]) -> list[str]:
+    """What `module` takes from modules of tests: what several need has a place of its own."""
+    return [
+        f"{module}:{line} imports {name}; move what both need to tests/support"
+        for line, name in imports(module, ast.parse(source), known)
+        if name.startswith("tests.") and name.split(".")[-1].startswith("test_")
+    ]
+
+
 def style_violations(module: str, source: str) -> list[str]:
     """What package code never does, one sentence each."""
     found = []
@@ -243,6 +253,16 @@ def test_imports(module: str) -> None:
 @pytest.mark.parametrize("module", FILES)
 def test_style(module: str) -> None:
     assert style_violations(module, FILES[module].read_text("utf-8")) == []
+
+
+def test_tests_share_nothing_but_their_support() -> None:
+    assert {"tests.test_architecture", "tests.support.models"} <= set(TESTS)
+    found = [
+        violation
+        for module, path in TESTS.items()
+        for violation in shared_test_violations(module, path.read_text("utf-8"), set(TESTS))
+    ]
+    assert found == []
 
 
 def test_a_profile_does_not_lead_back_to_the_caches() -> None:
@@ -332,6 +352,24 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
 )
 def test_a_right_import_is_not(module: str, source: str) -> None:
     assert import_violations(module, source, KNOWN) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("from tests.contract.test_masks import padded", True),
+        ("from tests.contract import test_masks", True),
+        ("from . import test_masks", True),
+        ("from .test_masks import padded", True),
+        ("def f():\n    import tests.contract.test_masks", True),
+        ("from tests.support.models import build", False),
+        ("from tests.support import models", False),
+        ("from hf_reasoncache.branching.test_time import scale", False),
+    ],
+)
+def test_a_test_that_is_imported_is_found(source: str, wrong: bool) -> None:
+    known = {"tests.contract.test_masks", "tests.support.models"}
+    assert len(shared_test_violations("tests.contract.test_risk", source, known)) == wrong
 
 
 @pytest.mark.parametrize(

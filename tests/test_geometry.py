@@ -8,7 +8,7 @@ from transformers import DynamicCache, Gemma4TextConfig, GPT2Config, T5Config
 
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import BUILDERS, build, prompt
+from tests.support.models import BUILDERS, build, prompt
 
 FULL = {name: (0, 1, 2) for name in BUILDERS}
 FULL |= {name: (0, 2) for name in ("qwen2_sliding", "gemma3", "gpt_oss")}

@@ -10,7 +10,7 @@ import torch
 from hf_reasoncache import ReasonAllocCache, decode_graphs
 from hf_reasoncache.graphs import CudaRecorder, DecodeGraphs, _remember, _same
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import build, prompt
+from tests.support.models import build, prompt
 from triton_ops.backend import use_backend
 
 

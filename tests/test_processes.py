@@ -73,7 +73,7 @@ def launch(
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DEATH": death, "COLUMNS": "80"}
     found = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.launched", calls],
+        [sys.executable, "-m", *launcher, "-m", "tests.support.launched_command", calls],
         cwd=ROOT,
         env=environment,
         capture_output=True,

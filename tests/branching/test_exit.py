@@ -18,7 +18,7 @@ from hf_reasoncache.branching import (
 from hf_reasoncache.branching.confidence import Confidence
 from hf_reasoncache.branching.recording import replay
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import VOCABULARY, build, prompt
+from tests.support.models import VOCABULARY, build, prompt
 
 BRANCHES, TOKENS = 6, 40
 ENDS = (5, 6, 7)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_reasoncache.branching.lens import LensExit, LogitLens
-from tests.models import build, prompt
+from tests.support.models import build, prompt
 
 
 def brute_force(model, ids, exit):

@@ -13,7 +13,7 @@ from hf_reasoncache.branching.semantic import (
     semantic_similarity,
 )
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import build
+from tests.support.models import build
 
 PROBE = 5
 

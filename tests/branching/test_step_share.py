@@ -9,7 +9,7 @@ from hf_reasoncache.branching.rotation import Rotation
 from hf_reasoncache.branching.step_share import StepShareCache
 from hf_reasoncache.branching.steps import Boundaries
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import build, prompt
+from tests.support.models import build, prompt
 
 STOP = 7
 BOUNDARIES = Boundaries((), tokens=(STOP,), maximum=12)

@@ -19,7 +19,7 @@ from hf_reasoncache.branching.steps import (
     segment,
 )
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import build
+from tests.support.models import build
 
 
 class Letters:

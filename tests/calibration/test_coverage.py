@@ -13,8 +13,8 @@ from hf_reasoncache.calibration.estimate import Record
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.releases import cache_kwarg
-from tests.calibration.traces import make_trace, token_ids
-from tests.models import BUILDERS, build
+from tests.support.models import BUILDERS, build
+from tests.support.traces import make_trace, token_ids
 from triton_ops.redundancy import redundancy
 
 SETTINGS = Coverage(interval=16, queries=3, sinks=2)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_reasoncache.calibration import fingerprint
-from tests.models import BUILDERS, build
+from tests.support.models import BUILDERS, build
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -18,7 +18,7 @@ from hf_reasoncache import BudgetProfile
 from hf_reasoncache.calibration.files import CONFIG, STATISTICS
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.messages import LONGEST
-from tests.calibration.profiles import make_profile
+from tests.support.profiles import make_profile
 
 GOOD = make_profile().to_files()
 CONTENT = json.loads(GOOD[CONFIG])

@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.calibration import files
 from hf_reasoncache.calibration.hub import Repository
-from tests.calibration.hub_server import Hub, connected_hub
-from tests.calibration.profiles import make_profile
-from tests.models import build
+from tests.support.hub_server import Hub, connected_hub
+from tests.support.models import build
+from tests.support.profiles import make_profile
 
 REPO = "org/wave"
 PROFILE = make_profile()

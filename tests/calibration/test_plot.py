@@ -11,7 +11,7 @@ import pytest
 from hf_reasoncache import BudgetProfile
 from hf_reasoncache.calibration.plot import wave_figure, wave_png
 from hf_reasoncache.geometry import Geometry
-from tests.calibration.profiles import make_profile
+from tests.support.profiles import make_profile
 
 pytest.importorskip("matplotlib")
 PROFILE = make_profile()

@@ -21,8 +21,8 @@ from hf_reasoncache.budgets import BudgetRule, layer_budgets
 from hf_reasoncache.calibration import Calibration, files, fingerprint
 from hf_reasoncache.calibration.encoding import FORMAT_VERSION
 from hf_reasoncache.geometry import Geometry
-from tests.calibration.profiles import COMMIT, make_profile
-from tests.models import build
+from tests.support.models import build
+from tests.support.profiles import COMMIT, make_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILE = make_profile()

@@ -10,8 +10,8 @@ from hf_reasoncache.calibration.squeeze import output_error
 from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.scorers import RKV
-from tests.calibration.traces import make_trace
-from tests.models import build
+from tests.support.models import build
+from tests.support.traces import make_trace
 
 EVICTION = Eviction(scorer=RKV(queries=4), buffer=6, window=4)
 

@@ -15,8 +15,8 @@ from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
-from tests.calibration.traces import make_trace, token_ids
-from tests.models import build
+from tests.support.models import build
+from tests.support.traces import make_trace, token_ids
 
 BUDGETS = (10, 14, 21, 27, 44)  # below the prompt, above it, and with every phase of the buffer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from hf_reasoncache.calibration.summary import facts
-from tests.calibration.profiles import make_profile
+from tests.support.profiles import make_profile
 
 
 def test_of_a_long_list_only_the_length_is_said() -> None:

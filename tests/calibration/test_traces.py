@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_reasoncache.calibration.traces import TraceSettings, generate_traces
-from tests.models import build, prompt
+from tests.support.models import build, prompt
 
 GREEDY = TraceSettings(max_new_tokens=12, temperature=0.0)
 SAMPLED = TraceSettings(max_new_tokens=12, temperature=1.0, seed=5)

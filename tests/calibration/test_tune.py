@@ -14,8 +14,8 @@ from hf_reasoncache.calibration.sensitivity import Eviction
 from hf_reasoncache.calibration.squeeze import output_error
 from hf_reasoncache.calibration.tune import Tune, choose
 from hf_reasoncache.scorers import RKV
-from tests.calibration.traces import make_trace
-from tests.models import build
+from tests.support.models import build
+from tests.support.traces import make_trace
 
 EVICTION = Eviction(scorer=RKV(queries=4), buffer=6, window=4)
 ESTIMATE = Estimate(torch.tensor([1.0, 4.0, 2.0]).double(), torch.zeros(3), BudgetRule())

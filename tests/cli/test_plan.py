@@ -10,7 +10,7 @@ import torch
 
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.planning import row_bytes
-from tests.planning.test_model import llama_8b
+from tests.support.models import llama_8b
 
 TINY = Path(__file__).parents[2] / "examples/tiny_reasoner"
 LINES = ("DynamicCache", "no budget", "reason-alloc 1024")

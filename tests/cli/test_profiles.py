@@ -16,8 +16,8 @@ import torch
 from hf_reasoncache import BudgetProfile
 from hf_reasoncache.calibration.distance import wave_distance
 from hf_reasoncache.cli import main
-from tests.calibration.hub_server import TOKEN, Hub, connected_hub, running_hub
-from tests.calibration.profiles import COMMIT, make_profile
+from tests.support.hub_server import TOKEN, Hub, connected_hub, running_hub
+from tests.support.profiles import COMMIT, make_profile
 
 PROFILE = make_profile()
 OTHER = make_profile(estimator="sensitivity", demand=(5, 1, 1))

@@ -9,7 +9,7 @@ from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditiona
 from examples.research.architectures import REFUSED, WORKS, examine
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import SHAPE
+from tests.support.models import SHAPE
 
 
 @pytest.mark.parametrize(

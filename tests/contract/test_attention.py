@@ -8,10 +8,6 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
     StaticCache,
 )
 
@@ -19,20 +15,10 @@ import hf_reasoncache
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.attention import BASES, register
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import SHAPE, build, prompt
-from tests.oracle import Recorder
+from tests.support.models import SHAPE, SLIDING_FIRST, build, prepare, prompt, sliding_first
+from tests.support.oracle import Recorder
 
 NAMES = ["reasoncache", "reasoncache_eager", "reasoncache_fa2"]
-SLIDING_FIRST = ["sliding_attention", "full_attention", "full_attention"]
-
-
-def prepare(model, attention="reasoncache"):
-    for name, parameter in model.named_parameters():
-        if name.endswith("sinks"):
-            torch.nn.init.normal_(parameter)
-    model.generation_config.eos_token_id = None
-    model.set_attn_implementation(attention)
-    return model.eval()
 
 
 def gemma2(attention, layer_types=("full_attention",) * 3):
@@ -48,17 +34,6 @@ def gemma2(attention, layer_types=("full_attention",) * 3):
         final_logit_softcapping=5.0,
     )
     return prepare(Gemma2ForCausalLM(config), attention)
-
-
-def sliding_first(name, attention="reasoncache"):
-    torch.manual_seed(0)
-    shape = dict(**SHAPE, head_dim=16, sliding_window=12, layer_types=SLIDING_FIRST)
-    if name == "gemma3":
-        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, query_pre_attn_scalar=16))
-    else:
-        config = GptOssConfig(**shape, num_local_experts=2, num_experts_per_tok=1)
-        model = GptOssForCausalLM(config)
-    return prepare(model, attention)
 
 
 def tokens(model, cache, inputs=None, **arguments):
@@ -299,38 +274,6 @@ def test_eager_pair_evicts_like_the_sdpa_pair():
 
 
 # ------------------------------------------------------------------------------- flash attention
-
-
-@pytest.fixture
-def fake_flash(monkeypatch):
-    """Flash attention is no part of a CPU machine: one that behaves like it where we touch it."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    calls = []
-
-    def flash(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
-        # transformers loads the kernel that this name stands for.
-        calls.append(module.config._attn_implementation)
-        steps = query.shape[2]
-        seen = torch.ones(steps, key.shape[2], dtype=torch.bool).tril(key.shape[2] - steps)
-        seen = seen[None, None]
-        if attention_mask is not None:
-            assert attention_mask.dim() == 2, "flash attention takes the padding mask"
-            seen = seen & attention_mask[:, None, None, -key.shape[2] :].bool()
-        group = query.shape[1] // key.shape[1]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key.repeat_interleave(group, 1),
-            value.repeat_interleave(group, 1),
-            attn_mask=seen,
-            scale=scaling,
-        )
-        return out.transpose(1, 2).contiguous(), None
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
-    assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
-    return calls
 
 
 @pytest.mark.parametrize("padding", [(0, 0), (0, 7)], ids=["unpadded", "padded"])

@@ -7,9 +7,9 @@ from transformers import DynamicCache
 from hf_reasoncache import SharedBranchCache, branch_generate, scorers
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes, damage
-from tests.caches import CLASSES, KINDS, exact_cache, make_cache
-from tests.contract.test_lifecycle import Driver
-from tests.models import build, prompt
+from tests.support.caches import CLASSES, KINDS, exact_cache, make_cache
+from tests.support.driver import Driver
+from tests.support.models import build, prompt
 
 TOLERANCE = {torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of logits whose standard deviation is 1.4: 8 units in the last place of 4."""

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 from hf_reasoncache import SharedBranchCache
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.storage.new_tokens import NewTokens
-from tests.caches import make_policy
-from tests.contract.test_lifecycle import Driver
-from tests.models import build, prompt
-from tests.oracle import Recorder
+from tests.support.caches import make_policy
+from tests.support.driver import Driver
+from tests.support.models import build, prompt
+from tests.support.oracle import Recorder
 
 HEADS, GROUP, SIZE, LAYERS = 2, 2, 4, 2
 CONFIG = LlamaConfig(

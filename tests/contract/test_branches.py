@@ -19,11 +19,10 @@ from hf_reasoncache.branching.prefill_once import _check
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, SnapKV
-from tests.caches import make_cache, make_policy
-from tests.models import VOCABULARY, build, prompt
-from tests.oracle import Recorder
+from tests.support.caches import make_cache, make_policy
+from tests.support.models import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, build, prompt
+from tests.support.oracle import Recorder
 
-HEADS, HEAD_SIZE, LAYERS = 2, 16, 3
 TOKEN_BYTES = LAYERS * HEADS * HEAD_SIZE * 2 * 4
 """Keys and values of one token in the Llama of the tests."""
 

@@ -6,9 +6,9 @@ import torch
 
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV, StreamingLLM
-from tests.caches import BRANCHED, KINDS, make_cache
-from tests.models import VOCABULARY, build, prompt
-from tests.oracle import Recorder
+from tests.support.caches import BRANCHED, KINDS, make_cache
+from tests.support.models import VOCABULARY, build, prompt
+from tests.support.oracle import Recorder
 
 UNEQUAL = {
     "llama": [1.0, 9.0, 4.0],

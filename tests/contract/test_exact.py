@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from hf_reasoncache.releases import cache_kwarg
-from tests.caches import KINDS, exact_cache
-from tests.models import BUILDERS, build, prompt
+from tests.support.caches import KINDS, exact_cache
+from tests.support.models import BUILDERS, build, prompt
 
 MODES = {
     "greedy": dict(do_sample=False),

@@ -18,10 +18,9 @@ from transformers import (
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import RKV
-from tests.caches import CLASSES, KINDS, SETTINGS, exact_cache, make_cache
-from tests.contract.test_attention import sliding_first
-from tests.contract.test_lifecycle import Driver
-from tests.models import SHAPE, build, prompt
+from tests.support.caches import CLASSES, KINDS, SETTINGS, exact_cache, make_cache
+from tests.support.driver import Driver
+from tests.support.models import SHAPE, build, prompt, sliding_first
 
 HUGE = 10**30
 

@@ -10,14 +10,14 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random
-from tests.caches import CLASSES, KINDS, exact_cache, make_cache
-from tests.caches import SETTINGS as BY_KIND
-from tests.models import VOCABULARY, build, prompt
+from tests.support.caches import CLASSES, KINDS, exact_cache
+from tests.support.caches import SETTINGS as BY_KIND
+from tests.support.driver import Driver, new_cache, now_held, start, tokens
+from tests.support.models import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, build, prompt
+from tests.support.reachable import tensors_reachable_from
 
 SETTINGS = BY_KIND["reason_alloc"]
-PROFILE = [1, 9, 4]
 VARIANTS = [
     ("reason_alloc", {"scorer": RKV()}),
     ("reason_alloc", {"scorer": H2O()}),
@@ -25,54 +25,6 @@ VARIANTS = [
     ("branched", {}),
 ]
 """Kind of cache, and settings: two that keep statistics per token, and two that keep neither."""
-LAYERS, HEADS, HEAD_SIZE = 3, 2, 16
-
-
-def new_cache(model, kind="reason_alloc", **changes):
-    return make_cache(kind, model, **({"profile": PROFILE} | changes))
-
-
-def tokens(model, cache, inputs=None, **arguments):
-    arguments = dict(max_new_tokens=60, do_sample=False) | arguments
-    return model.generate(**(inputs or prompt()), **cache_kwarg(cache), **arguments)
-
-
-class Driver:
-    """Feeds a model forward by forward, with the mask and positions that generate would pass."""
-
-    def __init__(self, model, cache, mask):
-        self.model, self.cache, self.mask, self.seen = model, cache, mask, 0
-
-    def __call__(self, ids):
-        self.seen += ids.shape[1]
-        missing = self.seen - self.mask.shape[1]
-        if missing > 0:
-            self.mask = torch.nn.functional.pad(self.mask, (0, missing), value=1)
-        mask = self.mask[:, : self.seen]
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        with torch.no_grad():
-            return self.model(
-                ids, attention_mask=mask, position_ids=positions, **cache_kwarg(self.cache)
-            ).logits
-
-    def greedy(self, logits, steps):
-        """Feed the best token `steps` times; returns all logits `[B, steps, V]`."""
-        found = []
-        for _ in range(steps):
-            logits = self(logits[:, -1:].argmax(-1))
-            found.append(logits)
-        return torch.cat(found, dim=1)
-
-    def rows(self, rows):
-        """Keep other rows; the caller has told the cache."""
-        self.mask = self.mask[rows]
-        return self
-
-
-def start(model, inputs=None, **changes):
-    inputs = inputs or prompt()
-    driver = Driver(model, new_cache(model, **changes), inputs["attention_mask"])
-    return driver, driver(inputs["input_ids"])
 
 
 def steps_until_next_eviction(driver, logits):
@@ -83,10 +35,6 @@ def steps_until_next_eviction(driver, logits):
         if driver.cache.report().evictions - before >= LAYERS * 2:
             return logits
     raise AssertionError("no eviction in 200 steps")
-
-
-def now_held(cache, layer):
-    return cache.layers[layer].store.pool.held().lists()
 
 
 # ----------------------------------------------------------------------------------------- budgets
@@ -195,23 +143,6 @@ def test_long_turn_gives_its_memory_back():
     limit = driver.cache.report().kv_bytes
     driver(torch.randint(3, VOCABULARY, (2, 70)))
     assert driver.cache.report().kv_bytes == kv_storages(driver.cache) == limit
-
-
-def tensors_reachable_from(value, found, seen):
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(value, dict):
-        for each in value.values():
-            tensors_reachable_from(each, found, seen)
-    elif hasattr(value, "__iter__") and not isinstance(value, str | range):
-        for each in value:
-            tensors_reachable_from(each, found, seen)
-    elif hasattr(value, "__dict__"):
-        tensors_reachable_from(vars(value), found, seen)
 
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=str)

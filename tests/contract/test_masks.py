@@ -12,9 +12,9 @@ from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes
 from hf_reasoncache.scorers import H2O, RKV, Random
-from tests.caches import KINDS, exact_cache, make_cache
-from tests.models import VOCABULARY, build, prompt
-from tests.oracle import Recorder
+from tests.support.caches import KINDS, exact_cache, make_cache
+from tests.support.models import VOCABULARY, build, prompt
+from tests.support.oracle import Recorder
 
 LEFT, RIGHT = "left", "right"
 RELEASE = Version(transformers.__version__)

@@ -5,10 +5,10 @@ import torch
 
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes
-from tests.caches import CLASSES, exact_cache, make_cache
-from tests.contract.test_lifecycle import LAYERS, Driver, now_held
-from tests.models import build, prompt
-from tests.risk.reference import outputs
+from tests.support.attention_reference import outputs
+from tests.support.caches import CLASSES, exact_cache, make_cache
+from tests.support.driver import Driver, now_held
+from tests.support.models import LAYERS, build, prompt
 
 ALL = Probes(heads=1.0, interval=5)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hf_reasoncache import SharedBranchCache
-from tests.caches import BRANCHED, KINDS, make_cache, make_policy
-from tests.contract.test_lifecycle import tokens
-from tests.models import build, prompt
+from tests.support.caches import BRANCHED, KINDS, make_cache, make_policy
+from tests.support.driver import tokens
+from tests.support.models import build, prompt
 
 COLUMNS = 29
 

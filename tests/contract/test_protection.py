@@ -9,11 +9,11 @@ from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.protection import Fair, Spans, spans
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random
-from tests.caches import BRANCHED, make_cache
-from tests.contract.test_lifecycle import LAYERS, Driver, now_held
-from tests.models import build, prompt
-from tests.oracle import Recorder
-from tests.protection.tokenizers import make_tokenizer
+from tests.support.caches import BRANCHED, make_cache
+from tests.support.driver import Driver, now_held
+from tests.support.models import LAYERS, build, prompt
+from tests.support.oracle import Recorder
+from tests.support.tokenizers import make_tokenizer
 
 PADDING = (0, 7, 16)
 LISTED = [[(2, 6), (12, 14)], [(0, 3)], [(1, 4)]]

@@ -9,8 +9,8 @@ from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.layers.budgeted import BudgetedLayer
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.storage.pool_store import PoolStore
-from tests.contract.test_lifecycle import Driver
-from tests.models import build, prompt
+from tests.support.driver import Driver
+from tests.support.models import build, prompt
 
 QUERIES, BUFFER = 3, 15
 ACTIONS = st.one_of(

@@ -10,15 +10,15 @@ from transformers import DynamicCache
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
-from tests.contract.test_attention import fake_flash, sliding_first  # noqa: F401
-from tests.contract.test_lifecycle import new_cache, start, tensors_reachable_from, tokens
-from tests.models import VOCABULARY, build, prompt
+from tests.support.driver import new_cache, start, tokens
+from tests.support.models import VOCABULARY, build, prompt, sliding_first
+from tests.support.reachable import tensors_reachable_from
 from triton_ops.redundancy import search
 
 HUGE = 10**30
 
 
-def test_flash_attention_is_told_its_own_name(fake_flash):  # noqa: F811
+def test_flash_attention_is_told_its_own_name(fake_flash):
     """It loads the kernel by `config._attn_implementation`, and does not know ours."""
     model = build("llama", "reasoncache_fa2")
     tokens(model, ReasonAllocCache(model.config, budget=None), max_new_tokens=2)

@@ -17,9 +17,9 @@ from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.traces import TraceSettings, generate_traces
 from hf_reasoncache.evaluation.generation import answer_batch
 from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg, take_cache
-from tests.caches import KINDS, make_cache
-from tests.calibration.traces import make_trace
-from tests.models import VOCABULARY, build, prompt
+from tests.support.caches import KINDS, make_cache
+from tests.support.models import VOCABULARY, build, prompt
+from tests.support.traces import make_trace
 
 NAMES = ("cache", "past_key_values")
 IDS = prompt(padding=(0, 0))["input_ids"]

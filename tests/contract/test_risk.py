@@ -7,10 +7,10 @@ from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Guard, Probes
 from hf_reasoncache.scorers import RKV, Random
-from tests.caches import BRANCHED, CLASSES, exact_cache, make_cache
-from tests.contract.test_lifecycle import LAYERS, Driver, now_held
-from tests.models import build, prompt
-from tests.risk.reference import outputs
+from tests.support.attention_reference import outputs
+from tests.support.caches import BRANCHED, CLASSES, exact_cache, make_cache
+from tests.support.driver import Driver, now_held
+from tests.support.models import LAYERS, build, prompt
 
 MEASURED = {
     "reason_alloc": dict(measure_risk=True, scorer=Random()),

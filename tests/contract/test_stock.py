@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg
-from tests.caches import KINDS, exact_cache, make_cache
-from tests.models import BUILDERS, build, prompt
+from tests.support.caches import KINDS, exact_cache, make_cache
+from tests.support.models import BUILDERS, build, prompt
 
 
 def generate(model, cache, inputs=None, **arguments):

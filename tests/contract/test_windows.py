@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hf_reasoncache import SlidingWindowCompressCache
 from hf_reasoncache.layers.windowed import WindowedLayer
 from hf_reasoncache.scorers import H2O, RKV, Random, Scorer
-from tests.contract.test_lifecycle import LAYERS, Driver, now_held, tensors_reachable_from, tokens
-from tests.models import VOCABULARY, build, prompt
+from tests.support.driver import Driver, now_held, tokens
+from tests.support.models import LAYERS, VOCABULARY, build, prompt
+from tests.support.reachable import tensors_reachable_from
 
 WINDOW, KEPT, RECENT = 8, 3, 4
 

@@ -11,10 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from examples.benchmarks.moves import Moves
 from hf_reasoncache.attention import LogicalMask
 from hf_reasoncache.releases import cache_kwarg
-from tests.caches import KINDS, exact_cache, make_cache
-from tests.models import build, prompt
-
-LAYERS = 3
+from tests.support.caches import KINDS, exact_cache, make_cache
+from tests.support.models import LAYERS, build, prompt
 
 
 def offload_to_cpu(model, folder):

@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.shards import ALONE, _device_of, find_shard, in_several_processes
-from tests.models import build
+from tests.support.models import build
 
 
 @pytest.fixture

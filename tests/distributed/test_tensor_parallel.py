@@ -9,10 +9,10 @@ from itertools import chain
 import pytest
 from filelock import FileLock
 
-from tests.distributed.cases import CASES, LOCAL, outcome
-from tests.distributed.launch import MODEL, RANKS, output, start
-from tests.distributed.worker import load
-from tests.models import build
+from tests.support.distributed.cases import CASES, LOCAL, outcome
+from tests.support.distributed.launch import MODEL, RANKS, output, start
+from tests.support.distributed.worker import load
+from tests.support.models import build
 
 LIMIT = 240  # seconds that all cases together may take on a busy machine
 UNTOLD = ("exact", "exact kara", "alloc equal heads", "kara")

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 from examples.benchmarks.moves import Moves
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
-from tests.caches import KINDS, exact_cache, make_cache
-from tests.models import build, prompt
+from tests.support.caches import KINDS, exact_cache, make_cache
+from tests.support.models import build, prompt
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA devices", allow_module_level=True)

@@ -6,7 +6,7 @@ import torch
 from hf_reasoncache import ReasonAllocCache, decode_graphs
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
-from tests.models import build, prompt
+from tests.support.models import build, prompt
 from triton_ops.backend import use_backend
 
 SETTINGS = dict(budget=40, buffer=8, window=4)

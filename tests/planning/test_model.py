@@ -22,20 +22,7 @@ from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.planning import ModelSize, row_bytes
 from hf_reasoncache.planning.model import _routing
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import BUILDERS, build
-
-
-def llama_8b() -> LlamaConfig:
-    """Llama 3.1 8B."""
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-    )
+from tests.support.models import BUILDERS, build, llama_8b
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.planning import DEVICES, CachePlan, ModelSize, Setting, step_seconds
 from hf_reasoncache.planning.speed import RowWork, prompt_seconds
-from tests.planning.test_model import llama_8b
+from tests.support.models import llama_8b
 
 CONFIG = llama_8b()
 SIZE = ModelSize.of(CONFIG, torch.bfloat16, name="8B")

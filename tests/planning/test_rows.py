@@ -20,7 +20,7 @@ from hf_reasoncache.planning import RowBytes, row_bytes
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.report import storage_bytes
 from hf_reasoncache.scorers import H2O, RKV, KeyNorm, StreamingLLM
-from tests.models import VOCABULARY, build
+from tests.support.models import VOCABULARY, build
 
 build_once = once(build)
 

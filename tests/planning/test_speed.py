@@ -9,8 +9,7 @@ from transformers import DynamicCache
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.planning import ModelSize, RowWork, prompt_seconds, step_seconds
 from hf_reasoncache.planning.devices import DEVICES, Device
-from tests.models import build
-from tests.planning.test_model import llama_8b
+from tests.support.models import build, llama_8b
 
 SLOW = Device("slow", 10**9, 1.0, 1e30, "")
 WEAK = Device("weak", 10**9, 1e30, 1.0, "")

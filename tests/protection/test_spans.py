@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_reasoncache.protection import Spans, spans
-from tests.protection.tokenizers import make_tokenizer
+from tests.support.tokenizers import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 CHAT = [

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_reasoncache.releases import cache_kwarg
-from tests.caches import KINDS, exact_cache
+from tests.support.caches import KINDS, exact_cache
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_reasoncache.risk import damage as module
 from hf_reasoncache.risk import eviction_damage
-from tests.risk.reference import outputs
+from tests.support.attention_reference import outputs
 
 
 def case(seed=0, dtype=torch.float64, rows=2, heads=3, group=2, asked=4, tokens=17, size=8):

@@ -5,7 +5,7 @@ import torch
 
 from hf_reasoncache.calibration.lookup import least_budget
 from hf_reasoncache.risk.spectrum import least_tokens
-from tests.models import build, prompt
+from tests.support.models import build, prompt
 
 TOKENS = 60
 

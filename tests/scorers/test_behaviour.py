@@ -9,8 +9,8 @@ import torch
 
 from hf_reasoncache.scorers import H2O, RKV, TOVA, KeyDiff, LagKV, Random, SnapKV, StreamingLLM, rkv
 from hf_reasoncache.scorers.pooling import pool
-from tests.scorers import formulas
-from tests.scorers.inputs import head_of, held_tokens
+from tests.support import scorer_formulas as formulas
+from tests.support.scorer_inputs import head_of, held_tokens
 
 
 def kept(scores: torch.Tensor, count: int) -> list[int]:

@@ -22,8 +22,8 @@ from hf_reasoncache.scorers import (
     StreamingLLM,
     ValueNorm,
 )
-from tests.scorers import formulas
-from tests.scorers.inputs import head_of, heads_alone, held_tokens, row_alone
+from tests.support import scorer_formulas as formulas
+from tests.support.scorer_inputs import head_of, heads_alone, held_tokens, row_alone
 
 # A scorer, and its formula for one head; None where the formula is tested on its own below.
 MATRIX = {

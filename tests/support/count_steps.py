@@ -35,8 +35,8 @@ from hf_reasoncache import (
 )
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O
-from tests.models import SHAPE, VOCABULARY
 from tests.support.fake_device import DEVICE, Counts, Event, FakeDevice, fake_device
+from tests.support.models import SHAPE, VOCABULARY
 from triton_ops.backend import interpreting, use_backend
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache, SlidingWindowCompressCache
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import build, prompt
 from tests.support.fake_device import DEVICE, Counts, DeviceTensor, MixedDevicesError, fake_device
+from tests.support.models import build, prompt
 
 
 @pytest.fixture

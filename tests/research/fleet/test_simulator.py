@@ -22,7 +22,7 @@ from examples.research.fleet.simulator import (
 from examples.research.fleet.trace import Lengths, Request, poisson_requests
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.planning import DEVICES, ModelSize, RowWork
-from tests.models import build
+from tests.support.models import build
 
 CONFIG = build("llama", attention="eager").config
 SIZE = ModelSize.of(CONFIG, torch.float32)

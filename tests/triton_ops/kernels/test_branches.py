@@ -7,7 +7,7 @@ from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.graphs import CudaRecorder, decode_graphs
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.storage import branch_store
-from tests.models import prompt
+from tests.support.models import prompt
 from tests.support.ops.generation import host_tensors, small_llama
 from tests.support.ops.tape import TapeRecorder
 from triton_ops.backend import interpreting, use_backend

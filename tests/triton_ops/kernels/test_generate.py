@@ -5,7 +5,7 @@ import torch
 
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.scorers import H2O, RKV
-from tests.models import build, prompt
+from tests.support.models import build, prompt
 from tests.support.ops.generation import generate, small_llama
 from triton_ops.backend import interpreting, use_backend
 

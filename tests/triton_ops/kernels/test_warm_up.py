@@ -7,7 +7,7 @@ import torch
 
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache, warm_up
 from hf_reasoncache.scorers import H2O, RKV, SnapKV
-from tests.models import prompt
+from tests.support.models import prompt
 from tests.support.ops.generation import generate, small_llama
 from triton_ops.backend import interpreting, use_backend
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_reasoncache.calibration.traces import Trace
-from tests.models import VOCABULARY
+from tests.support.models import VOCABULARY
 
 
 def make_trace(prompt: int = 21, completion: int = 40, seed: int = 3) -> Trace:

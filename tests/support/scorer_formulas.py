@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tests.scorers.inputs import Head
+from tests.support.scorer_inputs import Head
 
 
 def softmax(numbers: list[float]) -> list[float]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 
 import hf_reasoncache  # noqa: F401  (registers the attention)
 from hf_reasoncache.shards import Shard
-from tests.distributed.cases import CASES, HYBRID, LOCAL, alloc, generate, outcome
+from tests.support.distributed.cases import CASES, HYBRID, LOCAL, alloc, generate, outcome
 
 
 def load(name, **arguments):

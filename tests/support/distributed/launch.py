@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "examples" / "tiny_reasoner" / "llama"
 RANKS = 2
 
@@ -29,7 +29,7 @@ def start(*arguments):
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
     }
-    command = [sys.executable, "-m", "tests.distributed.worker", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.support.distributed.worker", *map(str, arguments)]
     return [
         subprocess.Popen(
             command,

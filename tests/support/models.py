@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that the contract covers."""
+"""Tiny random models of the architectures that the contract covers, and a config of real size."""
 
 import torch
 from transformers import (
@@ -31,7 +31,9 @@ SHAPE = dict(
     # Larger than usual, so that random attention is peaked and a wrong mask changes the output.
     initializer_range=0.2,
 )
+LAYERS, HEADS, HEAD_SIZE = 3, 2, 16
 HYBRID = ["full_attention", "sliding_attention", "full_attention"]
+SLIDING_FIRST = ["sliding_attention", "full_attention", "full_attention"]
 
 BUILDERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=16)),
@@ -58,16 +60,46 @@ BUILDERS = {
 }
 
 
-def build(name: str, attention: str = "reasoncache", seed: int = 0) -> torch.nn.Module:
-    """A random model in eval mode; the same seed gives the same weights."""
-    torch.manual_seed(seed)
-    model = BUILDERS[name]().eval()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("sinks"):
+def prepare(model: torch.nn.Module, attention: str) -> torch.nn.Module:
+    """Eval mode, sinks that differ, no end of text, and this attention."""
+    model.eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
             torch.nn.init.normal_(parameter)
     model.generation_config.eos_token_id = None
     model.set_attn_implementation(attention)
     return model
+
+
+def build(name: str, attention: str = "reasoncache", seed: int = 0) -> torch.nn.Module:
+    """A random model in eval mode; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    return prepare(BUILDERS[name](), attention)
+
+
+def sliding_first(name: str, attention: str = "reasoncache") -> torch.nn.Module:
+    """A hybrid whose first layer is none of ours: "gemma3" or "gpt_oss"."""
+    torch.manual_seed(0)
+    shape = dict(**SHAPE, head_dim=16, sliding_window=12, layer_types=SLIDING_FIRST)
+    if name == "gemma3":
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, query_pre_attn_scalar=16))
+    else:
+        config = GptOssConfig(**shape, num_local_experts=2, num_experts_per_tok=1)
+        model = GptOssForCausalLM(config)
+    return prepare(model, attention)
+
+
+def llama_8b() -> LlamaConfig:
+    """Llama 3.1 8B."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+    )
 
 
 def prompt(batch: int = 2, tokens: int = 21, padding: tuple[int, ...] = (0, 7), seed: int = 1):

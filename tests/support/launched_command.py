@@ -1,6 +1,6 @@
 """One of the processes that a test launches: runs commands, and may die after some of the work.
 
-torchrun ... -m tests.launched '[["evaluate", ...], ["generate", ...]]'
+torchrun ... -m tests.support.launched_command '[["evaluate", ...], ["generate", ...]]'
 
 Process 1 reads parts of a calibration more slowly than the other. The variable DEATH, "kill:2" or
 "fail:2", ends it when it has finished two pieces of work: as the system does it, or with an error.
