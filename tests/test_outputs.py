@@ -4,44 +4,39 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 import threading
+import time
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from hf_reasoncache import outputs
 from hf_reasoncache.outputs import naming, new_directory, sole_writer, write_bytes, write_text
+from tests.support.copies import Copy
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from hf_reasoncache.outputs import sole_writer
-with sole_writer(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+
+def hold(output: Path, held: Connection) -> None:
+    with sole_writer(output):
+        held.send("held")
+        time.sleep(60)
 
 
 def test_another_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     """Killed as hard as can be: what is left behind is a file, and no lock."""
     output = tmp_path / "wave"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True
-    ) as holder:
-        try:
-            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-            refused = pytest.raises(
-                ValueError, match=r"wave: expected no other run .* got one; wait"
-            )
-            with refused, sole_writer(output):
-                pytest.fail("two writers")
-            with sole_writer(tmp_path / "other"):
-                pass
-        finally:
-            holder.send_signal(signal.SIGKILL)
+    held, sender = Pipe(duplex=False)
+    holder = Copy(hold, output, sender)
+    try:
+        assert held.poll(60) and held.recv() == "held", holder.stderr
+        refused = pytest.raises(ValueError, match=r"wave: expected no other run .* got one; wait")
+        with refused, sole_writer(output):
+            pytest.fail("two writers")
+        with sole_writer(tmp_path / "other"):
+            pass
+    finally:
+        holder.kill()
     assert (tmp_path / ".wave.lock").exists()
     with sole_writer(output):
         pass

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,8 +14,9 @@ import torch
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
 from hf_reasoncache import cli
 from hf_reasoncache.processes import Processes
+from tests.support import launched_commands
+from tests.support.copies import Copy
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(MODELS["llama"])
 COMMON = "--dtype float32 --device cpu --threads 1 --batch-size 2 --max-new-tokens 24"
 COMMANDS = ("evaluate", "audit", "calibrate", "generate")
@@ -69,18 +68,9 @@ def launch(
     names: tuple[str, ...], inputs: Path, out: Path, death: str = ""
 ) -> tuple[int, str, str]:
     """Run commands in two processes: exit status, stdout and stderr."""
-    calls = json.dumps([command(name, inputs, out) for name in names])
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DEATH": death, "COLUMNS": "80"}
-    found = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.support.launched_command", calls],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    return found.returncode, found.stdout, found.stderr
+    calls = [command(name, inputs, out) for name in names]
+    launched = Copy(launched_commands.launch, *calls, environment={"DEATH": death, "COLUMNS": "80"})
+    return launched.wait(200), launched.stdout, launched.stderr
 
 
 def contents(out: Path, name: str) -> dict[str, object]:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +26,8 @@ from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.outputs import sole_writer
 from hf_reasoncache.scorers import RKV
+from tests.support import launched_commands
+from tests.support.copies import Copy
 
 PROMPTS = 6
 TRACES = TraceSettings(max_new_tokens=40, batch_size=2, temperature=0.7, seed=11)
@@ -90,14 +87,6 @@ def command(prompts: Path, out: Path) -> list[str]:
 
 def flat(options: dict[str, str]) -> list[str]:
     return [word for option in options.items() for word in option]
-
-
-def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments], env=environment, stdout=pipe, stderr=pipe, text=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -238,20 +227,17 @@ def test_a_killed_command_goes_on_and_gives_the_same_profile(
     prompts: Path, tmp_path: Path, reference: dict[str, bytes]
 ) -> None:
     out = tmp_path / "wave"
-    arguments = ["hf_reasoncache", *command(prompts, out)]
-    process = start(arguments)
+    process = Copy(launched_commands.run, command(prompts, out))
     deadline = time.monotonic() + 120
     # Some of the prompts are measured, others are not.
     while len(list(tmp_path.glob("wave.partial/coverage-*.safetensors"))) < 2:
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline and process.returncode is None, process.stderr
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     left = len(list(tmp_path.glob("wave.partial/coverage-*.safetensors")))
     assert 2 <= left < PROMPTS and not out.exists()
-    process = start(arguments)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert stdout == f"{out}\n"
-    assert stderr == "coverage: 6 traces: as many passes, 12 measurements of each layer\n"
+    process = Copy(launched_commands.run, command(prompts, out))
+    assert process.wait(120) == 0, process.stderr
+    assert process.stdout == f"{out}\n"
+    assert process.stderr == "coverage: 6 traces: as many passes, 12 measurements of each layer\n"
     assert content(out) == reference

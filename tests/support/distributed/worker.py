@@ -1,9 +1,8 @@
-"""One of the processes that share a model, with what it is to do as the first argument."""
+"""One of the processes that share a model, with what it is to do."""
 
 import json
 import os
 import signal
-import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -68,9 +67,5 @@ def hang(model, folder):
 
 
 def main(what, name, folder, timeout):
-    dist.init_process_group("gloo", timeout=timedelta(seconds=float(timeout)))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     {"cases": run_cases, "hang": hang}[what](load(name, tp_plan="auto"), folder)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
