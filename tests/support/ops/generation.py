@@ -3,7 +3,7 @@
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_reasoncache.releases import cache_kwarg
-from tests.models import SHAPE
+from tests.support.models import SHAPE
 
 
 def small_llama(query_heads=4):
