@@ -9,7 +9,6 @@ from hf_reasoncache.branching.calibrate import calibrate_exit
 from hf_reasoncache.branching.exit import ConfidentExit
 from hf_reasoncache.branching.generate import branch_generate
 from hf_reasoncache.branching.prefill_once import prefill_once
-from hf_reasoncache.branching.step_share import StepShareCache
 from hf_reasoncache.branching.vote import VoteResult
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.graphs import decode_graphs
@@ -25,7 +24,6 @@ __all__ = [
     "ReasonAllocCache",
     "SharedBranchCache",
     "SlidingWindowCompressCache",
-    "StepShareCache",
     "VoteResult",
     "__version__",
     "branch_generate",

@@ -54,6 +54,7 @@ PARTS: dict[str, set[str]] = {
     "graphs": CACHES | LAYERS | {"releases", "triton_ops"},
     "warm_up": CACHES | LAYERS | {"geometry", "scorers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry", "releases"},
+    "experimental": CACHES | {"arguments", "geometry", "layer", "releases", "storage"},
     # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
     "calibration": LAYERS
     | {"scorers", "budgets", "geometry", "risk", "triton_ops", "version"}
@@ -88,8 +89,9 @@ for _cache in CACHES:
 for _allowed in PARTS.values():
     # How a value is echoed in an error is the same everywhere.
     _allowed.add("messages")
-# "cli" and the package's own __init__ may import every part; only "__main__" imports "cli".
-PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"}
+# "cli" and the package's own __init__ may import every part but "experimental"; only "__main__"
+# imports "cli".
+PARTS["cli"] = PARTS["__init__"] = {*PARTS, "triton_ops"} - {"experimental"}
 PARTS["__main__"] = {"cli"}
 
 # Third-party modules, by the longest prefix of the importing module that is named here.
@@ -105,6 +107,7 @@ LIBRARIES: dict[str, set[str]] = {
     "hf_reasoncache.processes": {"torch", "accelerate", "tqdm"},
     "hf_reasoncache.layer": {"torch", "transformers"},
     "hf_reasoncache.branching": {"torch", "transformers"},
+    "hf_reasoncache.experimental": {"torch", "transformers"},
     "hf_reasoncache.calibration": {"torch", "transformers", "safetensors"},
     "hf_reasoncache.calibration.prompts": {"transformers", "datasets"},
     "hf_reasoncache.calibration.profile": {"torch", "transformers"},
@@ -195,6 +198,8 @@ def import_violations(module: str, source: str, known: set[str]) -> list[str]:
             allowed = top == "triton_ops"
         elif top == "triton_ops":
             allowed = "triton_ops" in parts_of(module)
+        elif target == "experimental":
+            allowed = part == "experimental"  # not even the public face relies on it
         elif target == "cli":
             allowed = part in {"cli", "__main__"}
         elif part in {"cli", "__init__"}:
@@ -250,6 +255,19 @@ def test_imports(module: str) -> None:
     assert import_violations(module, FILES[module].read_text("utf-8"), set(FILES)) == []
 
 
+EXAMPLES = {
+    module_name(path): path
+    for path in sorted((ROOT / "examples").rglob("*.py"))
+    if "research" not in path.parts
+}
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_only_research_uses_what_is_experimental(module: str) -> None:
+    found = imports(module, ast.parse(EXAMPLES[module].read_text("utf-8")), set(FILES))
+    assert [name for _, name in found if part_of(name) == "experimental"] == []
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_style(module: str) -> None:
     assert style_violations(module, FILES[module].read_text("utf-8")) == []
@@ -288,6 +306,8 @@ KNOWN = {
     "hf_reasoncache.calibration.__init__",
     "hf_reasoncache.calibration.hub",
     "hf_reasoncache.calibration.profile",
+    "hf_reasoncache.experimental.__init__",
+    "hf_reasoncache.experimental.steps",
     "triton_ops.__init__",
     "triton_ops.compact.__init__",
     "triton_ops.compact.kernel",
@@ -323,6 +343,9 @@ KNOWN = {
         ("hf_reasoncache.calibration.profile", "import huggingface_hub"),
         ("hf_reasoncache.calibration.profile", "from ..cache import ReasonCache"),
         ("hf_reasoncache.evaluation.report", "from ..cli import app"),
+        ("hf_reasoncache.branching.exit", "from ..experimental.steps import Step"),
+        ("hf_reasoncache.cli.plan", "from ..experimental import least_budget"),
+        ("hf_reasoncache.__init__", "from .experimental import StepShareCache"),
         ("hf_reasoncache.__init__", "from . import cli"),
         ("hf_reasoncache.__init__", "import transformers"),
         ("hf_reasoncache.undecided", ""),

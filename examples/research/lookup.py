@@ -19,8 +19,8 @@ from examples.research.tables import insert
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.evaluate import load
 from examples.tiny_reasoner.vocabulary import SMALL_TALK
-from hf_reasoncache.calibration.lookup import least_budget
 from hf_reasoncache.evaluation.table import markdown_table
+from hf_reasoncache.experimental import least_budget
 
 
 def small_talk(count: int, tokens: int) -> list[str]:

@@ -23,9 +23,8 @@ from examples.research.tables import publish
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, check, make_problems
 from examples.tiny_reasoner.evaluate import encode, load
 from examples.tiny_reasoner.tasks import Problem
-from hf_reasoncache.branching.lens import LensExit, LogitLens
-from hf_reasoncache.branching.semantic import semantic_prefill
 from hf_reasoncache.evaluation import Share
+from hf_reasoncache.experimental import LensExit, LogitLens, semantic_prefill
 from hf_reasoncache.releases import cache_kwarg
 
 TAU = 0.82

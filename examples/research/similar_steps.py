@@ -24,9 +24,8 @@ from examples.research.tables import markdown, publish, read_csv, write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, check
 from examples.tiny_reasoner.evaluate import encode, load
 from examples.tiny_reasoner.tasks import Problem
-from hf_reasoncache.branching.step_share import StepShareCache
-from hf_reasoncache.branching.steps import Boundaries
 from hf_reasoncache.evaluation import Share
+from hf_reasoncache.experimental import Boundaries, StepShareCache
 from hf_reasoncache.releases import cache_kwarg
 
 SENTENCES = Boundaries((r"\.",), look_back=1)

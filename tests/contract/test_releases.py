@@ -10,12 +10,12 @@ import transformers
 from packaging.version import Version
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache, branch_generate, prefill_once
-from hf_reasoncache.branching.semantic import semantic_prefill
 from hf_reasoncache.calibration.coverage import Coverage
-from hf_reasoncache.calibration.lookup import least_budget
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.traces import TraceSettings, generate_traces
 from hf_reasoncache.evaluation.generation import answer_batch
+from hf_reasoncache.experimental.lookup import least_budget
+from hf_reasoncache.experimental.semantic import semantic_prefill
 from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg, take_cache
 from tests.support.caches import KINDS, make_cache
 from tests.support.models import VOCABULARY, build, prompt

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_reasoncache.calibration.lookup import least_budget
-from hf_reasoncache.risk.spectrum import least_tokens
+from hf_reasoncache.experimental.lookup import least_budget
+from hf_reasoncache.experimental.spectrum import least_tokens
 from tests.support.models import build, prompt
 
 TOKENS = 60

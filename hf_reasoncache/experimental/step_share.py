@@ -11,11 +11,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.arguments import require_bool, require_int, require_share
-from hf_reasoncache.branching.blocks import Block, BlockLayer, Entry, refusal
-from hf_reasoncache.branching.rotation import Rotation
-from hf_reasoncache.branching.step_report import StepShareReport
-from hf_reasoncache.branching.step_watcher import StepWatcher
-from hf_reasoncache.branching.steps import Boundaries, Step, lexical_similarity
+from hf_reasoncache.experimental.blocks import Block, BlockLayer, Entry, refusal
+from hf_reasoncache.experimental.rotation import Rotation
+from hf_reasoncache.experimental.step_report import StepShareReport
+from hf_reasoncache.experimental.step_watcher import StepWatcher
+from hf_reasoncache.experimental.steps import Boundaries, Step, lexical_similarity
 from hf_reasoncache.geometry import supported_layers
 
 Share = Literal["values", "keys_values"]
@@ -24,7 +24,7 @@ Share = Literal["values", "keys_values"]
 class StepShareCache(Cache):
     """A cache in which a step that resembles an earlier one points at that one's blocks.
 
-    Opt-in and approximate: a shared block holds the keys and values of similar tokens, not of
+    Approximate: a shared block holds the keys and values of similar tokens, not of
     these. It saves memory, not time: a block is computed before it is compared, and every step
     gathers the blocks. Any attention implementation works.
 
@@ -124,7 +124,7 @@ class StepShareCache(Cache):
         self._known: list[tuple[int, Step, list[Entry]]] = []
         self._steps = self._candidates = self._matched = self._blocks = 0
         self._distances: list[tuple[float, float]] = []
-        self._freed = self._twins = 0
+        self._freed = self._prompt_bytes = 0
 
     def reset(self) -> None:
         """Make the cache new."""
@@ -155,19 +155,19 @@ class StepShareCache(Cache):
         self.table += [[] for _ in range(rows)]
 
     @torch.no_grad()
-    def seal_prompt(self, row: int, tokens: int, twin: int) -> None:
+    def seal_prompt(self, row: int, tokens: int, like: int) -> None:
         """Turn a prompt into a block, or point at that of a row with the same prompt.
 
         Parameters
         ----------
         row, tokens : int
-        twin : int
+        like : int
             An earlier row with the same tokens, or the row itself.
         """
         parts = [layer.cut(row, tokens) for layer in self._ours]
-        if twin != row:
-            self.table[row] += self.table[twin]
-            self._twins += sum(keys.nbytes + values.nbytes for keys, values in parts)
+        if like != row:
+            self.table[row] += self.table[like]
+            self._prompt_bytes += sum(keys.nbytes + values.nbytes for keys, values in parts)
             return
         keys, values = (Block(0, tuple(part[side] for part in parts)) for side in (0, 1))
         self.table[row].append(Entry(0, keys, values))
@@ -257,7 +257,7 @@ class StepShareCache(Cache):
             held_bytes=sum(block.nbytes for block in self._unique())
             + sum(layer.tail_bytes for layer in self._ours),
             saved_bytes=self._freed,
-            prompt_bytes=self._twins,
+            prompt_bytes=self._prompt_bytes,
             key_distance=keys,
             value_distance=values,
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_reasoncache.branching.semantic import (
+from hf_reasoncache.experimental.semantic import (
     SharingGate,
     layer_weights,
     semantic_prefill,

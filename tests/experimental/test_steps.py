@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from examples.tiny_reasoner import MODELS, make_problems
-from hf_reasoncache.branching.rotation import Rotation
-from hf_reasoncache.branching.steps import (
+from hf_reasoncache.experimental.rotation import Rotation
+from hf_reasoncache.experimental.steps import (
     Boundaries,
     Step,
     StepSegmenter,

@@ -69,7 +69,7 @@ class BlockLayer(CacheLayerMixin):
 
     Parameters
     ----------
-    rank : int
+    layer_rank : int
         Which part of a block is this layer's.
     table : list of list of Entry
         Of every row; the cache's, and only read here.
@@ -80,9 +80,9 @@ class BlockLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, rank: int, table: list[list[Entry]], rotation: Any) -> None:
+    def __init__(self, layer_rank: int, table: list[list[Entry]], rotation: Any) -> None:
         super().__init__()
-        self.rank, self.table, self.rotation = rank, table, rotation
+        self.layer_rank, self.table, self.rotation = layer_rank, table, rotation
         self.reset()
 
     def reset(self) -> None:
@@ -131,7 +131,7 @@ class BlockLayer(CacheLayerMixin):
         pieces, blocks_of = [], iter(blocks)
         for row, tail in enumerate(self._tails):
             count = len(self.table[row]) if self.table else 0
-            pieces += [next(blocks_of).parts[self.rank] for _ in range(count)]
+            pieces += [next(blocks_of).parts[self.layer_rank] for _ in range(count)]
             pieces += tail[side]
         joined = torch.cat(pieces, dim=1)
         heads, _, size = joined.shape

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_reasoncache.branching.blocks import BlockLayer
-from hf_reasoncache.branching.rotation import Rotation
-from hf_reasoncache.branching.step_share import StepShareCache
-from hf_reasoncache.branching.steps import Boundaries
+from hf_reasoncache.experimental.blocks import BlockLayer
+from hf_reasoncache.experimental.rotation import Rotation
+from hf_reasoncache.experimental.step_share import StepShareCache
+from hf_reasoncache.experimental.steps import Boundaries
 from hf_reasoncache.releases import cache_kwarg
 from tests.support.models import build, prompt
 

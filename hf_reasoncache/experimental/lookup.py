@@ -9,9 +9,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.experimental.spectrum import least_tokens
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk.spectrum import least_tokens
 from hf_reasoncache.storage.new_tokens import NewTokens
 
 
@@ -109,7 +109,7 @@ def least_budget(
     window : int
         Newest tokens that the cache will always hold.
     tolerance : float
-        In (0, 1): largest spectral tail, see `hf_reasoncache.risk.spectrum`.
+        In (0, 1): largest spectral tail, see `hf_reasoncache.experimental.spectrum`.
     queries : int
         Queries taken of each prompt, evenly spaced.
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-from hf_reasoncache.branching.steps import Boundaries, Step, StepSegmenter
+from hf_reasoncache.experimental.steps import Boundaries, Step, StepSegmenter
 
 
 class Shared(Protocol):
@@ -20,7 +20,7 @@ class Shared(Protocol):
     def begin(self, rows: int) -> None:
         """Prepare for that many rows."""
 
-    def seal_prompt(self, row: int, tokens: int, twin: int) -> None:
+    def seal_prompt(self, row: int, tokens: int, like: int) -> None:
         """Turn a prompt into a block, or point at that of an earlier row with the same prompt."""
 
     def seal(self, row: int, step: Step) -> None:
@@ -78,8 +78,8 @@ class StepWatcher(StoppingCriteria):
             ]
             first: dict[tuple[int, ...], int] = {}
             for row, ids in enumerate(input_ids[:, :-1].tolist()):
-                twin = first.setdefault((row // cache.branches, *ids), row)
-                cache.seal_prompt(row, length - 1, twin)
+                like = first.setdefault((row // cache.branches, *ids), row)
+                cache.seal_prompt(row, length - 1, like)
         for row, step in self._ended.items():
             cache.seal(row, step)
         self._length = length

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_reasoncache.branching.lens import LensExit, LogitLens
+from hf_reasoncache.experimental.lens import LensExit, LogitLens
 from tests.support.models import build, prompt
 
 
