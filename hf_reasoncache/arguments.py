@@ -14,7 +14,7 @@ from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Protection, Spans
 from hf_reasoncache.risk import Guard, Probes, Risk
-from hf_reasoncache.scorers.base import Scorer
+from hf_reasoncache.scorers import Scorer, make_scorer
 
 Profile = BudgetProfile | str | os.PathLike[str] | Sequence[float]
 """A calibrated profile, its directory, its repository on the Hub, or one demand per layer."""
@@ -53,11 +53,19 @@ def require_temperature(value: object) -> None:
 
 
 def require_scorer(scorer: object) -> Scorer:
-    """Return a scorer; raise ValueError for anything else, its class included."""
+    """Return a scorer, made with its defaults if its name is given.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else, a scorer's class included, or no such name is known.
+    """
+    if isinstance(scorer, str):
+        return make_scorer(scorer)
     if isinstance(scorer, type) or not isinstance(scorer, Scorer):
         raise ValueError(
-            f"scorer: expected an object of hf_reasoncache.scorers, got {shown(scorer)}; pass an "
-            "instance such as RKV()."
+            f"scorer: expected an object of hf_reasoncache.scorers or a name, got {shown(scorer)}; "
+            "pass an instance such as RKV(), or 'rkv'."
         )
     return scorer
 

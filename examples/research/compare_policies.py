@@ -13,7 +13,7 @@ from functools import partial
 
 from examples.research.arguments import parse, parser
 from examples.research.harness import FULL, Summary, fill_table
-from examples.research.policies import BUFFER, TABLES, WINDOW, make_arm
+from examples.research.policies import BUFFER, TABLES, WINDOW, make_spec
 from examples.research.tables import publish, read_csv, versions
 from examples.tiny_reasoner import (
     DEVELOPMENT_SEEDS,
@@ -23,7 +23,7 @@ from examples.tiny_reasoner import (
     make_problems,
 )
 from examples.tiny_reasoner.evaluate import load
-from hf_reasoncache.evaluation import Arm
+from hf_reasoncache.evaluation import CacheSpec
 
 
 def line(budget: str, prompt: str, policy: str, summary: Summary) -> dict[str, str]:
@@ -42,8 +42,8 @@ def line(budget: str, prompt: str, policy: str, summary: Summary) -> dict[str, s
     }
 
 
-def todo(arguments: argparse.Namespace) -> Iterator[tuple[Arm, int | None, str]]:
-    """Yield arm, budget and prompt treatment of every line."""
+def todo(arguments: argparse.Namespace) -> Iterator[tuple[CacheSpec, int | None, str]]:
+    """Yield cache, budget and prompt treatment of every line."""
     yield FULL, None, "kept"
     table = TABLES[arguments.table](arguments.family)
     unknown = set(arguments.only or ()) - set(table)
@@ -54,7 +54,7 @@ def todo(arguments: argparse.Namespace) -> Iterator[tuple[Arm, int | None, str]]
         for budget in budgets:
             for name, settings in table.items():
                 prompt = "kept" if protect else "evictable"
-                yield make_arm(name, settings, protect), budget, prompt
+                yield make_spec(name, settings, protect), budget, prompt
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -72,9 +72,9 @@ def main(given: Sequence[str] | None = None) -> None:
     path = arguments.output / f"{name}.csv"
     done = {(row["budget"], row["prompt"], row["policy"]) for row in read_csv(path)}
     missing = [
-        (arm, budget, partial(line, text, prompt, arm.name))
-        for arm, budget, prompt in todo(arguments)
-        if ((text := str(budget or "full")), prompt, arm.name) not in done
+        (spec, budget, partial(line, text, prompt, spec.name))
+        for spec, budget, prompt in todo(arguments)
+        if ((text := str(budget or "full")), prompt, spec.name) not in done
     ]
     problems = {
         task: make_problems(task, arguments.problems, seed, arguments.family) for task in TASKS

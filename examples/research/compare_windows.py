@@ -14,7 +14,7 @@ from typing import Any
 
 from examples.research.arguments import parse, parser
 from examples.research.harness import FULL, Summary, fill_table
-from examples.research.policies import BUFFER, make_arm, policies, wave
+from examples.research.policies import BUFFER, make_spec, policies, wave
 from examples.research.tables import markdown, publish, read_csv, versions
 from examples.tiny_reasoner import (
     DEVELOPMENT_SEEDS,
@@ -25,7 +25,7 @@ from examples.tiny_reasoner import (
 )
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import SlidingWindowCompressCache
-from hf_reasoncache.evaluation import Arm
+from hf_reasoncache.evaluation import CacheSpec
 from hf_reasoncache.scorers import Random, SnapKV
 
 WINDOW, RECENT = 32, 16
@@ -43,7 +43,7 @@ prompt."""
 
 
 def windows(family: str) -> dict[str, dict[str, Any]]:
-    """Arguments of SlidingWindowCompressCache for each arm."""
+    """Arguments of SlidingWindowCompressCache for each line."""
     causal = {"scorer": SnapKV(queries=WINDOW, kernel=1)}
     tokens = {"chunk_share": 0.0}
     layers = {"profile": wave(family, "sensitivity")}
@@ -60,18 +60,18 @@ def windows(family: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def todo(family: str) -> Iterator[tuple[Arm, int | float | None, str, str]]:
-    """Yield arm, budget, ratio and name of every line."""
+def todo(family: str) -> Iterator[tuple[CacheSpec, int | float | None, str, str]]:
+    """Yield cache, budget, ratio and name of every line."""
     yield FULL, None, "1", FULL.name
     common = {"window": WINDOW, "recent": RECENT}
     threshold = policies(family)
     for index, ratio in enumerate(RATIOS):
         for name, settings in windows(family).items():
-            arm = Arm(name, SlidingWindowCompressCache, common | settings)
-            yield arm, ratio, f"{ratio:g}", name
+            spec = CacheSpec(name, SlidingWindowCompressCache, common | settings)
+            yield spec, ratio, f"{ratio:g}", name
         for name, budgets in THRESHOLDS.items():
-            arm = make_arm(name, threshold[name], protect=True)
-            yield arm, budgets[index], f"{ratio:g}", f"{name}, budget {budgets[index]}"
+            spec = make_spec(name, threshold[name], protect=True)
+            yield spec, budgets[index], f"{ratio:g}", f"{name}, budget {budgets[index]}"
 
 
 def line(ratio: str, name: str, summary: Summary) -> dict[str, str]:
@@ -100,8 +100,8 @@ def main(given: Sequence[str] | None = None) -> None:
     path = arguments.output / f"{table}.csv"
     done = {(row["ratio"], row["cache"]) for row in read_csv(path)}
     missing = [
-        (arm, budget, partial(line, ratio, name))
-        for arm, budget, ratio, name in todo(arguments.family)
+        (spec, budget, partial(line, ratio, name))
+        for spec, budget, ratio, name in todo(arguments.family)
         if (ratio, name) not in done
     ]
     problems = {

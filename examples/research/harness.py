@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from examples.research.tables import read_csv, write_csv
 from examples.tiny_reasoner.evaluate import encode
 from examples.tiny_reasoner.tasks import Outcome, Problem, check
-from hf_reasoncache.evaluation import Arm, Share
-from hf_reasoncache.evaluation.arms import Budget
+from hf_reasoncache.evaluation import CacheSpec, Share
 from hf_reasoncache.evaluation.generation import Answer, answer_batch
+from hf_reasoncache.evaluation.specs import Budget
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.report import CacheReport
 
@@ -26,12 +26,12 @@ SAMPLING = 4
 """Steps between two looks at how many tokens a cache holds."""
 
 
-FULL = Arm("full (DynamicCache)")
+FULL = CacheSpec("full (DynamicCache)")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one arm did on some problems.
+    """What one cache did on some problems.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """One arm over several tasks.
+    """One cache over several tasks.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class Summary:
 
 
 def summarize(runs: Mapping[str, Run]) -> Summary:
-    """Join one arm's runs over the tasks."""
+    """Join one cache's runs over the tasks."""
     outcomes = [outcome for run in runs.values() for outcome in run.outcomes]
     directives = dict.fromkeys(name for outcome in outcomes for name in outcome.followed)
     return Summary(
@@ -114,11 +114,11 @@ def summarize(runs: Mapping[str, Run]) -> Summary:
     )
 
 
-def run_arm(
+def run_spec(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
-    arm: Arm,
+    spec: CacheSpec,
     budget: Budget | None,
     *,
     batch_size: int = 50,
@@ -129,9 +129,9 @@ def run_arm(
     Parameters
     ----------
     model, tokenizer
-        As `load` of the tiny reasoner gives them; the model's attention is set to the arm's.
+        As `load` of the tiny reasoner gives them; the model's attention is set to the cache's.
     problems : sequence of Problem
-    arm : Arm
+    spec : CacheSpec
     budget : int, float or None
         Tokens, or a ratio of windows; None for the full cache.
     batch_size : int
@@ -139,7 +139,7 @@ def run_arm(
     progress : tqdm, optional
         Advanced by the number of problems answered.
     """
-    model.set_attn_implementation(arm.attention)
+    model.set_attn_implementation(spec.attention)
     outcomes: list[Outcome] = []
     answers: list[Answer] = []
     seconds = bytes_per_row = 0.0
@@ -148,7 +148,7 @@ def run_arm(
         found = answer_batch(
             model,
             [tokenizer(problem.prompt)["input_ids"] for problem in batch],
-            arm.make(model.config, budget, None, 0),
+            spec.make(model.config, budget, None, 0),
             max_new_tokens=max(problem.max_new_tokens for problem in batch),
             sampling=SAMPLING,
         )
@@ -176,9 +176,9 @@ def fill_table(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Mapping[str, Sequence[Problem]],
-    missing: Sequence[tuple[Arm, Budget | None, Callable[[Summary], dict[str, str]]]],
+    missing: Sequence[tuple[CacheSpec, Budget | None, Callable[[Summary], dict[str, str]]]],
 ) -> list[dict[str, str]]:
-    """Run arms on the problems of each task and write every finished line at once.
+    """Run caches on the problems of each task and write every finished line at once.
 
     Parameters
     ----------
@@ -187,17 +187,17 @@ def fill_table(
     model, tokenizer
     problems : mapping of str to sequence of Problem
         By task.
-    missing : sequence of Arm, budget and Callable
+    missing : sequence of CacheSpec, budget and Callable
         What has no line yet; the last makes its line.
     """
     rows = read_csv(path)
     total = len(missing) * sum(map(len, problems.values()))
     with tqdm(total=total, unit="problem") as progress:
-        for arm, budget, line in missing:
-            progress.set_description(f"{arm.name} {budget}")
+        for spec, budget, line in missing:
+            progress.set_description(f"{spec.name} {budget}")
             runs = {
-                task: run_arm(
-                    model, tokenizer, some, arm, budget, batch_size=100, progress=progress
+                task: run_spec(
+                    model, tokenizer, some, spec, budget, batch_size=100, progress=progress
                 )
                 for task, some in problems.items()
             }
@@ -234,16 +234,16 @@ def answer_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
-    arm: Arm,
+    spec: CacheSpec,
     budget: Budget,
     batch_size: int,
     progress: tqdm | None = None,
 ) -> Iterator[Answered]:
     """Answer problems greedily, batch by batch, each with a new cache that reports."""
-    model.set_attn_implementation(arm.attention)
+    model.set_attn_implementation(spec.attention)
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
-        inputs, cache = encode(tokenizer, batch), arm.make(model.config, budget, None, 0)
+        inputs, cache = encode(tokenizer, batch), spec.make(model.config, budget, None, 0)
         begin = time.process_time()
         output = model.generate(
             **inputs,

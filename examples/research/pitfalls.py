@@ -22,7 +22,7 @@ from examples.research.tables import insert, versions
 from examples.tiny_reasoner import MODELS, TEST_SEEDS
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
-from hf_reasoncache.evaluation import Arm, Settings, Share, Suite, audit, load_suite
+from hf_reasoncache.evaluation import CacheSpec, Settings, Share, Suite, audit, load_suite
 from hf_reasoncache.evaluation.audit_report import write_report
 from hf_reasoncache.evaluation.audit_result import Audit, CellResult
 from hf_reasoncache.evaluation.harness import facts
@@ -37,7 +37,7 @@ BATCH = 20
 TREATMENTS = ("default", "whitelist", "fair")
 
 
-def methods(family: str) -> list[Arm]:
+def methods(family: str) -> list[CacheSpec]:
     """The methods as they are, the prompt evictable."""
     common = {"window": WINDOW, "buffer": BUFFER, "protect_prompt": False, "head_budgets": False}
     scorers = {
@@ -49,22 +49,22 @@ def methods(family: str) -> list[Arm]:
         "K-norm": "key-norm",
         "R-KV": "rkv",
     }
-    arms = [Arm(name, ReasonAllocCache, common, scorer) for name, scorer in scorers.items()]
+    specs = [CacheSpec(name, ReasonAllocCache, common, scorer) for name, scorer in scorers.items()]
     profile = wave(family, "sensitivity")
     with_budgets = common | {"head_budgets": True, "profile": profile}
     windows = {"window": 2 * WINDOW, "recent": WINDOW, "ratio": 0.5, "protect_prompt": False}
-    arms.append(Arm("ReasonAlloc", ReasonAllocCache, with_budgets, "rkv"))
-    return [*arms, Arm("Kara", SlidingWindowCompressCache, windows)]
+    specs.append(CacheSpec("ReasonAlloc", ReasonAllocCache, with_budgets, "rkv"))
+    return [*specs, CacheSpec("Kara", SlidingWindowCompressCache, windows)]
 
 
-def treated(arm: Arm, treatment: str) -> Arm:
+def treated(spec: CacheSpec, treatment: str) -> CacheSpec:
     """A method with a remedy."""
-    name = f"{arm.name}, {treatment}"
+    name = f"{spec.name}, {treatment}"
     if treatment == "whitelist":
-        return replace(arm, name=name, whitelist=True)
+        return replace(spec, name=name, whitelist=True)
     if treatment == "fair":
-        return replace(arm, name=name, fair=FAIR, fair_window=WINDOW)
-    return replace(arm, name=name)
+        return replace(spec, name=name, fair=FAIR, fair_window=WINDOW)
+    return replace(spec, name=name)
 
 
 def shortened(suite: Suite, cases: int) -> Suite:
@@ -75,14 +75,14 @@ def shortened(suite: Suite, cases: int) -> Suite:
 
 def gains(found: Audit) -> str:
     """Following rates of each method as it is and with each remedy."""
-    cells = {(cell.arm, cell.budget): cell for cell in found.cells[1:]}
+    cells = {(cell.cache, cell.budget): cell for cell in found.cells[1:]}
     columns = ["method", "budget", *TREATMENTS, "answers right"]
     rows = []
-    for arm in dict.fromkeys(cell.arm.rpartition(", ")[0] for cell in found.cells[1:]):
+    for spec in dict.fromkeys(cell.cache.rpartition(", ")[0] for cell in found.cells[1:]):
         for budget in dict.fromkeys(cell.budget for cell in found.cells[1:]):
-            each = [cells[f"{arm}, {treatment}", budget] for treatment in TREATMENTS]
+            each = [cells[f"{spec}, {treatment}", budget] for treatment in TREATMENTS]
             rows.append(
-                {"method": arm, "budget": str(budget)}
+                {"method": spec, "budget": str(budget)}
                 | dict(zip(TREATMENTS, map(_rates, each), strict=True))
                 | {"answers right": " / ".join(f"{100 * c.correct.value:.0f}" for c in each)}
             )
@@ -93,7 +93,7 @@ def phenomena(found: Audit) -> str:
     """The measurements that the paper's phenomena are about, for the methods as they are."""
     rows = []
     for cell in found.cells[1:]:
-        name, _, treatment = cell.arm.rpartition(", ")
+        name, _, treatment = cell.cache.rpartition(", ")
         if treatment != "default":
             continue
         together, alone = _all(cell, "together"), _all(cell, "alone")
@@ -139,18 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = MODELS[given.family]
     suite = shortened(load_suite(path / "audit.jsonl"), given.cases)
     known = methods(given.family)
-    unknown = set(given.only or ()) - {arm.name for arm in known}
+    unknown = set(given.only or ()) - {spec.name for spec in known}
     if unknown:
-        parser.error(f"--only: expected {[arm.name for arm in known]}, got {sorted(unknown)}")
-    arms = [
-        treated(arm, treatment)
-        for arm in known
-        if not given.only or arm.name in given.only
+        parser.error(f"--only: expected {[spec.name for spec in known]}, got {sorted(unknown)}")
+    specs = [
+        treated(spec, treatment)
+        for spec in known
+        if not given.only or spec.name in given.only
         for treatment in TREATMENTS
     ]
     model, tokenizer = load(path)
     settings = Settings(batch_size=BATCH)
-    found = audit(model, tokenizer, suite, arms, given.budgets, output / "answers.jsonl", settings)
+    found = audit(model, tokenizer, suite, specs, given.budgets, output / "answers.jsonl", settings)
     violations = Limits(max_drop=1.0).violations(found)
     write_report(found, violations, {"cases": given.cases, **facts(model, settings)}, output)
     count = found.full.classes[0].together.total

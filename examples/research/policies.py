@@ -9,7 +9,7 @@ from examples.tiny_reasoner import MODELS
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.budgets.layers import pyramid
 from hf_reasoncache.calibration import BudgetProfile
-from hf_reasoncache.evaluation import Arm
+from hf_reasoncache.evaluation import CacheSpec
 from hf_reasoncache.scorers import (
     H2O,
     RKV,
@@ -111,6 +111,6 @@ def sweep() -> dict[str, dict[str, Any]]:
 TABLES = {"policies": policies, "ablation": ablation, "sweep": lambda family: sweep()}
 
 
-def make_arm(name: str, settings: Mapping[str, Any], protect: bool) -> Arm:
-    """Turn a policy into an arm."""
-    return Arm(name, ReasonAllocCache, {**COMMON, "protect_prompt": protect, **settings})
+def make_spec(name: str, settings: Mapping[str, Any], protect: bool) -> CacheSpec:
+    """Turn a policy into the description of a cache."""
+    return CacheSpec(name, ReasonAllocCache, {**COMMON, "protect_prompt": protect, **settings})

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from examples.research.arguments import parse, parser
 from examples.research.harness import Answered, answer_batches
-from examples.research.policies import make_arm, policies
+from examples.research.policies import make_spec, policies
 from examples.research.tables import publish, versions
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.evaluate import load
 from examples.tiny_reasoner.tasks import Problem
 from hf_reasoncache.risk import Probes, conformal_bound, coverage
 
-ARMS = {
+SPECS = {
     "llama": [("R-KV", 160, True), ("R-KV + wave", 96, False)],
     "qwen3": [("R-KV + wave", 192, False)],
 }
@@ -89,10 +89,10 @@ def split_coverage(groups: list[list[float]], alpha: float) -> float:
 
 
 def lines(
-    arm: tuple[str, int, bool], calibration: list[list[float]], fresh: list[list[float]]
+    spec: tuple[str, int, bool], calibration: list[list[float]], fresh: list[list[float]]
 ) -> list[dict[str, str]]:
     """Rows of the table, one for each nominal coverage."""
-    name, budget, kept = arm
+    name, budget, kept = spec
     table = []
     for alpha in ALPHAS:
         bound = conformal_bound(calibration, alpha)
@@ -124,14 +124,14 @@ def main() -> None:
         for seed in seeds
     ]
     table, costs = [], []
-    arms = ARMS[arguments.family]
-    with tqdm(total=3 * len(arms) * len(sides[0]), unit="problem") as progress:
+    specs = SPECS[arguments.family]
+    with tqdm(total=3 * len(specs) * len(sides[0]), unit="problem") as progress:
 
         def answer(side: list[Problem], probes: Probes | None) -> Probed:
-            arm = make_arm(name, policies(arguments.family)[name] | {"probes": probes}, kept)
-            return Probed.of(answer_batches(model, tokenizer, side, arm, budget, 50, progress))
+            spec = make_spec(name, policies(arguments.family)[name] | {"probes": probes}, kept)
+            return Probed.of(answer_batches(model, tokenizer, side, spec, budget, 50, progress))
 
-        for name, budget, kept in arms:
+        for name, budget, kept in specs:
             progress.set_description(f"{name} {budget}")
             calibration, fresh = (answer(side, probes) for side in sides)
             plain = answer(sides[1], None)

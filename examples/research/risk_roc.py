@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from examples.research.arguments import parse, parser
 from examples.research.harness import Answered, answer_batches
-from examples.research.policies import make_arm, policies
+from examples.research.policies import make_spec, policies
 from examples.research.tables import publish, versions
 from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache.report import CacheReport
 
-ARMS = {
+SPECS = {
     "llama": [
         ("R-KV", 160, True),
         ("R-KV + wave", 96, False),
@@ -144,13 +144,13 @@ def main() -> None:
     ]
     table: list[dict[str, str]] = []
     runs: dict[str, list[Signals]] = {}
-    arms = ARMS[arguments.family]
-    with tqdm(total=len(arms) * len(problems), unit="problem") as progress:
-        for name, budget, kept in arms:
+    specs = SPECS[arguments.family]
+    with tqdm(total=len(specs) * len(problems), unit="problem") as progress:
+        for name, budget, kept in specs:
             settings = policies(arguments.family)[name] | {"measure_risk": True}
-            arm = make_arm(name, settings, kept)
+            spec = make_spec(name, settings, kept)
             progress.set_description(f"{name} {budget}")
-            batches = answer_batches(model, tokenizer, problems, arm, budget, 100, progress)
+            batches = answer_batches(model, tokenizer, problems, spec, budget, 100, progress)
             found = [each for batch in batches for each in collect(batch)]
             table += lines(name, budget, kept, found)
             runs[f"{name}, {budget}"] = found

@@ -21,11 +21,11 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 
 from examples.research.arguments import parse, parser
 from examples.research.compare_windows import RECENT, WINDOW
-from examples.research.harness import run_arm
+from examples.research.harness import run_spec
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, Problem, make_problems
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import SlidingWindowCompressCache
-from hf_reasoncache.evaluation import Arm, Share
+from hf_reasoncache.evaluation import CacheSpec, Share
 from hf_reasoncache.layers.token2chunk import token2chunk
 from hf_reasoncache.scorers import Bidirectional, Random, Scorer, SnapKV
 from hf_reasoncache.scorers.base import HeldTokens
@@ -224,8 +224,8 @@ def main() -> None:
             make, chunks = CHOICES[name]
             settings = {"scorer": make(reading), "chunk_share": chunks}
             settings |= {"window": WINDOW, "recent": RECENT}
-            arm = Arm(name, SlidingWindowCompressCache, settings)
-            run = run_arm(model, tokenizer, [problem], arm, arguments.ratio)
+            spec = CacheSpec(name, SlidingWindowCompressCache, settings)
+            run = run_spec(model, tokenizer, [problem], spec, arguments.ratio)
             correct[name].append(run.outcomes[0].correct)
     config = model.config
     layers = [f"{layer}" for layer in range(config.num_hidden_layers)]

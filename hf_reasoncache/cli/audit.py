@@ -87,14 +87,14 @@ def audit_command(
     require_packages(scipy="eval", matplotlib="plot")
     limits = Limits(min_following, max_drop, max_leakage)
     read = load_suite(suite, limit)
-    arms = compressed(cache, window, buffer)
+    specs = compressed(cache, window, buffer)
     chosen = parse_budgets(budgets)
     settings = Settings(max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat)
     path = new_directory(out) / "answers.jsonl"
     processes = processes_on(device)
     with sole_writer(path, is_main=processes.is_main):
         loaded = load_model(model, revision, dtype, device, threads)
-        found = audit(*loaded, read, arms, chosen, path, settings)
+        found = audit(*loaded, read, specs, chosen, path, settings)
         if not processes.is_main:
             return
         violations = limits.violations(found)

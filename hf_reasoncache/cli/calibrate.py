@@ -32,8 +32,7 @@ from hf_reasoncache.cli.options import (
 )
 from hf_reasoncache.messages import shown
 from hf_reasoncache.outputs import new_directory, sole_writer
-from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
-from hf_reasoncache.scorers.base import Scorer
+from hf_reasoncache.scorers import SCORERS, make_scorer
 
 
 class EstimatorName(str, Enum):
@@ -41,23 +40,6 @@ class EstimatorName(str, Enum):
 
     coverage = "coverage"
     sensitivity = "sensitivity"
-
-
-class ScorerName(str, Enum):
-    """Which scorer the sensitivity is measured with."""
-
-    rkv = "rkv"
-    snapkv = "snapkv"
-    h2o = "h2o"
-    random = "random"
-
-    def make(self, window: int) -> Scorer:
-        """Return the scorer, whose observation window has `window` queries."""
-        if self is ScorerName.rkv:
-            return RKV(queries=window)
-        if self is ScorerName.snapkv:
-            return SnapKV(queries=window)
-        return H2O() if self is ScorerName.h2o else Random()
 
 
 def calibrate(
@@ -137,8 +119,11 @@ def calibrate(
         ),
     ] = "",
     scorer: Annotated[
-        ScorerName, typer.Option(help="Sensitivity, tune: what evicts.")
-    ] = ScorerName.rkv,
+        str,
+        typer.Option(
+            metavar="NAME", help=f"Sensitivity, tune: what evicts. One of {', '.join(SCORERS)}."
+        ),
+    ] = "rkv",
     buffer: Annotated[
         int, typer.Option(min=1, help="Sensitivity, tune: tokens between two compactions.")
     ] = 128,
@@ -164,7 +149,10 @@ def calibrate(
         require_repo_id(push_to)
         require_packages(matplotlib="plot")
     eviction = Eviction(
-        scorer=scorer.make(window), buffer=buffer, window=window, protect_prompt=protect_prompt
+        scorer=make_scorer(scorer, window=window),
+        buffer=buffer,
+        window=window,
+        protect_prompt=protect_prompt,
     )
     chosen: Estimator = (
         Coverage(interval=interval, queries=queries)

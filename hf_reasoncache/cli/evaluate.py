@@ -34,7 +34,7 @@ from hf_reasoncache.cli.options import (
     Threads,
     Window,
 )
-from hf_reasoncache.evaluation import Plan, Settings, evaluate, load_task, tabulate
+from hf_reasoncache.evaluation import Grid, Settings, evaluate, load_task, tabulate
 from hf_reasoncache.evaluation import baseline as make_baseline
 from hf_reasoncache.evaluation.plot import results_png
 from hf_reasoncache.evaluation.table import Row, cells, markdown_table, text_table
@@ -82,9 +82,9 @@ def evaluate_command(
     # `--task module:name` finds modules where the command runs, as `python -m` does.
     sys.path.insert(0, "")
     control = make_baseline(window, buffer) if baseline else None
-    plan = Plan(
+    grid = Grid(
         tasks=[load_task(each) for each in task],
-        arms=compressed(cache, window, buffer),
+        specs=compressed(cache, window, buffer),
         budgets=parse_budgets(budgets),
         seeds=parse_seeds(seeds),
         baseline=control,
@@ -95,7 +95,7 @@ def evaluate_command(
     with sole_writer(path, is_main=processes.is_main):
         loaded = load_model(model, revision, dtype, device, threads)
         say = partial(typer.echo, err=True)
-        records = evaluate(*loaded, plan, path, settings, say=say)
+        records = evaluate(*loaded, grid, path, settings, say=say)
         if not processes.is_main:
             return
         rows = tabulate(records, control.name if control else None)
@@ -110,7 +110,7 @@ def evaluate_command(
     for row in rows:
         if row.nothing_evicted:
             typer.echo(
-                f"WARNING: {row.arm} at {row.budget} evicted nothing on {row.task}: the budget "
+                f"WARNING: {row.cache} at {row.budget} evicted nothing on {row.task}: the budget "
                 "exceeds the text, and the line says nothing about the method.",
                 err=True,
             )

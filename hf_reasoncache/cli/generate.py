@@ -26,8 +26,8 @@ from hf_reasoncache.cli.options import (
     Threads,
     Window,
 )
-from hf_reasoncache.evaluation.arms import parse_arm, parse_budget
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.evaluation.specs import parse_budget, parse_spec
 from hf_reasoncache.generation import (
     Completion,
     Defaults,
@@ -137,10 +137,10 @@ def generate_command(
     is in its batch, but for the rounding of a padded batch. Several processes share the prompts:
     accelerate launch -m hf_reasoncache.cli generate ...
     """
-    arm = parse_arm(cache, window, buffer)
+    spec = parse_spec(cache, window, buffer)
     held = None if budget is None else parse_budget(budget, "--budget")
-    if arm.is_full != (held is None):
-        wanted = "none with the full cache" if arm.is_full else f"one for {arm.name}"
+    if spec.is_full != (held is None):
+        wanted = "none with the full cache" if spec.is_full else f"one for {spec.name}"
         raise ValueError(f"--budget: expected {wanted}, got {budget}.")
     limits = Limits(parse_bytes(memory, "--memory"), batch_size, look_ahead)
     loaded = load_model(model, revision, dtype, device, threads)
@@ -154,7 +154,7 @@ def generate_command(
             "--samples: expected 1, as greedy answers to a prompt are all alike, got "
             f"{samples}; pass --temperature."
         )
-    worker = Worker(*loaded, arm, held, samples=samples, chat=chat, token_ids=token_ids)
+    worker = Worker(*loaded, spec, held, samples=samples, chat=chat, token_ids=token_ids)
     worker.check(read)
     # Before any work: every prompt must fit.
     pack([(line, range(samples)) for line in read], worker.row_bytes, limits)
@@ -162,9 +162,9 @@ def generate_command(
         "model": Path(loaded[0].config._name_or_path).name,
         "fingerprint": fingerprint(loaded[0]),
         "prompts": digest(read),
-        "cache": arm.name,
+        "cache": spec.name,
         "budget": held,
-        "arm": plain(arm),
+        "spec": plain(spec),
         "samples": samples,
         "sampling": plain(sampling),
         "max_new_tokens": max_new_tokens,

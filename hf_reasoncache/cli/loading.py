@@ -18,7 +18,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hf_reasoncache.cli.options import Dtype
-from hf_reasoncache.evaluation.arms import Arm, Budget, parse_arm, parse_budget
+from hf_reasoncache.evaluation.specs import Budget, CacheSpec, parse_budget, parse_spec
 from hf_reasoncache.messages import shown
 from hf_reasoncache.processes import Processes
 
@@ -125,15 +125,15 @@ def require_packages(**packages: str) -> None:
             )
 
 
-def compressed(texts: list[str], window: int, buffer: int) -> list[Arm]:
+def compressed(texts: list[str], window: int, buffer: int) -> list[CacheSpec]:
     """Return the caches to try; ValueError where a name is wrong or none of them compresses."""
-    arms = [parse_arm(each, window, buffer) for each in texts]
-    if all(arm.is_full for arm in arms):
+    specs = [parse_spec(each, window, buffer) for each in texts]
+    if all(spec.is_full for spec in specs):
         raise ValueError(
             "--cache: expected a compressed cache, got only the full one, which is always among "
             "what is tried; give --cache snapkv or another."
         )
-    return arms
+    return specs
 
 
 def budgets(text: str, option: str = "--budgets") -> list[Budget]:

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from hf_reasoncache.evaluation.specs import CACHES
+from hf_reasoncache.scorers import SCORERS
+
 
 class Dtype(str, Enum):
     """Of the model's weights."""
@@ -24,9 +27,9 @@ Caches = Annotated[
     typer.Option(
         "--cache",
         metavar="NAME[:SETTING,...]",
-        help="What is tried, beside the full cache; give it several times. NAME: reason-alloc, "
-        "sliding-window, or a scorer: random, streaming-llm, key-norm, value-norm, key-diff, "
-        "lag-kv, tova, snapkv, h2o, rkv. SETTING: scorer=NAME, profile=DIR, heads=on|off, "
+        help="What is tried, beside the full cache; give it several times. NAME: "
+        f"{', '.join(name for name, cache in CACHES.items() if cache)}, or a scorer: "
+        f"{', '.join(SCORERS)}. SETTING: scorer=NAME, profile=DIR, heads=on|off, "
         "prompt=keep|evict, protect (the spans of a question), fair=0.5, fair_window=128, "
         "window=8, buffer=128; of sliding-window also ratio=0.3, recent=32.",
     ),

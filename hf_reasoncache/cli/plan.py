@@ -15,7 +15,7 @@ from hf_reasoncache.arguments import require_share
 from hf_reasoncache.cli.loading import budgets as parse_budgets
 from hf_reasoncache.cli.loading import load_config, require_packages
 from hf_reasoncache.cli.options import Dtype, Revision
-from hf_reasoncache.evaluation.arms import FULL_ARM, Budget, parse_arm
+from hf_reasoncache.evaluation.specs import FULL, Budget, parse_spec
 from hf_reasoncache.evaluation.table import markdown_table, text_table
 from hf_reasoncache.messages import shown
 from hf_reasoncache.outputs import new_directory, write_bytes, write_text
@@ -187,7 +187,7 @@ def _plans(
             )
     config = setting.config
     plans = [
-        CachePlan(setting, "DynamicCache", FULL_ARM.make(config, None, None, 0), branches),
+        CachePlan(setting, "DynamicCache", FULL.make(config, None, None, 0), branches),
         CachePlan(setting, _FULL, ReasonAllocCache(config, budget=None), branches),
     ]
     if branches > 1:
@@ -197,8 +197,8 @@ def _plans(
     for text in caches:
         if profile is not None:
             text += f"{',' if ':' in text else ':'}profile={profile}"
-        arm = parse_arm(text)
-        if arm.is_full:
+        spec = parse_spec(text)
+        if spec.is_full:
             raise ValueError(
                 f"--cache: expected a compressed cache, got {shown(text)}, which has a line "
                 "already."
@@ -206,10 +206,10 @@ def _plans(
         name = text.partition(":")[0]
         for number in budgets:
             label = f"{name} {number}"
-            made = arm.make(config, number, None, 0)
+            made = spec.make(config, number, None, 0)
             plans.append(CachePlan(setting, label, made, branches))
             if branches > 1:
-                shared = arm.make_shared(config, number, 0)
+                shared = spec.make_shared(config, number, 0)
                 plans.append(CachePlan(setting, f"shared, {label}", shared, branches))
     return plans
 

@@ -1,18 +1,18 @@
 """Evaluation: tasks x caches x budgets x seeds, and audits of several instructions.
 
-`evaluate` answers the questions of a `Plan` and keeps every answer on disk; `tabulate` compares the
+`evaluate` answers the questions of a `Grid` and keeps every answer on disk; `tabulate` compares the
 caches. `audit` does so for a `Suite` of instructions. Needs the extra `hf-reasoncache[eval]`.
 """
 
-from hf_reasoncache.evaluation.arms import FULL_ARM, Arm, baseline, parse_arm
 from hf_reasoncache.evaluation.audit import analyse, audit
 from hf_reasoncache.evaluation.audit_result import Audit
 from hf_reasoncache.evaluation.checks import CHECKS, Check
+from hf_reasoncache.evaluation.grid import Grid, Settings
 from hf_reasoncache.evaluation.harness import evaluate
 from hf_reasoncache.evaluation.limits import Limits
-from hf_reasoncache.evaluation.plan import Plan, Settings
 from hf_reasoncache.evaluation.record import Record
 from hf_reasoncache.evaluation.rouge import rouge_l_recall
+from hf_reasoncache.evaluation.specs import FULL, CacheSpec, baseline, parse_spec
 from hf_reasoncache.evaluation.statistics import Paired, Share
 from hf_reasoncache.evaluation.suite import Suite, load_suite
 from hf_reasoncache.evaluation.table import tabulate
@@ -21,15 +21,15 @@ from hf_reasoncache.evaluation.tasks import Judgement, Question, Task
 
 __all__ = [
     "CHECKS",
-    "FULL_ARM",
-    "Arm",
+    "FULL",
     "Audit",
+    "CacheSpec",
     "Check",
     "FileTask",
+    "Grid",
     "Judgement",
     "Limits",
     "Paired",
-    "Plan",
     "Question",
     "Record",
     "Settings",
@@ -42,7 +42,7 @@ __all__ = [
     "evaluate",
     "load_suite",
     "load_task",
-    "parse_arm",
+    "parse_spec",
     "rouge_l_recall",
     "tabulate",
 ]

@@ -14,11 +14,11 @@ from statistics import mean
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.audit_result import Audit, CellResult, ClassResult
+from hf_reasoncache.evaluation.grid import Grid, Settings
 from hf_reasoncache.evaluation.harness import evaluate
-from hf_reasoncache.evaluation.plan import Plan, Settings
 from hf_reasoncache.evaluation.record import Record
+from hf_reasoncache.evaluation.specs import Budget, CacheSpec
 from hf_reasoncache.evaluation.statistics import Paired, Share, rank_correlation
 from hf_reasoncache.evaluation.suite import Suite
 
@@ -27,7 +27,7 @@ def audit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     suite: Suite,
-    arms: Sequence[Arm],
+    specs: Sequence[CacheSpec],
     budgets: Sequence[Budget],
     path: Path,
     settings: Settings | None = None,
@@ -41,11 +41,11 @@ def audit(
     model, tokenizer, path, settings, progress
         See `evaluate`, whose journal this is.
     suite : Suite
-    arms : sequence of Arm
+    specs : sequence of CacheSpec
     budgets : sequence of int or float
     """
-    plan = Plan([suite], arms, budgets)
-    return analyse(suite, evaluate(model, tokenizer, plan, path, settings, progress=progress))
+    grid = Grid([suite], specs, budgets)
+    return analyse(suite, evaluate(model, tokenizer, grid, path, settings, progress=progress))
 
 
 def analyse(suite: Suite, records: Iterable[Record]) -> Audit:
@@ -64,7 +64,7 @@ def analyse(suite: Suite, records: Iterable[Record]) -> Audit:
     """
     cells: dict[tuple[str, Budget | None], list[Record]] = defaultdict(list)
     for record in records:
-        cells[record.arm, record.budget].append(record)
+        cells[record.cache, record.budget].append(record)
     fulls = [key for key in cells if key[1] is None]
     if len(fulls) != 1:
         raise ValueError(f"analyse: expected the answers of one full cache, got {fulls}.")
@@ -107,13 +107,13 @@ class _Answers:
 def _cell(
     answers: _Answers,
     full: _Answers,
-    arm: str,
+    cache: str,
     budget: Budget | None,
     full_rates: Sequence[float],
 ) -> CellResult:
     joint = answers.joint
     return CellResult(
-        arm=arm,
+        cache=cache,
         budget=budget,
         classes=tuple(_class(name, answers, full) for name in answers.suite.classes),
         correct=Share.of([record.correct for record in joint if record.correct is not None]),

@@ -59,7 +59,7 @@ def verdict_table(audit: Audit) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows: each cache at each budget by its worst instruction."""
     rows = [
         {
-            "cache": cell.arm,
+            "cache": cell.cache,
             "budget": "" if cell.budget is None else str(cell.budget),
             "worst instruction": f"{cell.worst.name} {cell.worst.together.percent}",
             "largest loss": _loss(cell.largest_drop),
@@ -108,11 +108,11 @@ def markdown(audit: Audit, violations: Sequence[str], facts: Mapping[str, Any]) 
 
 def picture(audit: Audit) -> bytes:
     """Draw the following rate of each instruction over the budget, a panel for each cache."""
-    arms = list(dict.fromkeys(cell.arm for cell in audit.cells[1:]))
+    caches = list(dict.fromkeys(cell.cache for cell in audit.cells[1:]))
     panels = []
-    for arm in arms:
+    for cache in caches:
         cells = sorted(
-            (cell for cell in audit.cells if cell.arm == arm), key=lambda cell: cell.budget or 0
+            (cell for cell in audit.cells if cell.cache == cache), key=lambda cell: cell.budget or 0
         )
         lines = [
             Line(
@@ -123,7 +123,7 @@ def picture(audit: Audit) -> bytes:
             )
             for name in (each.name for each in audit.full.classes)
         ]
-        panels.append(Panel(arm, lines))
+        panels.append(Panel(cache, lines))
     return panels_png(panels, "budget (tokens per KV head)", "followed everywhere")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_reasoncache.evaluation.arms import Budget
+from hf_reasoncache.evaluation.specs import Budget
 from hf_reasoncache.evaluation.statistics import Paired, Share
 
 
@@ -41,7 +41,7 @@ class CellResult:
 
     Attributes
     ----------
-    arm : str
+    cache : str
     budget : int, float or None
         None of the full cache.
     classes : tuple of ClassResult
@@ -56,7 +56,7 @@ class CellResult:
         The budget was too large: whatever equals the full cache says nothing.
     """
 
-    arm: str
+    cache: str
     budget: Budget | None
     classes: tuple[ClassResult, ...]
     correct: Share
@@ -67,7 +67,7 @@ class CellResult:
     @property
     def label(self) -> str:
         """Cache and budget."""
-        return self.arm if self.budget is None else f"{self.arm} @ {self.budget}"
+        return self.cache if self.budget is None else f"{self.cache} @ {self.budget}"
 
     @property
     def worst(self) -> ClassResult:

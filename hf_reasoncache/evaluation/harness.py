@@ -1,4 +1,4 @@
-"""Carries out a plan, answer by answer, resumable."""
+"""Answers the questions of a grid, one batch at a time, resumable."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.settings import versions
-from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.generation import answer_batch
+from hf_reasoncache.evaluation.grid import Grid, Settings
 from hf_reasoncache.evaluation.journal import Journal
-from hf_reasoncache.evaluation.plan import Plan, Settings
 from hf_reasoncache.evaluation.preparation import Prompts, prepare, require_room
 from hf_reasoncache.evaluation.record import Record
+from hf_reasoncache.evaluation.specs import Budget, CacheSpec
 from hf_reasoncache.evaluation.tasks import Question, Task
 from hf_reasoncache.messages import shown
 from hf_reasoncache.outputs import new_directory, sole_writer
@@ -28,14 +28,14 @@ from hf_reasoncache.processes import Processes
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
+    grid: Grid,
     path: Path,
     settings: Settings | None = None,
     *,
     progress: bool | None = None,
     say: Callable[[str], None] = warnings.warn,
 ) -> list[Record]:
-    """Answer all questions of a plan, as far as they are not answered yet.
+    """Answer all questions of a grid, as far as they are not answered yet.
 
     Started by `accelerate launch` or `torchrun`, the processes share the batches, and all of them
     return all answers; they must see the same file system. Their number changes no answer.
@@ -45,10 +45,10 @@ def evaluate(
     model : PreTrainedModel
         Its attention implementation is set to what each cache needs.
     tokenizer : PreTrainedTokenizerBase
-    plan : Plan
+    grid : Grid
     path : Path
-        The journal, see `Journal`: a run that was killed goes on from it, and a plan with more
-        arms, budgets or seeds adds to it.
+        The journal, see `Journal`: a run that was killed goes on from it, and a grid with more
+        specs, budgets or seeds adds to it.
     settings : Settings, optional
     progress : bool, optional
         Whether to show a bar; by default on a terminal.
@@ -58,7 +58,7 @@ def evaluate(
     Returns
     -------
     list of Record
-        Those of this plan, in its order.
+        Those of this grid, in its order.
 
     Raises
     ------
@@ -75,9 +75,9 @@ def evaluate(
     attention = model.config._attn_implementation
     about = {"fingerprint": fingerprint(model), **facts(model, settings)}
     batches = list[_Batch]()
-    for cell, prompts in runner.possible(plan, say if processes.is_main else lambda line: None):
-        _, seed, arm, budget = cell
-        require_room(arm, budget, model.config, seed, prompts)
+    for cell, prompts in runner.possible(grid, say if processes.is_main else lambda line: None):
+        _, seed, spec, budget = cell
+        require_room(spec, budget, model.config, seed, prompts)
         batches += [_Batch(*cell, each) for each in prompts]
     lock = sole_writer(new_directory(path.parent) / path.name, is_main=processes.is_main)
     with lock, Journal(path, Record, about, processes) as journal:
@@ -88,7 +88,7 @@ def evaluate(
         try:
             with processes.bar(_rows(processes.share(missing)), "answer", None, progress) as bar:
                 for batch in processes.share(missing):
-                    bar.set_description(f"{batch.arm.name} {batch.budget or ''}".strip()[:28])
+                    bar.set_description(f"{batch.spec.name} {batch.budget or ''}".strip()[:28])
                     journal.add(runner.run(batch))
                     bar.update(len(batch.prompts.questions))
         finally:
@@ -116,13 +116,13 @@ class _Batch:
         self,
         task: Task,
         seed: int,
-        arm: Arm,
+        spec: CacheSpec,
         budget: Budget | None,
         prompts: Prompts,
     ) -> None:
-        self.task, self.seed, self.arm, self.budget = task, seed, arm, budget
+        self.task, self.seed, self.spec, self.budget = task, seed, spec, budget
         self.prompts = prompts
-        self.keys = [(task.name, seed, arm.name, budget, each.id) for each in prompts.questions]
+        self.keys = [(task.name, seed, spec.name, budget, each.id) for each in prompts.questions]
 
     def answered(self, journal: Journal[Record]) -> bool:
         """Whether every question has been answered."""
@@ -132,10 +132,10 @@ class _Batch:
         """Refuse answers to other questions, or by other caches, of the same names."""
         for key, question in zip(self.keys, self.prompts.questions, strict=True):
             record = journal.records.get(key)
-            if record is not None and record.digest != _digest(question, self.arm):
+            if record is not None and record.digest != _digest(question, self.spec):
                 raise ValueError(
                     f"{journal.path}: expected the answer to question {shown(record.question)} "
-                    f"with {shown(record.arm)} to be of the same question and settings of the "
+                    f"with {shown(record.cache)} to be of the same question and settings of the "
                     "cache as now, got others under these names; choose another file, or other "
                     "names."
                 )
@@ -154,23 +154,23 @@ class _Runner:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
     def possible(
-        self, plan: Plan, say: Callable[[str], None]
-    ) -> list[tuple[tuple[Task, int, Arm, Budget | None], list[Prompts]]]:
+        self, grid: Grid, say: Callable[[str], None]
+    ) -> list[tuple[tuple[Task, int, CacheSpec, Budget | None], list[Prompts]]]:
         """Return all cells but those of the baseline whose prompts do not fit, with the prompts."""
         chat, size = self.settings.chat, self.settings.batch_size
         prompts = {
             key: prepare(questions, self.tokenizer, chat=chat, size=size)
-            for key, questions in plan.questions.items()
+            for key, questions in grid.questions.items()
         }
         found = []
-        for cell in plan.cells():
-            task, seed, arm, budget = cell
+        for cell in grid.cells():
+            task, seed, spec, budget = cell
             mine = prompts[task.name, seed]
-            if arm is plan.baseline and budget is not None:
-                least = max(each.longest for each in mine) + arm.settings["window"]
+            if spec is grid.baseline and budget is not None:
+                least = max(each.longest for each in mine) + spec.settings["window"]
                 if budget < least:
                     say(
-                        f"{task.name}: no {shown(arm.name)} at {budget}, its longest prompt needs "
+                        f"{task.name}: no {shown(spec.name)} at {budget}, its longest prompt needs "
                         f"a budget of {least} tokens"
                     )
                     continue
@@ -179,14 +179,14 @@ class _Runner:
 
     def run(self, batch: _Batch) -> list[Record]:
         """Answer one batch with a new cache."""
-        arm, questions, prompts = batch.arm, batch.prompts.questions, batch.prompts.ids
+        spec, questions, prompts = batch.spec, batch.prompts.questions, batch.prompts.ids
         spans = batch.prompts.spans
         limits = [each.max_new_tokens or self.settings.max_new_tokens for each in questions]
-        self.model.set_attn_implementation(arm.attention)
+        self.model.set_attn_implementation(spec.attention)
         found = answer_batch(
             self.model,
             prompts,
-            arm.make(self.model.config, batch.budget, spans, batch.seed),
+            spec.make(self.model.config, batch.budget, spans, batch.seed),
             max_new_tokens=max(limits),
             temperature=self.settings.temperature,
             # Every batch has its own stream, so that a run that goes on draws what it would have.
@@ -204,10 +204,10 @@ class _Runner:
                 Record(
                     task=batch.task.name,
                     seed=batch.seed,
-                    arm=arm.name,
+                    cache=spec.name,
                     budget=batch.budget,
                     question=question.id,
-                    digest=_digest(question, arm),
+                    digest=_digest(question, spec),
                     prompt_tokens=len(ids),
                     answer=text,
                     tokens=len(tokens),
@@ -229,5 +229,5 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _digest(question: Question, arm: Arm) -> str:
-    return hashlib.sha256(repr((question, arm)).encode()).hexdigest()[:16]
+def _digest(question: Question, spec: CacheSpec) -> str:
+    return hashlib.sha256(repr((question, spec)).encode()).hexdigest()[:16]

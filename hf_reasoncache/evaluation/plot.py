@@ -44,14 +44,14 @@ def results_png(rows: Sequence[Row]) -> bytes:
         mine = [row for row in rows if row.task == task]
         full = next((row.correct.value for row in mine if row.budget is None), None)
         lines = []
-        for arm in dict.fromkeys(row.arm for row in mine if row.budget is not None):
+        for cache in dict.fromkeys(row.cache for row in mine if row.budget is not None):
             points = sorted(
                 (row.budget, row.correct)
                 for row in mine
-                if row.arm == arm and row.budget is not None
+                if row.cache == cache and row.budget is not None
             )
             places, shares = zip(*points, strict=True)
-            lines.append(Line(arm, places, shares, full))
+            lines.append(Line(cache, places, shares, full))
         panels.append(Panel(task, lines))
     return panels_png(panels, "budget", "correct")
 

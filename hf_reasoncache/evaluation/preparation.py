@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.prompts import Prompt
-from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.spans import spans_of
+from hf_reasoncache.evaluation.specs import Budget, CacheSpec
 from hf_reasoncache.evaluation.tasks import Question
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Spans
@@ -60,29 +60,33 @@ def prepare(
 
 
 def require_room(
-    arm: Arm, budget: Budget | None, config: PretrainedConfig, seed: int, batches: Sequence[Prompts]
+    spec: CacheSpec,
+    budget: Budget | None,
+    config: PretrainedConfig,
+    seed: int,
+    batches: Sequence[Prompts],
 ) -> None:
     """Make a cache as for these prompts and refuse what it would refuse once the model runs.
 
     Raises
     ------
     ValueError
-        If the arm does not take the budget, or the budget cannot hold what is protected of a
+        If the cache does not take the budget, or the budget cannot hold what is protected of a
         prompt; names the question.
     """
     # Settings and profile are the same for all of them.
-    cache = arm.make(config, budget, batches[0].spans, seed)
+    cache = spec.make(config, budget, batches[0].spans, seed)
     policies = [layer.policy for layer in cache.layers if hasattr(layer, "policy")]
     for batch in batches:
         # Of other spans, only that some are missing or overlap.
-        arm.span_settings(batch.spans)
-        listed = batch.spans.counts if arm.whitelist and batch.spans else [0] * len(batch.ids)
+        spec.span_settings(batch.spans)
+        listed = batch.spans.counts if spec.whitelist and batch.spans else [0] * len(batch.ids)
         for question, ids, count in zip(batch.questions, batch.ids, listed, strict=True):
             try:
                 for policy in policies:
                     policy.require_room(len(ids), count)
             except ValueError as error:
                 raise ValueError(
-                    f"question {shown(question.id, 40)} with {shown(arm.name, 60)} at {budget}: "
+                    f"question {shown(question.id, 40)} with {shown(spec.name, 60)} at {budget}: "
                     f"{error}"
                 ) from error

@@ -11,7 +11,7 @@ class Record:
 
     Attributes
     ----------
-    task, seed, arm, budget, question
+    task, seed, cache, budget, question
         Which answer this is.
     digest : str
         Tells apart what the key only names: the question's text, the cache's settings.
@@ -41,7 +41,7 @@ class Record:
 
     task: str
     seed: int
-    arm: str
+    cache: str
     budget: int | float | None
     question: str
     digest: str
@@ -61,4 +61,4 @@ class Record:
     @property
     def key(self) -> tuple[str, int, str, int | float | None, str]:
         """What no two answers of a run have in common."""
-        return self.task, self.seed, self.arm, self.budget, self.question
+        return self.task, self.seed, self.cache, self.budget, self.question

@@ -55,12 +55,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two arms on the same questions.
+    """Two caches on the same questions.
 
     Attributes
     ----------
     lost, gained : int
-        Questions that only the first, or only the second arm got right.
+        Questions that only the first, or only the second cache got right.
     total : int
         Questions that both answered.
     """
@@ -71,7 +71,7 @@ class Paired:
 
     @staticmethod
     def of(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-        """Count where two arms differ.
+        """Count where two caches differ.
 
         Raises
         ------
@@ -80,7 +80,7 @@ class Paired:
         """
         if len(first) != len(second):
             raise ValueError(
-                f"Paired: expected both arms on the same questions, got {len(first)} and "
+                f"Paired: expected both caches on the same questions, got {len(first)} and "
                 f"{len(second)} answers."
             )
         pairs = list(zip(first, second, strict=True))

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from hf_reasoncache.evaluation.arms import Budget
 from hf_reasoncache.evaluation.record import Record
+from hf_reasoncache.evaluation.specs import Budget
 from hf_reasoncache.evaluation.statistics import Paired, Share
 
 WIDTH = 80
@@ -22,7 +22,7 @@ class Row:
 
     Attributes
     ----------
-    task, arm, budget
+    task, cache, budget
     correct : Share
         Questions answered right. Of several seeds, the answers to one question are alike: the
         interval is then too narrow, unless the task draws new questions.
@@ -39,7 +39,7 @@ class Row:
     """
 
     task: str
-    arm: str
+    cache: str
     budget: Budget | None
     correct: Share
     finished: float
@@ -59,22 +59,22 @@ def tabulate(records: Iterable[Record], baseline: str | None = None) -> list[Row
     records : iterable of Record
         Those without right and wrong are left out.
     baseline : str, optional
-        Name of the arm that the others are compared with at the same budget.
+        Name of the cache that the others are compared with at the same budget.
     """
     cells: dict[tuple[str, str, Budget | None], dict[tuple[int, str], Record]] = defaultdict(dict)
     for record in records:
         if record.correct is not None:
-            cell = cells[record.task, record.arm, record.budget]
+            cell = cells[record.task, record.cache, record.budget]
             cell[record.seed, record.question] = record
     fulls = {task: rows for (task, _, budget), rows in cells.items() if budget is None}
     found = []
-    for (task, arm, budget), rows in cells.items():
-        other = cells.get((task, baseline or "", budget)) if arm != baseline else None
+    for (task, cache, budget), rows in cells.items():
+        other = cells.get((task, baseline or "", budget)) if cache != baseline else None
         answers = list(rows.values())
         found.append(
             Row(
                 task=task,
-                arm=arm,
+                cache=cache,
                 budget=budget,
                 correct=Share.of([bool(each.correct) for each in answers]),
                 finished=mean(each.finished for each in answers),
@@ -96,7 +96,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, str]]]:
     table = [
         {
             "task": row.task,
-            "cache": row.arm,
+            "cache": row.cache,
             "budget": "" if row.budget is None else str(row.budget),
             "correct": row.correct.percent,
             "vs full": _difference(row.against_full),

@@ -25,7 +25,7 @@ class Question:
         Longest answer, where that is not the same for all.
     spans : tuple of str
         Parts of the prompt that matter, each once in it: what is held of them is recorded, and an
-        arm may protect them.
+        cache may protect them.
     """
 
     id: str

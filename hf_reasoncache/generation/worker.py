@@ -13,8 +13,8 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.branching.prefill_once import prefill_once
-from hf_reasoncache.evaluation.arms import Arm, Budget
 from hf_reasoncache.evaluation.spans import spans_of
+from hf_reasoncache.evaluation.specs import Budget, CacheSpec
 from hf_reasoncache.generation.lines import Completion, Line
 from hf_reasoncache.generation.packing import Job
 from hf_reasoncache.generation.sampling import OwnStreams, RowLimits, stream_seed
@@ -57,12 +57,12 @@ class Worker:
     """Answers batches, each with a new cache.
 
     A prompt is read once for all its samples in a batch, and rows that have ended leave the batch.
-    Where the arm never evicts prompts, samples also share the memory of theirs.
+    Where the cache never evicts prompts, samples also share the memory of theirs.
 
     Parameters
     ----------
     model, tokenizer
-    arm : Arm
+    spec : CacheSpec
     budget : int, float or None
     samples : int
         Of a line; with more than one, prompts are shared.
@@ -75,17 +75,17 @@ class Worker:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        arm: Arm,
+        spec: CacheSpec,
         budget: Budget | None,
         *,
         samples: int,
         chat: bool,
         token_ids: bool,
     ) -> None:
-        self.model, self.tokenizer, self.arm, self.budget = model, tokenizer, arm, budget
+        self.model, self.tokenizer, self.spec, self.budget = model, tokenizer, spec, budget
         self.chat, self.token_ids = chat, token_ids
-        self.shares = samples > 1 and arm.keeps_prompt
-        model.set_attn_implementation("reasoncache" if self.shares else arm.attention)
+        self.shares = samples > 1 and spec.keeps_prompt
+        model.set_attn_implementation("reasoncache" if self.shares else spec.attention)
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
         pad = model.generation_config.pad_token_id
@@ -94,10 +94,10 @@ class Worker:
 
     def check(self, lines: Sequence[Line]) -> None:
         """Refuse lines whose spans the cache could not protect; raises ValueError."""
-        if self.arm.whitelist or self.arm.fair is not None:
+        if self.spec.whitelist or self.spec.fair is not None:
             if not any(line.question.spans for line in lines):
                 raise ValueError(
-                    f"{self.arm.name}: expected lines with 'spans' to protect, got none."
+                    f"{self.spec.name}: expected lines with 'spans' to protect, got none."
                 )
             spans_of([line.question for line in lines], self.tokenizer, chat=self.chat)
         spans: dict[tuple[int, ...], Line] = {}
@@ -112,22 +112,22 @@ class Worker:
 
     def _row_bytes(self, prompt: int, new: int, rows: int) -> int:
         """Most bytes of a prompt that so many rows continue; see `packing.RowBytes`."""
-        arm = self.arm
-        if not arm.keeps_prompt:
+        spec = self.spec
+        if not spec.keeps_prompt:
             # What is protected of a prompt lies inside the budget and changes no size.
-            settings = arm.settings | {"protect_prompt": False}
-            arm = replace(arm, whitelist=False, fair=None, settings=settings)
-        cache = self._cache(arm, new)
+            settings = spec.settings | {"protect_prompt": False}
+            spec = replace(spec, whitelist=False, fair=None, settings=settings)
+        cache = self._cache(spec, new)
         config, dtype = self.model.config, self.model.dtype
         # The last token of an answer is never fed.
         found = row_bytes(cache, config, prompt=prompt, generated=new - 1, dtype=dtype)
         return found.most(rows)
 
-    def _cache(self, arm: Arm, new: int, spans: Any = None) -> Cache:
+    def _cache(self, spec: CacheSpec, new: int, spans: Any = None) -> Cache:
         config = self.model.config
         if not self.shares:
-            return arm.make(config, self.budget, spans, SEED)
-        cache = arm.make_shared(config, self.budget, SEED)
+            return spec.make(config, self.budget, spans, SEED)
+        cache = spec.make_shared(config, self.budget, SEED)
         cache.reserve(new)
         return cache
 
@@ -153,7 +153,7 @@ class Worker:
             mask[row, longest - len(line.ids) :] = 1
         # The rows that are read: equal prompts are one.
         read = list({line.ids: line.question for line in lines}.values())
-        cache = self._cache(self.arm, max(limits), spans_of(read, self.tokenizer, chat=self.chat))
+        cache = self._cache(self.spec, max(limits), spans_of(read, self.tokenizer, chat=self.chat))
         watch = _Watch(cache, progress)
         hook = self.model.register_forward_hook(watch)
         begin, cpu = time.perf_counter(), time.process_time()

@@ -1,5 +1,11 @@
-"""Token scorers: which tokens a head keeps. One method, one file."""
+"""Token scorers: which tokens a head keeps. One method, one file, one line in `SCORERS`."""
 
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from hf_reasoncache.messages import shown
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 from hf_reasoncache.scorers.bidirectional import Bidirectional
 from hf_reasoncache.scorers.h2o import H2O
@@ -16,6 +22,7 @@ from hf_reasoncache.scorers.value_norm import ValueNorm
 __all__ = [
     "H2O",
     "RKV",
+    "SCORERS",
     "TOVA",
     "Bidirectional",
     "HeldTokens",
@@ -27,4 +34,53 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "ValueNorm",
+    "make_scorer",
 ]
+
+SCORERS: dict[str, type[Scorer]] = {
+    "random": Random,
+    "streaming-llm": StreamingLLM,
+    "key-norm": KeyNorm,
+    "value-norm": ValueNorm,
+    "key-diff": KeyDiff,
+    "lag-kv": LagKV,
+    "tova": TOVA,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "rkv": RKV,
+    "bidirectional": Bidirectional,
+}
+"""Every scorer by the name that the command line, the caches (`scorer="snapkv"`) and files use."""
+
+_OF_THE_RUN = {"queries": "window", "lag": "window", "seed": "seed"}
+"""Fields that follow a setting of the run, as the newest tokens that a cache keeps anyway."""
+
+
+def make_scorer(name: str, *, window: int | None = None, seed: int | None = None) -> Scorer:
+    """Make a scorer by its name.
+
+    Parameters
+    ----------
+    name : str
+        One of `SCORERS`.
+    window : int, optional
+        Of the run: what `queries` and `lag` become, where the scorer has such a field.
+    seed : int, optional
+        Of the run: what `seed` becomes, where the scorer has that field.
+
+    Raises
+    ------
+    ValueError
+        If the name is not known, or a setting is out of range.
+    """
+    if name not in SCORERS:
+        raise ValueError(f"scorer: expected one of {', '.join(SCORERS)}, got {shown(name)}.")
+    made: Any = SCORERS[name]
+    of_the_run = {"window": window, "seed": seed}
+    settings = {
+        field.name: value
+        for field in fields(made)
+        if (value := of_the_run.get(_OF_THE_RUN.get(field.name, ""))) is not None
+    }
+    scorer: Scorer = made(**settings)
+    return scorer

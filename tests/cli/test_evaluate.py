@@ -58,7 +58,7 @@ def test_evaluate_compares_and_goes_on(run, questions: Path, tmp_path: Path) -> 
     answers = (out / "answers.jsonl").read_bytes()
     assert answers.count(b"\n") == 1 + 2 * 4
     results = json.loads((out / "results.json").read_text())
-    assert [(row["arm"], row["budget"]) for row in results] == [
+    assert [(row["cache"], row["budget"]) for row in results] == [
         ("full", None),
         ("random, prompt kept", 400),
         ("snapkv:prompt=evict", 48),

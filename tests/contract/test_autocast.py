@@ -4,16 +4,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_reasoncache import SharedBranchCache, branch_generate, scorers
+from hf_reasoncache import SharedBranchCache, branch_generate
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes, damage
+from hf_reasoncache.scorers import H2O, RKV, SCORERS
 from tests.support.caches import CLASSES, KINDS, exact_cache, make_cache
 from tests.support.driver import Driver
 from tests.support.models import build, prompt
 
 TOLERANCE = {torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of logits whose standard deviation is 1.4: 8 units in the last place of 4."""
-SCORERS = [name for name in scorers.__all__ if name not in ("HeldTokens", "Scorer")]
 
 
 def autocast(dtype=torch.bfloat16):
@@ -66,7 +66,7 @@ def test_float64_is_left_alone():
 
 def lowered(name):
     """A scorer that says when autocast could lower its sums."""
-    kind = getattr(scorers, name)
+    kind = SCORERS[name]
 
     class Watched(kind):
         calls = 0
@@ -81,7 +81,7 @@ def lowered(name):
 
 def fitting(name, kind):
     """Compressed branches keep no account of attention mass."""
-    return kind != "branched" or not getattr(scorers, name)().needs_mass
+    return kind != "branched" or not SCORERS[name]().needs_mass
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_risk_and_probes_are_not_lowered(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["reason_alloc", "sliding_window"])
-@pytest.mark.parametrize("scorer", [scorers.RKV(), scorers.H2O()], ids=repr)
+@pytest.mark.parametrize("scorer", [RKV(), H2O()], ids=repr)
 def test_a_rejected_draft_is_taken_back(kind, scorer):
     """Drafts are cropped, and accepted tokens stored again, outside of any forward."""
     model, inputs = build("llama"), {key: x[:1] for key, x in prompt().items()}

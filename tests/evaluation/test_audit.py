@@ -33,7 +33,7 @@ SUITE = Suite(
 )
 
 
-def records(arm: str, budget: int | None, answers: dict[str, str]) -> list[Record]:
+def records(cache: str, budget: int | None, answers: dict[str, str]) -> list[Record]:
     """Records of all questions; an answer by the end of the question's id, or else all is well."""
     found = []
     for question in SUITE.questions(0):
@@ -41,7 +41,7 @@ def records(arm: str, budget: int | None, answers: dict[str, str]) -> list[Recor
         judged = SUITE.check(question, answer)
         places = [0.25 * n for n in range(1, len(question.spans) + 1)]
         record = Record(
-            SUITE.name, 0, arm, budget, question.id, "d", 9, answer, 3, True, None, 5, 0.1
+            SUITE.name, 0, cache, budget, question.id, "d", 9, answer, 3, True, None, 5, 0.1
         )
         found.append(
             replace(

@@ -1,4 +1,4 @@
-"""Files of questions and suites, arms as the command line writes them, and the shipped suites."""
+"""Files of questions and suites, specs as the command line writes them, and the shipped suites."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from hf_reasoncache.evaluation import (
     Task,
     load_suite,
     load_task,
-    parse_arm,
+    parse_spec,
 )
-from hf_reasoncache.evaluation.arms import FULL_ARM, parse_budget
+from hf_reasoncache.evaluation.specs import FULL, parse_budget
 from hf_reasoncache.evaluation.suite import SLOT
 from hf_reasoncache.messages import LONGEST
 from hf_reasoncache.protection import Spans
@@ -268,18 +268,18 @@ def test_each_instruction_stands_everywhere_equally_often() -> None:
 def test_arms_are_caches() -> None:
     config = AutoConfig.from_pretrained(MODELS["llama"])
     spans = Spans((((1, 3),),))
-    arm = parse_arm("snapkv:protect,fair=0.5,window=4", buffer=16)
-    cache = arm.make(config, 64, spans, seed=0)
+    spec = parse_spec("snapkv:protect,fair=0.5,window=4", buffer=16)
+    cache = spec.make(config, 64, spans, seed=0)
     assert isinstance(cache, ReasonAllocCache)
     policy = cache.layers[0].policy
     assert (policy.window, policy.buffer, policy.head_budgets) == (4, 16, False)
     assert policy.protection.keep == policy.protection.fair.spans == spans
     assert policy.scorer.queries == 4
-    windows = parse_arm("sliding-window:recent=16").make(config, 0.5, None, seed=0)
+    windows = parse_spec("sliding-window:recent=16").make(config, 0.5, None, seed=0)
     assert isinstance(windows, SlidingWindowCompressCache)
     assert windows.layers[0].policy.kept == 64
-    assert parse_arm("random").make(config, 64, None, seed=7).layers[0].policy.scorer.seed == 7
-    assert parse_arm("full") is FULL_ARM
+    assert parse_spec("random").make(config, 64, None, seed=7).layers[0].policy.scorer.seed == 7
+    assert parse_spec("full") is FULL
 
 
 @pytest.mark.parametrize(
@@ -287,17 +287,17 @@ def test_arms_are_caches() -> None:
 )
 def test_a_wrong_arm_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--cache"):
-        parse_arm(text)
+        parse_spec(text)
 
 
 def test_arms_refuse_what_they_cannot_do() -> None:
     config = AutoConfig.from_pretrained(MODELS["llama"])
     with pytest.raises(ValueError, match="questions with spans"):
-        parse_arm("snapkv:protect").make(config, 64, None, 0)
+        parse_spec("snapkv:protect").make(config, 64, None, 0)
     with pytest.raises(ValueError, match="budget in tokens, got the ratio"):
-        parse_arm("snapkv").make(config, 0.5, None, 0)
+        parse_spec("snapkv").make(config, 0.5, None, 0)
     with pytest.raises(ValueError, match="pass --budgets"):
-        parse_arm("snapkv").make(config, None, None, 0)
+        parse_spec("snapkv").make(config, None, None, 0)
     for text in ("0", "1.5", "-3", "x", "inf", "-inf", "nan", "1e400", "1e10", "9" * 500):
         with pytest.raises(ValueError, match="--budgets"):
             parse_budget(text)

@@ -1,4 +1,4 @@
-"""A run answers what a plan asks, survives a kill, and refuses another run's answers."""
+"""A run answers all of a grid, survives a kill, and refuses another run's answers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, make_problems
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import (
+    Grid,
     Judgement,
-    Plan,
     Question,
     Record,
     Settings,
     baseline,
     evaluate,
     harness,
-    parse_arm,
+    parse_spec,
     tabulate,
 )
 from hf_reasoncache.evaluation.journal import Journal
@@ -32,7 +32,7 @@ from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
 from hf_reasoncache.outputs import sole_writer
 from hf_reasoncache.processes import Processes
 
-ARM = parse_arm("snapkv:prompt=evict", window=16, buffer=16)
+SPEC = parse_spec("snapkv:prompt=evict", window=16, buffer=16)
 ALONE = Processes(cpu=True)
 SETTINGS = Settings(max_new_tokens=60, batch_size=2)
 
@@ -72,9 +72,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "answers.jsonl"
 
 
-def run(loaded, path: Path, plan: Plan | None = None, settings: Settings = SETTINGS):
-    plan = plan or Plan([Walks()], [ARM], [48])
-    return evaluate(*loaded, plan, path, settings, progress=False)
+def run(loaded, path: Path, grid: Grid | None = None, settings: Settings = SETTINGS):
+    grid = grid or Grid([Walks()], [SPEC], [48])
+    return evaluate(*loaded, grid, path, settings, progress=False)
 
 
 def untimed(records: Sequence[Record]) -> list[Record]:
@@ -84,8 +84,8 @@ def untimed(records: Sequence[Record]) -> list[Record]:
 def test_answers_are_those_of_generate(loaded, path: Path) -> None:
     model, tokenizer = loaded
     records = run(loaded, path)
-    assert [(each.arm, each.budget, each.question) for each in records] == [
-        (name, budget, n) for name, budget in (("full", None), (ARM.name, 48)) for n in "012"
+    assert [(each.cache, each.budget, each.question) for each in records] == [
+        (name, budget, n) for name, budget in (("full", None), (SPEC.name, 48)) for n in "012"
     ]
     model.set_attn_implementation("sdpa")
     for record, question in zip(records[:3], Walks().questions(0), strict=True):
@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_goes_on(loaded, path: Path, monkeypatch) -> None:
 
 def test_more_of_a_plan_adds_to_the_file(loaded, path: Path) -> None:
     first = run(loaded, path)
-    more = run(loaded, path, Plan([Walks()], [ARM], [48, 64], seeds=(0, 1)))
+    more = run(loaded, path, Grid([Walks()], [SPEC], [48, 64], seeds=(0, 1)))
     assert len(more) == 2 * 3 * 3
     assert untimed([each for each in more if each.seed == 0 and each.budget != 64]) == untimed(
         first
@@ -136,9 +136,9 @@ def test_another_runs_answers_are_refused(loaded, path: Path) -> None:
     run(loaded, path)
     with pytest.raises(ValueError, match=r"differs in max_new_tokens \(60 there, 50 now\)"):
         run(loaded, path, settings=replace(SETTINGS, max_new_tokens=50))
-    other = replace(ARM, settings=ARM.settings | {"buffer": 32})
+    other = replace(SPEC, settings=SPEC.settings | {"buffer": 32})
     with pytest.raises(ValueError, match="others under these names"):
-        run(loaded, path, Plan([Walks()], [other], [48]))
+        run(loaded, path, Grid([Walks()], [other], [48]))
     path.write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="got another file"):
         run(loaded, path)
@@ -149,31 +149,31 @@ def test_another_runs_answers_are_refused(loaded, path: Path) -> None:
 
 def test_samples_differ_by_seed_and_not_by_run(loaded, tmp_path: Path) -> None:
     settings = replace(SETTINGS, temperature=1.5)
-    plan = Plan([Walks(2)], [], [48])
+    grid = Grid([Walks(2)], [], [48])
     state = torch.get_rng_state()
-    first = run(loaded, tmp_path / "a", plan, settings)
-    again = run(loaded, tmp_path / "b", plan, settings)
+    first = run(loaded, tmp_path / "a", grid, settings)
+    again = run(loaded, tmp_path / "b", grid, settings)
     assert torch.equal(torch.get_rng_state(), state)
     assert untimed(first) == untimed(again)
-    assert first[0].answer != run(loaded, tmp_path / "c", plan, SETTINGS)[0].answer
+    assert first[0].answer != run(loaded, tmp_path / "c", grid, SETTINGS)[0].answer
 
 
 def test_the_baseline_is_left_out_aloud_where_it_does_not_fit(loaded, path: Path) -> None:
     said: list[str] = []
     control = baseline(16, 16)
-    plan = Plan([Walks()], [ARM], [48, 400], baseline=control)
-    records = evaluate(*loaded, plan, path, SETTINGS, progress=False, say=said.append)
+    grid = Grid([Walks()], [SPEC], [48, 400], baseline=control)
+    records = evaluate(*loaded, grid, path, SETTINGS, progress=False, say=said.append)
     assert len(said) == 1
     assert "no 'random, prompt kept' at 48" in said[0]
-    rows = {(row.arm, row.budget): row for row in tabulate(records, control.name)}
+    rows = {(row.cache, row.budget): row for row in tabulate(records, control.name)}
     assert (control.name, 48) not in rows
-    assert rows[ARM.name, 48].against_baseline is None
-    assert rows[ARM.name, 400].against_baseline is not None
-    assert rows[ARM.name, 400].nothing_evicted
-    assert not rows[ARM.name, 48].nothing_evicted
+    assert rows[SPEC.name, 48].against_baseline is None
+    assert rows[SPEC.name, 400].against_baseline is not None
+    assert rows[SPEC.name, 400].nothing_evicted
+    assert not rows[SPEC.name, 48].nothing_evicted
     assert rows["full", None].against_full is None
     assert rows["full", None].correct.count == 3
-    assert rows[ARM.name, 48].against_full.lost > 0
+    assert rows[SPEC.name, 48].against_full.lost > 0
     assert markdown_table(*cells(list(rows.values()))).count("\n") == 2 + len(rows)
 
 
@@ -182,7 +182,7 @@ def test_the_baseline_is_left_out_aloud_where_it_does_not_fit(loaded, path: Path
     [
         ({"tasks": []}, "tasks: expected at least one"),
         ({"tasks": [Walks(), Walks()]}, "no two alike"),
-        ({"arms": [ARM, ARM]}, "caches: .* no two alike"),
+        ({"specs": [SPEC, SPEC]}, "caches: .* no two alike"),
         ({"budgets": []}, "budgets: expected at least one"),
         ({"seeds": []}, "seeds: expected at least one"),
         ({"seeds": [-1]}, "seeds: expected an integer >= 0, got -1"),
@@ -192,7 +192,7 @@ def test_the_baseline_is_left_out_aloud_where_it_does_not_fit(loaded, path: Path
 )
 def test_a_wrong_plan_is_refused(change: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        Plan(**{"tasks": [Walks()], "arms": [ARM], "budgets": [48]} | change)
+        Grid(**{"tasks": [Walks()], "specs": [SPEC], "budgets": [48]} | change)
 
 
 def unanswerable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def unanswerable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arm", "budget", "match"),
+    ("spec", "budget", "match"),
     [
         ("snapkv", 60, r"question 'long' with 'snapkv' at 60: budget too small: expected .*>= \d+"),
         ("snapkv:profile=nowhere", 400, "profile: expected a directory that exists"),
@@ -216,7 +216,7 @@ def unanswerable(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_an_arm_refuses_of_one_question_is_said_before_any_is_answered(
-    loaded, path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, budget: float, match: str
+    loaded, path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, budget: float, match: str
 ) -> None:
     class Uneven(Walks):
         def questions(self, seed: int) -> Sequence[Question]:
@@ -227,9 +227,9 @@ def test_what_an_arm_refuses_of_one_question_is_said_before_any_is_answered(
             ]
 
     unanswerable(monkeypatch)
-    plan = Plan([Uneven()], [parse_arm(arm, buffer=16)], [budget])
+    grid = Grid([Uneven()], [parse_spec(spec, buffer=16)], [budget])
     with pytest.raises(ValueError, match=match):
-        run(loaded, path, plan)
+        run(loaded, path, grid)
     assert not path.exists()
 
 
@@ -243,7 +243,7 @@ def test_spans_that_overlap_are_refused_before_any_question_is_answered(
 
     unanswerable(monkeypatch)
     with pytest.raises(ValueError, match="expected spans that do not overlap"):
-        run(loaded, path, Plan([Overlapping()], [parse_arm("snapkv:fair=1")], [64]))
+        run(loaded, path, Grid([Overlapping()], [parse_spec("snapkv:fair=1")], [64]))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_two_runs_do_not_write_one_file(loaded, path: Path) -> None:
         thread.join()
     assert len(refused) == 1 and "expected no other run that writes it, got one" in refused[0]
     assert not path.exists()
-    run(loaded, path, Plan([Walks(1)], [], [48]))
+    run(loaded, path, Grid([Walks(1)], [], [48]))
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
@@ -287,7 +287,7 @@ def test_spans_must_be_found_once(loaded, path: Path) -> None:
             return [replace(each, spans=(".",)) for each in super().questions(seed)]
 
     with pytest.raises(ValueError, match=r"the span '.' once in the prompt, got it \d+ times"):
-        run(loaded, path, Plan([Wrong()], [ARM], [48]))
+        run(loaded, path, Grid([Wrong()], [SPEC], [48]))
 
 
 def test_the_journal_keeps_text_as_it_is(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def run(monkeypatch, module, *arguments):
 
 
 def test_roc_of_a_few_problems(tmp_path, document, monkeypatch):
-    monkeypatch.setitem(risk_roc.ARMS, "llama", risk_roc.ARMS["llama"][1:2])
+    monkeypatch.setitem(risk_roc.SPECS, "llama", risk_roc.SPECS["llama"][1:2])
     monkeypatch.setattr(risk_roc, "TASKS", ("chain",))
     path = document("risk_roc-llama")
     run(monkeypatch, risk_roc, "--problems", 3, "--document", path, "--output", tmp_path)
@@ -56,7 +56,7 @@ def test_roc_of_a_few_problems(tmp_path, document, monkeypatch):
 
 
 def test_bounds_from_a_few_problems(tmp_path, document, monkeypatch):
-    monkeypatch.setitem(risk_probes.ARMS, "llama", risk_probes.ARMS["llama"][1:])
+    monkeypatch.setitem(risk_probes.SPECS, "llama", risk_probes.SPECS["llama"][1:])
     monkeypatch.setattr(risk_probes, "TASKS", ("walk",))
     monkeypatch.setattr(risk_probes, "ALPHAS", (0.5,))
     path = document("risk_probes-llama")

@@ -11,55 +11,46 @@ import torch
 from hf_reasoncache.scorers import (
     H2O,
     RKV,
-    TOVA,
+    SCORERS,
     Bidirectional,
-    KeyDiff,
-    KeyNorm,
     LagKV,
     Random,
     Scorer,
     SnapKV,
     StreamingLLM,
-    ValueNorm,
 )
 from tests.support import scorer_formulas as formulas
 from tests.support.scorer_inputs import head_of, heads_alone, held_tokens, row_alone
 
-# A scorer, and its formula for one head; None where the formula is tested on its own below.
-MATRIX = {
-    "rkv": (RKV(), formulas.rkv),
-    "rkv-other": (
-        RKV(lam=0.7, queries=3, kernel=1, threshold=0.2),
-        partial(formulas.rkv, lam=0.7, last=3, kernel=1, threshold=0.2),
-    ),
-    "snapkv": (SnapKV(), formulas.snapkv),
-    "snapkv-other": (
-        SnapKV(queries=3, kernel=3),
-        partial(formulas.snapkv, last=3, kernel=3),
-    ),
-    "tova": (TOVA(), partial(formulas.attention, last=1)),
-    "bidirectional": (Bidirectional(), partial(formulas.attention, last=128, causal=False)),
-    "bidirectional-some": (
-        Bidirectional(queries=3),
-        partial(formulas.attention, last=3, causal=False),
-    ),
-    "h2o": (H2O(), formulas.h2o),
-    "h2o-average": (
-        H2O(recent_ratio=0.25, average=True),
-        partial(formulas.h2o, recent_ratio=0.25, average=True),
-    ),
-    "h2o-decayed-average": (
-        H2O(recent_ratio=0.0, mass_decay=0.9, average=True),
-        partial(formulas.h2o, recent_ratio=0.0, decay=0.9, average=True),
-    ),
-    "streaming_llm": (StreamingLLM(), formulas.streaming_llm),
-    "key_norm": (KeyNorm(), formulas.key_norm),
-    "key_diff": (KeyDiff(), formulas.key_diff),
-    "lag_kv": (LagKV(sinks=2, lag=4), partial(formulas.lag_kv, sinks=2, lag=4)),
-    "value_norm": (ValueNorm(), formulas.value_norm),
-    "random": (Random(seed=5), None),
+# Every listed scorer with its defaults, and some with other settings.
+MATRIX = {name: scorer() for name, scorer in SCORERS.items()} | {
+    "rkv-other": RKV(lam=0.7, queries=3, kernel=1, threshold=0.2),
+    "snapkv-other": SnapKV(queries=3, kernel=3),
+    "bidirectional-some": Bidirectional(queries=3),
+    "h2o-average": H2O(recent_ratio=0.25, average=True),
+    "h2o-decayed-average": H2O(recent_ratio=0.0, mass_decay=0.9, average=True),
+    "lag-kv-short": LagKV(sinks=2, lag=4),
+    "random-other": Random(seed=5),
 }
-SCORERS = pytest.mark.parametrize("scorer", [pytest.param(s, id=n) for n, (s, _) in MATRIX.items()])
+# Of one head. Random numbers have no formula; they are tested in test_behaviour.py.
+FORMULAS = {
+    "rkv": formulas.rkv,
+    "rkv-other": partial(formulas.rkv, lam=0.7, last=3, kernel=1, threshold=0.2),
+    "snapkv": formulas.snapkv,
+    "snapkv-other": partial(formulas.snapkv, last=3, kernel=3),
+    "tova": partial(formulas.attention, last=1),
+    "bidirectional": partial(formulas.attention, last=128, causal=False),
+    "bidirectional-some": partial(formulas.attention, last=3, causal=False),
+    "h2o": formulas.h2o,
+    "h2o-average": partial(formulas.h2o, recent_ratio=0.25, average=True),
+    "h2o-decayed-average": partial(formulas.h2o, recent_ratio=0.0, decay=0.9, average=True),
+    "streaming-llm": formulas.streaming_llm,
+    "key-norm": formulas.key_norm,
+    "key-diff": formulas.key_diff,
+    "lag-kv-short": partial(formulas.lag_kv, sinks=2, lag=4),
+    "value-norm": formulas.value_norm,
+}
+ALL = pytest.mark.parametrize("scorer", [pytest.param(s, id=n) for n, s in MATRIX.items()])
 
 # Heads of one token and of many, a row shorter than the observation window, and a long one.
 COUNTS = [[20, 1, 33], [5, 5, 3], [12, 13, 14]]
@@ -67,7 +58,7 @@ LENGTHS = [60, 5, 14]
 
 
 @pytest.mark.parametrize(
-    ("scorer", "formula"), [pytest.param(s, f, id=n) for n, (s, f) in MATRIX.items() if f]
+    ("scorer", "formula"), [pytest.param(MATRIX[n], f, id=n) for n, f in FORMULAS.items()]
 )
 def test_the_score_is_its_formula(scorer, formula):
     held = held_tokens(COUNTS, LENGTHS)
@@ -84,7 +75,7 @@ def test_the_score_is_its_formula(scorer, formula):
                 assert (got[top].diff() > 0).all()
 
 
-@SCORERS
+@ALL
 def test_scores_are_finite_float32(scorer):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         held = held_tokens(COUNTS, LENGTHS, dtype=dtype)
@@ -94,7 +85,7 @@ def test_scores_are_finite_float32(scorer):
         assert scores.isfinite().all()
 
 
-@SCORERS
+@ALL
 def test_a_row_in_a_batch_scores_as_alone(scorer):
     held = held_tokens(COUNTS, LENGTHS)
     together = scorer.score(held)
@@ -105,7 +96,7 @@ def test_a_row_in_a_batch_scores_as_alone(scorer):
         torch.testing.assert_close(together[row][held.valid[row]], alone, rtol=1e-5, atol=1e-7)
 
 
-@SCORERS
+@ALL
 def test_other_rows_do_not_matter(scorer):
     held = held_tokens(COUNTS, LENGTHS)
     other = held_tokens([COUNTS[0], COUNTS[1][::-1], [14, 1, 2]], [60, 9, 40])
@@ -121,7 +112,7 @@ def test_other_rows_do_not_matter(scorer):
     assert torch.equal(scorer.score(mixed)[0], scorer.score(held)[0])
 
 
-@SCORERS
+@ALL
 def test_a_head_scores_as_without_the_other_heads(scorer):
     """Under tensor parallelism they are in other processes."""
     held = held_tokens(COUNTS, LENGTHS)
@@ -131,7 +122,7 @@ def test_a_head_scores_as_without_the_other_heads(scorer):
     )
 
 
-@SCORERS
+@ALL
 def test_scoring_twice_is_scoring_once(scorer):
     held = held_tokens(COUNTS, LENGTHS)
     before = {f.name: getattr(held, f.name) for f in dataclasses.fields(held)}
@@ -140,7 +131,7 @@ def test_scoring_twice_is_scoring_once(scorer):
     assert all(torch.equal(getattr(held, name), tensor) for name, tensor in kept.items())
 
 
-@SCORERS
+@ALL
 def test_it_is_a_frozen_scorer(scorer):
     assert isinstance(scorer, Scorer)
     assert scorer.queries >= 0
@@ -150,7 +141,7 @@ def test_it_is_a_frozen_scorer(scorer):
         scorer.seed = 1
 
 
-@SCORERS
+@ALL
 def test_it_asks_for_what_it_needs_and_no_more(scorer):
     held = held_tokens(COUNTS, LENGTHS)
     full = scorer.score(held)

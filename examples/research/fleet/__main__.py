@@ -18,7 +18,7 @@ import typer
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 
-from examples.research.fleet.caches import arms
+from examples.research.fleet.caches import specs
 from examples.research.fleet.command import run_command
 from examples.research.fleet.measured import read_measured
 from examples.research.fleet.report import fleet_png, lines_of
@@ -159,11 +159,11 @@ def _servers(
     if measured is None:
         # Like DynamicCache, without copying itself at every step.
         caches["no budget"] = ReasonAllocCache(config, budget=None)
-    for name, (arm, number) in arms(cache, budgets).items():
-        caches[name] = arm.make(config, number, None, 0)
+    for name, (spec, number) in specs(cache, budgets).items():
+        caches[name] = spec.make(config, number, None, 0)
         if branches > 1:
-            kind = "no budget" if arm.is_full else name
-            caches[f"shared, {kind}"] = arm.make_shared(config, number, 0)
+            kind = "no budget" if spec.is_full else name
+            caches[f"shared, {kind}"] = spec.make_shared(config, number, 0)
     fits = {} if measured is None else read_measured(measured)
     for name in caches if measured is not None else ():
         if name not in fits:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from hf_reasoncache.evaluation.arms import FULL_ARM, Arm, Budget, parse_arm, parse_budget
+from hf_reasoncache.evaluation.specs import FULL, Budget, CacheSpec, parse_budget, parse_spec
 
-FULL = "DynamicCache"
+DYNAMIC = "DynamicCache"
 
 
-def arms(cache: str, budgets: str) -> dict[str, tuple[Arm, Budget | None]]:
+def specs(cache: str, budgets: str) -> dict[str, tuple[CacheSpec, Budget | None]]:
     """Return the full cache, and one cache at several budgets.
 
     Parameters
     ----------
     cache : str
-        As the command line writes it, see `hf_reasoncache.evaluation.parse_arm`.
+        As the command line writes it, see `hf_reasoncache.evaluation.parse_spec`.
     budgets : str
         Numbers with commas between them.
 
@@ -22,10 +22,10 @@ def arms(cache: str, budgets: str) -> dict[str, tuple[Arm, Budget | None]]:
     ValueError
         If either is not valid.
     """
-    arm, name = parse_arm(cache), cache.partition(":")[0]
-    if arm.is_full:
+    spec, name = parse_spec(cache), cache.partition(":")[0]
+    if spec.is_full:
         raise ValueError(f"--cache: expected a compressed cache, got {cache!r}.")
-    found: dict[str, tuple[Arm, Budget | None]] = {FULL: (FULL_ARM, None)}
+    found: dict[str, tuple[CacheSpec, Budget | None]] = {DYNAMIC: (FULL, None)}
     for text in filter(None, budgets.split(",")):
-        found[f"{name} {text.strip()}"] = arm, parse_budget(text)
+        found[f"{name} {text.strip()}"] = spec, parse_budget(text)
     return found

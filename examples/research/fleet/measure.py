@@ -20,13 +20,13 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.research.fleet.caches import arms
+from examples.research.fleet.caches import specs
 from examples.research.fleet.command import run_command
 from examples.research.fleet.measured import Measured, Sample, write_measured
 from examples.research.fleet.server import Server
 from hf_reasoncache.cli.loading import load_model
 from hf_reasoncache.cli.options import Dtype, Dtypes, Model
-from hf_reasoncache.evaluation.arms import Arm, Budget
+from hf_reasoncache.evaluation.specs import Budget, CacheSpec
 from hf_reasoncache.generation.lines import Defaults, Line, read_lines
 from hf_reasoncache.generation.packing import Job
 from hf_reasoncache.generation.sampling import Sampling
@@ -87,16 +87,16 @@ class Timed:
 
 def server_of(
     name: str,
-    arm: Arm,
+    spec: CacheSpec,
     budget: Budget | None,
     model: PreTrainedModel,
     longest: tuple[int, int],
     timing: Any = None,
     room: int = 0,
 ) -> Server:
-    """A simulated server with the cache of an arm."""
+    """A simulated server with one kind of cache."""
     size = ModelSize.of(model.config, model.dtype)
-    cache = arm.make(model.config, budget, None, 0)
+    cache = spec.make(model.config, budget, None, 0)
     return Server(name, cache, model.config, size, room, timing, longest)
 
 
@@ -143,9 +143,9 @@ def measure(
     longest = max(len(line.ids) for line in lines), max_new_tokens
     batches = first_jobs(lines, sizes_of(rows))
     samples = []
-    for name, (arm, number) in arms(cache, budget).items():
-        worker = Worker(*loaded, arm, number, samples=1, chat=False, token_ids=False)
-        server = server_of(name, arm, number, loaded[0], longest)
+    for name, (spec, number) in specs(cache, budget).items():
+        worker = Worker(*loaded, spec, number, samples=1, chat=False, token_ids=False)
+        server = server_of(name, spec, number, loaded[0], longest)
         # The first batch also pays for allocators and code that loads late.
         found = [Timed.run(worker, jobs, wall) for jobs in [batches[0], *batches]]
         mine = [sample for timed in found[1:] for sample in timed.samples(server)]

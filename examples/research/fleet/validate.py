@@ -20,7 +20,7 @@ import typer
 from tqdm import tqdm
 
 from examples.benchmarks.machine import Machine
-from examples.research.fleet.caches import arms
+from examples.research.fleet.caches import specs
 from examples.research.fleet.command import run_command
 from examples.research.fleet.measure import Timed, first_jobs, load_lines, server_of, sizes_of
 from examples.research.fleet.measured import Measured
@@ -100,9 +100,9 @@ def validate(
     lines = load_lines(prompts, loaded[1], max_new_tokens)
     longest = max(len(line.ids) for line in lines), max_new_tokens
     table = []
-    for name, (arm, number) in arms(cache, budget).items():
-        worker = Worker(*loaded, arm, number, samples=1, chat=False, token_ids=False)
-        server = server_of(name, arm, number, loaded[0], longest)
+    for name, (spec, number) in specs(cache, budget).items():
+        worker = Worker(*loaded, spec, number, samples=1, chat=False, token_ids=False)
+        server = server_of(name, spec, number, loaded[0], longest)
         batches = pack([(line, [0]) for line in lines], worker.row_bytes, Limits(bound, 256, 1024))
         # The first batch also pays for allocators and code that loads late.
         Timed.run(worker, known[0], wall)

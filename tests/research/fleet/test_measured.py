@@ -15,7 +15,7 @@ import pytest
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import PreTrainedModel
 
-from examples.research.fleet.caches import arms
+from examples.research.fleet.caches import specs
 from examples.research.fleet.measure import measure
 from examples.research.fleet.measured import (
     COLUMNS,
@@ -73,11 +73,11 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_the_caches_that_are_compared() -> None:
-    found = arms("snapkv:heads=on", "96, 128")
+    found = specs("snapkv:heads=on", "96, 128")
     assert list(found) == ["DynamicCache", "snapkv 96", "snapkv 128"]
     assert [budget for _, budget in found.values()] == [None, 96, 128]
     with pytest.raises(ValueError, match="--cache: expected a compressed cache, got 'full'"):
-        arms("full", "96")
+        specs("full", "96")
 
 
 @pytest.fixture

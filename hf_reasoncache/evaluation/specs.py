@@ -4,54 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from transformers import Cache, DynamicCache, PretrainedConfig
 
 from hf_reasoncache.arguments import LARGEST
+from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Spans
 from hf_reasoncache.reason_alloc import ReasonAllocCache
-from hf_reasoncache.scorers import (
-    H2O,
-    RKV,
-    TOVA,
-    Bidirectional,
-    KeyDiff,
-    KeyNorm,
-    LagKV,
-    Random,
-    SnapKV,
-    StreamingLLM,
-    ValueNorm,
-)
-from hf_reasoncache.scorers.base import Scorer
+from hf_reasoncache.scorers import SCORERS, make_scorer
 from hf_reasoncache.shared_branch import SharedBranchCache
 from hf_reasoncache.sliding_window import SlidingWindowCompressCache
 
 Budget = int | float
 """Tokens per KV head; below 1, the ratio of a `SlidingWindowCompressCache`."""
 
-SCORERS: dict[str, Callable[[int, int], Scorer]] = {
-    "random": lambda window, seed: Random(seed),
-    "streaming-llm": lambda window, seed: StreamingLLM(),
-    "key-norm": lambda window, seed: KeyNorm(),
-    "value-norm": lambda window, seed: ValueNorm(),
-    "key-diff": lambda window, seed: KeyDiff(),
-    "lag-kv": lambda window, seed: LagKV(lag=window),
-    "tova": lambda window, seed: TOVA(),
-    "snapkv": lambda window, seed: SnapKV(queries=window),
-    "h2o": lambda window, seed: H2O(),
-    "rkv": lambda window, seed: RKV(queries=window),
-    "bidirectional": lambda window, seed: Bidirectional(queries=window),
+CACHES: dict[str, type[ReasonCache] | None] = {
+    "full": None,
+    "reason-alloc": ReasonAllocCache,
+    "sliding-window": SlidingWindowCompressCache,
 }
-"""Makers of scorers from the window and the seed of a run."""
-
-FULL, REASON_ALLOC, SLIDING_WINDOW = "full", "reason-alloc", "sliding-window"
+"""Every cache by its name on the command line; None is transformers' `DynamicCache`."""
 
 
 @dataclass(frozen=True)
-class Arm:
+class CacheSpec:
     """One kind of cache to try.
 
     Attributes
@@ -71,12 +50,10 @@ class Arm:
         that.
     fair_window : int
         Tokens of a span wherever a question names none.
-    attention : str
-        Attention implementation; "sdpa" for the full cache.
     """
 
     name: str
-    cache: type[ReasonAllocCache] | type[SlidingWindowCompressCache] | None = None
+    cache: type[ReasonCache] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     scorer: str | None = None
     whitelist: bool = False
@@ -137,7 +114,7 @@ class Arm:
         Raises
         ------
         ValueError
-            As `make`; and if the arm does not keep prompts.
+            As `make`; and if the cache does not keep prompts.
         """
         if self.cache is None:
             return SharedBranchCache(config)
@@ -150,7 +127,7 @@ class Arm:
         Raises
         ------
         ValueError
-            If the arm needs spans and there are none, or they overlap and must not.
+            If spans are needed and there are none, or they overlap and must not.
         """
         if not self.whitelist and self.fair is None:
             return {}
@@ -168,7 +145,7 @@ class Arm:
 
     def _arguments(
         self,
-        cache: type[ReasonAllocCache] | type[SlidingWindowCompressCache],
+        cache: type[ReasonCache],
         budget: Budget | None,
         spans: Spans | None,
         seed: int,
@@ -178,37 +155,57 @@ class Arm:
             raise ValueError(f"{self.name}: expected a budget, got none; pass --budgets.")
         settings = self.settings | self.span_settings(spans)
         if self.scorer is not None:
-            settings["scorer"] = SCORERS[self.scorer](settings.get("window", 8), seed)
-        if cache is ReasonAllocCache:
-            if not isinstance(budget, int):
-                raise ValueError(
-                    f"{self.name}: expected a budget in tokens, got the ratio {budget}; ratios are "
-                    f"for {SLIDING_WINDOW}."
-                )
-            return {"budget": budget, **settings}
-        return settings | ({"max_budget": budget} if isinstance(budget, int) else {"ratio": budget})
+            window = settings.get("window", 8)
+            settings["scorer"] = make_scorer(self.scorer, window=window, seed=seed)
+        if isinstance(budget, int):
+            return settings | {"budget" if _takes(cache, "budget") else "max_budget": budget}
+        if not _takes(cache, "ratio"):
+            with_ratio = [name for name, each in CACHES.items() if each and _takes(each, "ratio")]
+            raise ValueError(
+                f"{self.name}: expected a budget in tokens, got the ratio {budget}; ratios are for "
+                f"{', '.join(with_ratio)}."
+            )
+        return settings | {"ratio": budget}
 
 
-FULL_ARM = Arm(FULL)
+FULL = CacheSpec("full")
 
 
-def baseline(window: int, buffer: int) -> Arm:
+def baseline(window: int, buffer: int) -> CacheSpec:
     """Return random eviction beside a protected prompt, which every method has to beat."""
     settings = {"head_budgets": False, "window": window, "buffer": buffer}
-    return Arm("random, prompt kept", ReasonAllocCache, settings, scorer="random")
+    return CacheSpec("random, prompt kept", ReasonAllocCache, settings, scorer="random")
 
 
-def parse_arm(text: str, window: int = 8, buffer: int = 128) -> Arm:
-    """Turn what the command line writes into an arm.
+def _profile(text: str) -> str:
+    if not text:
+        raise ValueError("no directory and no repository")
+    return text
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "profile": ("profile", _profile),
+    "heads": ("head_budgets", {"on": True, "off": False}.__getitem__),
+    "prompt": ("protect_prompt", {"keep": True, "evict": False}.__getitem__),
+    "window": ("window", int),
+    "buffer": ("buffer", int),
+    "ratio": ("ratio", float),
+    "recent": ("recent", int),
+}
+"""Settings on the command line: the argument of a cache, if it takes it, and how it is read."""
+
+
+def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
+    """Turn what the command line writes into the description of a cache.
 
     Parameters
     ----------
     text : str
-        `full`, `reason-alloc`, `sliding-window`, or a scorer of `SCORERS` (that is
-        `ReasonAllocCache` with this scorer and equal budgets for all heads), then a colon and
-        settings with commas between them: `scorer=NAME`, `profile=DIR`, `heads=on|off`,
-        `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`, `fair_window=128`, and
-        for `sliding-window` `ratio=0.3`, `recent=32`. Example: `snapkv:protect,fair=0.5`.
+        One of `CACHES`, or of `SCORERS` (that is `ReasonAllocCache` with this scorer and equal
+        budgets for all heads), then a colon and settings with commas between them: `scorer=NAME`,
+        `profile=DIR`, `heads=on|off`, `prompt=keep|evict`, `protect` (the question's spans),
+        `fair=0.5`, `fair_window=128`, and for `sliding-window` `ratio=0.3`, `recent=32`. Example:
+        `snapkv:protect,fair=0.5`.
     window, buffer : int
         For caches with a budget; `window` and `buffer` among the settings go before. Of
         `sliding-window`, a window is what is compressed at once, 128 by default.
@@ -220,30 +217,26 @@ def parse_arm(text: str, window: int = 8, buffer: int = 128) -> Arm:
     """
     name, _, rest = text.partition(":")
     given = dict(part.partition("=")[::2] for part in rest.split(",") if part)
-    if name == FULL and not given:
-        return FULL_ARM
-    if name not in (REASON_ALLOC, SLIDING_WINDOW, *SCORERS):
-        known = ", ".join((FULL, REASON_ALLOC, SLIDING_WINDOW, *SCORERS))
+    if name == FULL.name and not given:
+        return FULL
+    cache = ReasonAllocCache if name in SCORERS else CACHES.get(name)
+    if cache is None:
+        known = ", ".join((*CACHES, *SCORERS))
         raise ValueError(f"--cache: expected one of {known}, got {shown(text, 40)}.")
-    windows = name == SLIDING_WINDOW
-    settings: dict[str, Any] = {} if windows else {"window": window, "buffer": buffer}
+    # Caches that compress at a threshold: `window` means another thing to those by windows.
+    usual = {"window": window, "buffer": buffer}
+    settings: dict[str, Any] = usual if _takes(cache, "buffer") else {}
     scorer: str | None = None
     if name in SCORERS:
         scorer, settings["head_budgets"] = name, False
-    numbers = {"window": int} | ({"ratio": float, "recent": int} if windows else {"buffer": int})
     chosen: dict[str, Any] = {}
     for key, value in given.items():
         try:
-            if key in numbers:
-                settings[key] = numbers[key](value)
+            if key in _SETTINGS and _takes(cache, _SETTINGS[key][0]):
+                argument, read = _SETTINGS[key]
+                settings[argument] = read(value)
             elif key == "scorer" and value in SCORERS:
                 scorer = value
-            elif key == "profile" and value:
-                settings["profile"] = value
-            elif key == "heads":
-                settings["head_budgets"] = {"on": True, "off": False}[value]
-            elif key == "prompt":
-                settings["protect_prompt"] = {"keep": True, "evict": False}[value]
             elif key == "protect" and not value:
                 chosen["whitelist"] = True
             elif key == "fair":
@@ -257,8 +250,12 @@ def parse_arm(text: str, window: int = 8, buffer: int = 128) -> Arm:
                 f"--cache {shown(text)}: setting {shown(f'{key}={value}')} is not known; see "
                 "--help."
             ) from error
-    cache = SlidingWindowCompressCache if windows else ReasonAllocCache
-    return Arm(text, cache, settings, scorer, **chosen)
+    return CacheSpec(text, cache, settings, scorer, **chosen)
+
+
+def _takes(cache: type[ReasonCache], argument: str) -> bool:
+    """Whether a cache has an argument of that name."""
+    return argument in signature(cache).parameters
 
 
 def parse_budget(text: str, option: str = "--budgets") -> Budget:

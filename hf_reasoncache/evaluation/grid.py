@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hf_reasoncache.arguments import require_int, require_temperature
-from hf_reasoncache.evaluation.arms import FULL_ARM, Arm, Budget
+from hf_reasoncache.evaluation.specs import FULL, Budget, CacheSpec
 from hf_reasoncache.evaluation.tasks import Question, Task
 from hf_reasoncache.messages import shown
 
@@ -40,7 +40,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Grid:
     """What is to be answered by which caches.
 
     The full cache is always among them: everything is compared with it.
@@ -48,27 +48,27 @@ class Plan:
     Attributes
     ----------
     tasks : sequence of Task
-    arms : sequence of Arm
+    specs : sequence of CacheSpec
     budgets : sequence of int or float
-        See `Arm.make`.
+        See `CacheSpec.make`.
     seeds : sequence of int
         Of the questions that a task draws, of the sampling, and of random eviction.
-    baseline : Arm or None
-        One more arm, which is left out at budgets that its protected prompt does not fit.
+    baseline : CacheSpec or None
+        One more cache, which is left out at budgets that its protected prompt does not fit.
     """
 
     tasks: Sequence[Task]
-    arms: Sequence[Arm]
+    specs: Sequence[CacheSpec]
     budgets: Sequence[Budget]
     seeds: Sequence[int] = (0,)
-    baseline: Arm | None = None
+    baseline: CacheSpec | None = None
     questions: dict[tuple[str, int], Sequence[Question]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check the plan and draw the questions."""
+        """Check the settings and draw the questions."""
         for name, values in (
             ("tasks", [task.name for task in self.tasks]),
-            ("caches", [arm.name for arm in self.all_arms]),
+            ("caches", [spec.name for spec in self.all_specs]),
             ("budgets", self.budgets),
             ("seeds", self.seeds),
         ):
@@ -89,15 +89,15 @@ class Plan:
                 )
 
     @property
-    def all_arms(self) -> list[Arm]:
+    def all_specs(self) -> list[CacheSpec]:
         """The full cache first, the baseline second, then the others."""
         control = [] if self.baseline is None else [self.baseline]
-        return [FULL_ARM, *control, *(arm for arm in self.arms if not arm.is_full)]
+        return [FULL, *control, *(spec for spec in self.specs if not spec.is_full)]
 
-    def cells(self) -> Iterator[tuple[Task, int, Arm, Budget | None]]:
-        """Yield task, seed, arm and budget of everything to run."""
+    def cells(self) -> Iterator[tuple[Task, int, CacheSpec, Budget | None]]:
+        """Yield task, seed, spec and budget of everything to run."""
         for seed in self.seeds:
             for task in self.tasks:
-                for arm in self.all_arms:
-                    for budget in [None] if arm.is_full else self.budgets:
-                        yield task, seed, arm, budget
+                for spec in self.all_specs:
+                    for budget in [None] if spec.is_full else self.budgets:
+                        yield task, seed, spec, budget
