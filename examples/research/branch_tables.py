@@ -136,7 +136,7 @@ def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float)
 
 
 def timing(timings: Sequence[Timing], truth: Sequence[str]) -> list[dict[str, str]]:
-    """One row per arm; speed is over the first arm and over the second."""
+    """One row per method; speed is over the first method and over the second."""
     rows = []
     for each in timings:
         right = sum(
@@ -148,7 +148,7 @@ def timing(timings: Sequence[Timing], truth: Sequence[str]) -> list[dict[str, st
         ]
         rows.append(
             {
-                "arm": each.arm,
+                "method": each.method,
                 "right": f"{right}/{len(each.votes)}",
                 "tokens": f"{statistics.mean(vote.tokens for vote in each.votes):.0f}",
                 "seconds": f"{statistics.mean(each.seconds):.2f}",

@@ -5,7 +5,7 @@
 Draws 16 branches of every problem, calibrates exit rules on development problems, and judges them
 on fresh ones: accuracy of the vote, tokens saved, and how often exit changed the vote, beside the
 rate that was asked for. Branches are kept in --recordings and drawn once. --timed measures time by
-running each arm live.
+running each method live.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from examples.research.branch_tables import (
     timing,
 )
 from examples.research.tables import publish
-from examples.research.timed_branches import live_arms, time_arms
+from examples.research.timed_branches import live_methods, time_methods
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, read_answer
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache.branching import (
@@ -47,7 +47,7 @@ from hf_reasoncache.branching.recording import Recording, replay
 from hf_reasoncache.branching.vote import group_confidence, sqrt_confidence
 from hf_reasoncache.evaluation import Share
 
-WAVE = 4
+STAGE = 4
 CALIBRATION_SEED = DEVELOPMENT_SEEDS[600]
 LEVELS = (1.0, 0.99, 0.95, 0.9, 0.8)
 NOTHING = ExitRules(consensus=None, group=GROUP)
@@ -83,7 +83,7 @@ def calibrate(
     steps = ExitRules(DecodeExit(), None, None, GROUP)
     searches: dict[str, dict[str, Any]] = {
         "consensus": {"candidates": None},
-        "consensus, waves": {"candidates": None, "wave": WAVE},
+        "consensus, stages": {"candidates": None, "stage": STAGE},
         "weak": {"candidates": weak_candidates(held_out, ExitRules(group=GROUP))},
         "decode": {
             "candidates": decode_candidates(steps),
@@ -105,7 +105,7 @@ def methods(
 ) -> list[Method]:
     """List the ways to vote, those without exit first."""
     certain = ExitRules(group=GROUP)
-    in_waves = partial(replay, rules=certain, wave=WAVE)
+    in_stages = partial(replay, rules=certain, stage=STAGE)
     paper = ExitRules(DecodeExit(), None, None, GROUP)
     on_last_number = partial(replay, answer=last_number, tokenizer=tokenizer)
     made = [
@@ -113,19 +113,20 @@ def methods(
         Method("all, sqrt(confidence)", partial(replay, rules=NOTHING, weight=sqrt_confidence)),
         Method("all, group confidence", partial(replay, rules=NOTHING, weight=group_confidence)),
         Method("certain consensus", partial(replay, rules=certain), 0.0),
-        Method(f"certain consensus, waves of {WAVE}", in_waves, 0.0),
+        Method(f"certain consensus, stages of {STAGE}", in_stages, 0.0),
     ]
     names = {
         "consensus": "calibrated consensus",
-        "consensus, waves": f"calibrated consensus, waves of {WAVE}",
+        "consensus, stages": f"calibrated consensus, stages of {STAGE}",
         "weak": "certain consensus + weak exit, calibrated",
     }
     for key, name in names.items():
         rules = found[key]
         if isinstance(rules, ExitCalibration):
-            made.append(Method(name, partial(replay, rules=rules.rules, wave=rules.wave), target))
+            made.append(Method(name, partial(replay, rules=rules.rules, stage=rules.stage), target))
     bold = ExitRules(consensus=ConsensusExit(0.8), group=GROUP)
-    made.append(Method(f"consensus 0.8, waves of {WAVE}", partial(replay, rules=bold, wave=WAVE)))
+    in_bold_stages = partial(replay, rules=bold, stage=STAGE)
+    made.append(Method(f"consensus 0.8, stages of {STAGE}", in_bold_stages))
     made.append(Method("RKSC's decode exit on ANS", partial(_until_answer, paper, tokenizer)))
     made.append(Method("RKSC's decode exit, last number", lambda some: on_last_number(some, paper)))
     decode = found["decode"]
@@ -148,14 +149,14 @@ def _until_answer(
 
 
 def curves(recordings: Sequence[Recording], truth: Sequence[str]) -> dict[str, list[Point]]:
-    """Return what levels of consensus cost and save, with waves and without."""
+    """Return what levels of consensus cost and save, with stages and without."""
     full = replay(recordings, NOTHING)
     found: dict[str, list[Point]] = {}
-    for name, wave in (("all at once", None), (f"waves of {WAVE}", WAVE), ("one by one", 1)):
+    for name, stage in (("all at once", None), (f"stages of {STAGE}", STAGE), ("one by one", 1)):
         found[name] = []
         for level in LEVELS:
             rules = ExitRules(consensus=ConsensusExit(level), group=GROUP)
-            votes = replay(recordings, rules, wave=wave)
+            votes = replay(recordings, rules, stage=stage)
             right = [each.answer == answer for each, answer in zip(votes, truth, strict=True)]
             changed = [a.answer != b.answer for a, b in zip(votes, full, strict=True)]
             saved = saved_interval(votes, full)[0]
@@ -226,11 +227,11 @@ def main() -> None:
             each.save(arguments.output / f"exit-{family}-{key.replace(', ', '-')}.json")
     publish(rows, "\n\n".join(notes), name, arguments.output, arguments.document)
     if arguments.timed:
-        waves = found["consensus, waves"]
-        rules = waves.rules if isinstance(waves, ExitCalibration) else ExitRules(group=GROUP)
+        stages = found["consensus, stages"]
+        rules = stages.rules if isinstance(stages, ExitCalibration) else ExitRules(group=GROUP)
         seed = DEVELOPMENT_SEEDS[700]
         some = [each for task in mixed(arguments.timed, seed, family).values() for each in task]
-        timings = time_arms(model, tokenizer, some, sampling, live_arms(rules, WAVE), seed)
+        timings = time_methods(model, tokenizer, some, sampling, live_methods(rules, STAGE), seed)
         timed = timing(timings, [problem.answer for problem in some])
         note = (
             f"{family} model, {len(timings[0].seconds)} problems (seed {seed}), one at a time; CPU "

@@ -3,8 +3,8 @@
 from hf_reasoncache.branching.calibrate import ExitCalibration, calibrate_exit
 from hf_reasoncache.branching.exit import ConfidentExit
 from hf_reasoncache.branching.rules import ConsensusExit, DecodeExit, ExitRules, WeakExit
+from hf_reasoncache.branching.staged_vote import staged_vote
 from hf_reasoncache.branching.vote import Branch, Reason, VoteResult, vote
-from hf_reasoncache.branching.waves import vote_in_waves
 
 __all__ = [
     "Branch",
@@ -17,6 +17,6 @@ __all__ = [
     "VoteResult",
     "WeakExit",
     "calibrate_exit",
+    "staged_vote",
     "vote",
-    "vote_in_waves",
 ]

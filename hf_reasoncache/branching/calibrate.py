@@ -71,7 +71,7 @@ class ExitCalibration:
         Probability, over draws of the held-out problems, that the true rate is at most `target`.
     branches : int
         Branches of each problem; the rules hold for as many.
-    wave : int or None
+    stage : int or None
         Branches that start at a time; the rules hold for as many. None: all.
     tried : tuple of ExitMeasurement
         All candidates that were measured, up to the first that failed.
@@ -81,7 +81,7 @@ class ExitCalibration:
     target: float
     confidence: float
     branches: int
-    wave: int | None
+    stage: int | None
     tried: tuple[ExitMeasurement, ...]
 
     def save(self, path: str | Path) -> None:
@@ -124,7 +124,7 @@ def measure_exit(
     answer: Callable[[Any], str | None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     weight: Weight = majority,
-    wave: int | None = None,
+    stage: int | None = None,
 ) -> ExitMeasurement:
     """Compare the votes under some rules with those of all branches.
 
@@ -135,12 +135,12 @@ def measure_exit(
     rules : ExitRules
     confidence : float
         Of `ExitMeasurement.bound`.
-    answer, tokenizer, weight, wave
+    answer, tokenizer, weight, stage
         See `replay`.
     """
     play = partial(replay, recordings, weight=weight, answer=answer, tokenizer=tokenizer)
     full = play(ExitRules(consensus=None, group=rules.group))
-    return _compare(full, play(rules, wave=wave), rules, confidence)
+    return _compare(full, play(rules, stage=stage), rules, confidence)
 
 
 def _compare(
@@ -205,7 +205,7 @@ def calibrate_exit(
     answer: Callable[[Any], str | None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     weight: Weight = majority,
-    wave: int | None = None,
+    stage: int | None = None,
 ) -> ExitCalibration:
     """Choose the boldest rules whose error rate is at most `target`, with a stated confidence.
 
@@ -227,7 +227,7 @@ def calibrate_exit(
     candidates : sequence of ExitRules, optional
         From the safest to the boldest, chosen without looking at the errors;
         `consensus_candidates()` by default.
-    answer, tokenizer, weight, wave
+    answer, tokenizer, weight, stage
         See `replay`.
 
     Raises
@@ -248,7 +248,7 @@ def calibrate_exit(
         for group in {rules.group for rules in candidates}
     }
     for rules in candidates:
-        early = play(rules, wave=wave)
+        early = play(rules, stage=stage)
         tried.append(_compare(full[rules.group], early, rules, confidence))
         if tried[-1].bound > target:
             break
@@ -265,6 +265,6 @@ def calibrate_exit(
         target=target,
         confidence=confidence,
         branches=len(recordings[0].ids),
-        wave=wave,
+        stage=stage,
         tried=tuple(tried),
     )

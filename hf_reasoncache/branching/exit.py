@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from hf_reasoncache.arguments import require_int
 from hf_reasoncache.branching.confidence import ConfidenceRecorder
+from hf_reasoncache.branching.exit_monitor import ExitMonitor
 from hf_reasoncache.branching.recording import Recording, read_answer
-from hf_reasoncache.branching.referee import Referee
 from hf_reasoncache.branching.rules import ExitRules
 from hf_reasoncache.branching.vote import Reason, VoteResult, Weight, majority, vote
 
@@ -98,7 +98,7 @@ class ConfidentExit(StoppingCriteria):
         self.recorder.reset()
         self._prompt = 0
         self._ids: torch.Tensor | None = None
-        self._referee: Referee | None = None
+        self._monitor: ExitMonitor | None = None
         self._confidences: list[torch.Tensor] = []
 
     def __call__(
@@ -117,25 +117,25 @@ class ConfidentExit(StoppingCriteria):
         BoolTensor[B]
             Rows that are over.
         """
-        referee = self._follow(input_ids)
+        monitor = self._follow(input_ids)
         confidence = self.recorder.take(input_ids.shape[1] - 1, len(input_ids))
         if confidence is not None:
             self._confidences.append(confidence)
-        complete = len(self._confidences) == referee.steps + 1
+        complete = len(self._confidences) == monitor.steps + 1
         if not complete and (self._confidences or self.rules.needs_confidence):
             raise ValueError(
                 "expected the confidence of every step, got a step without; pass "
                 "logits_processor=[exit.recorder] together with stopping_criteria=[exit]."
             )
         ended = torch.isin(input_ids[:, -1].cpu(), self._ends)
-        referee.step(ended, confidence)
-        stopped: Any = ~referee.running
+        monitor.step(ended, confidence)
+        stopped: Any = ~monitor.running
         return stopped.to(input_ids.device)
 
-    def _follow(self, input_ids: torch.LongTensor) -> Referee:
+    def _follow(self, input_ids: torch.LongTensor) -> ExitMonitor:
         """Check that the ids are the last ones and one more token."""
         rows, tokens = input_ids.shape
-        if self._referee is None:
+        if self._monitor is None:
             if rows % self.branches:
                 raise ValueError(
                     f"expected {self.branches} rows per problem, got a batch of {rows}; set "
@@ -143,21 +143,21 @@ class ConfidentExit(StoppingCriteria):
                     "times."
                 )
             self._prompt = tokens - 1
-            self._referee = Referee(self.rules, rows, self.branches, self._read)
+            self._monitor = ExitMonitor(self.rules, rows, self.branches, self._read)
         elif (
             self._ids is None
-            or not bool(self._referee.running.any())
+            or not bool(self._monitor.running.any())
             or self._ids.shape != (rows, tokens - 1)
             or not torch.equal(self._ids, input_ids[:, :-1])
         ):
             raise ValueError(
-                f"expected the {self._referee.steps} tokens of before and one more, got other ids "
+                f"expected the {self._monitor.steps} tokens of before and one more, got other ids "
                 f"of shape {list(input_ids.shape)}: a new generation (call reset() first), "
                 "reordered rows (beam search), or several tokens at a time (assisted decoding), "
                 "which are not supported."
             )
         self._ids = input_ids
-        return self._referee
+        return self._monitor
 
     def _generated(self) -> torch.Tensor:
         if self._ids is None:
@@ -181,9 +181,9 @@ class ConfidentExit(StoppingCriteria):
         ValueError
             If nothing was generated, or as `vote`.
         """
-        if self._referee is None:
+        if self._monitor is None:
             raise ValueError("results: expected a generation, got none; pass this to generate.")
-        return [vote(branches, weight) for branches in self._referee.results()]
+        return [vote(branches, weight) for branches in self._monitor.results()]
 
     def recordings(self) -> list[Recording]:
         """Return every problem's branches token by token, for `calibrate_exit` and `replay`.

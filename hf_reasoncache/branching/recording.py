@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_reasoncache.branching.referee import Referee
+from hf_reasoncache.branching.exit_monitor import ExitMonitor
 from hf_reasoncache.branching.rules import ExitRules
+from hf_reasoncache.branching.staged_vote import staged_vote
 from hf_reasoncache.branching.vote import Branch, VoteResult, Weight, majority, vote
-from hf_reasoncache.branching.waves import vote_in_waves
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ def replay(
     answer: Callable[[Any], str | None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     weight: Weight = majority,
-    wave: int | None = None,
+    stage: int | None = None,
 ) -> list[VoteResult]:
     """Return what the votes would have been under some rules.
 
@@ -87,9 +87,9 @@ def replay(
     answer, tokenizer
         As for `ConfidentExit`; needed for `DecodeExit` only, which reads unfinished branches.
     weight : Callable[[Branch], float]
-    wave : int, optional
-        Start this many branches at a time, and consensus decides between the waves; see
-        `vote_in_waves`. By default all at once.
+    stage : int, optional
+        Start this many branches at a time, and consensus decides between the stages; see
+        `staged_vote`. By default all at once.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def replay(
         )
     if rules.decode is not None and answer is None:
         raise ValueError("answer: expected a function, as DecodeExit reads branches, got None.")
-    if wave is None:
+    if stage is None:
         return [vote(each, weight) for each in _play(recordings, rules, answer, tokenizer)]
     within = replace(rules, consensus=None)
     started = [0] * len(recordings)
@@ -117,11 +117,11 @@ def replay(
             started[problem] += count
         return _play(parts, within, answer, tokenizer)
 
-    return vote_in_waves(
+    return staged_vote(
         run,
         len(recordings),
         branches=branches.pop(),
-        wave=wave,
+        stage=stage,
         consensus=rules.consensus,
         weight=weight,
     )
@@ -142,11 +142,11 @@ def _play(
     )
 
     def read(row: int) -> str | None:
-        if referee.steps >= len(ids[row]) or answer is None:
+        if monitor.steps >= len(ids[row]) or answer is None:
             return answers[row]
-        return read_answer(answer, ids[row][: referee.steps], tokenizer)
+        return read_answer(answer, ids[row][: monitor.steps], tokenizer)
 
-    referee = Referee(rules, len(ids), len(recordings[0].ids), read)
+    monitor = ExitMonitor(rules, len(ids), len(recordings[0].ids), read)
     for step in range(int(lengths.max())):
-        referee.step(ended & (lengths == step + 1), confidence[step])
-    return referee.results()
+        monitor.step(ended & (lengths == step + 1), confidence[step])
+    return monitor.results()

@@ -14,7 +14,7 @@ _LIST = 60  # characters of a list that is shown
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class LayerDemand:
     """One full-attention layer.
 
     Attributes
@@ -35,7 +35,7 @@ class LayerRow:
     budget: int | None
 
 
-def layer_rows(profile: BudgetProfile, budget: int | None = None) -> list[LayerRow]:
+def layer_rows(profile: BudgetProfile, budget: int | None = None) -> list[LayerDemand]:
     """One row per full-attention layer, in the order of the model.
 
     Parameters
@@ -60,7 +60,7 @@ def layer_rows(profile: BudgetProfile, budget: int | None = None) -> list[LayerR
         strict=True,
     )
     return [
-        LayerRow(layer, demand, error, demand / mean, tokens)
+        LayerDemand(layer, demand, error, demand / mean, tokens)
         for layer, demand, error, tokens in columns
     ]
 

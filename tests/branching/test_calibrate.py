@@ -22,7 +22,7 @@ from hf_reasoncache.branching.calibrate import (
     weak_candidates,
 )
 from hf_reasoncache.branching.recording import Recording, replay
-from hf_reasoncache.branching.waves import vote_in_waves
+from hf_reasoncache.branching.staged_vote import staged_vote
 
 BRANCHES = 8
 NOTHING = ExitRules(consensus=None, group=4)
@@ -101,16 +101,16 @@ def test_weak_and_decode_exits_are_calibrated_too():
 def test_waves_save_the_branches_that_never_start():
     recordings = simulated(100, seed=3)
     full = replay(recordings, NOTHING)
-    waves = replay(recordings, ExitRules(group=4), wave=2)
-    assert [wave.answer for wave in waves] == [vote.answer for vote in full]
-    for vote, wave in zip(full, waves, strict=True):
-        assert wave.branches == vote.branches[: len(wave.branches)]
-        assert len(wave.branches) % 2 == 0
-    assert sum(len(wave.branches) for wave in waves) < 90 * BRANCHES
-    assert measure_exit(recordings, ExitRules(group=4), wave=2).errors == 0
+    stages = replay(recordings, ExitRules(group=4), stage=2)
+    assert [stage.answer for stage in stages] == [vote.answer for vote in full]
+    for vote, stage in zip(full, stages, strict=True):
+        assert stage.branches == vote.branches[: len(stage.branches)]
+        assert len(stage.branches) % 2 == 0
+    assert sum(len(stage.branches) for stage in stages) < 90 * BRANCHES
+    assert measure_exit(recordings, ExitRules(group=4), stage=2).errors == 0
     together = measure_exit(recordings, ExitRules(group=4)).saved
-    assert measure_exit(recordings, ExitRules(group=4), wave=2).saved > together
-    assert replay(recordings, NOTHING, wave=3) == full
+    assert measure_exit(recordings, ExitRules(group=4), stage=2).saved > together
+    assert replay(recordings, NOTHING, stage=3) == full
 
 
 def test_waves_ask_only_for_open_problems():
@@ -121,33 +121,33 @@ def test_waves_ask_only_for_open_problems():
         answers = {0: "a", 1: "a" if len(asked) % 2 else "b"}
         return [[Branch(answers[p], Reason.END, 1)] * count for p in problems]
 
-    first, second = vote_in_waves(run, 2, branches=5, wave=2)
+    first, second = staged_vote(run, 2, branches=5, stage=2)
     assert asked == [([0, 1], 2), ([0, 1], 2), ([1], 1)]
     assert first.weights == {"a": 4.0} and second.weights == {"a": 3.0, "b": 2.0}
     asked.clear()
-    vote_in_waves(run, 2, branches=5, wave=2, consensus=ConsensusExit(0.5))
+    staged_vote(run, 2, branches=5, stage=2, consensus=ConsensusExit(0.5))
     assert [count for _, count in asked] == [2]
     with pytest.raises(ValueError, match=r"expected 2 branches of each of 1 problems, got \[1\]"):
-        vote_in_waves(lambda *_: [[Branch("a", Reason.END, 1)]], 1, branches=5, wave=2)
+        staged_vote(lambda *_: [[Branch("a", Reason.END, 1)]], 1, branches=5, stage=2)
 
 
 def test_consensus_inside_a_wave_is_refused():
-    """Three of the first four agree, which settles that wave and not the vote of sixteen."""
+    """Three of the first four agree, which settles that stage and not the vote of sixteen."""
     stopped = [Branch("a", Reason.END, 1)] * 3 + [Branch(None, Reason.CONSENSUS, 1)]
     with pytest.raises(ValueError, match=r"rules=ExitRules\(consensus=None\)"):
-        vote_in_waves(lambda *_: [stopped], 1, branches=16, wave=4)
-    (all_at_once,) = vote_in_waves(lambda *_: [stopped], 1, branches=4, wave=4)
+        staged_vote(lambda *_: [stopped], 1, branches=16, stage=4)
+    (all_at_once,) = staged_vote(lambda *_: [stopped], 1, branches=4, stage=4)
     assert all_at_once.answer == "a"
 
 
 def test_a_file_holds_all_of_it(tmp_path):
     recordings = simulated(100, seed=4)
     rules = weak_candidates(recordings, ExitRules(group=4), shares=(0.0, 0.05))
-    found = calibrate_exit(recordings, candidates=rules, target=0.3, wave=4)
+    found = calibrate_exit(recordings, candidates=rules, target=0.3, stage=4)
     path = tmp_path / "exit.json"
     found.save(path)
     assert ExitCalibration.load(path) == found
-    assert found.wave == 4 and str(found.tried[0]).startswith("0 of 100 votes changed")
+    assert found.stage == 4 and str(found.tried[0]).startswith("0 of 100 votes changed")
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_self_consistency(tmp_path, monkeypatch, capsys):
         rows = {row["vote"]: row for row in csv.DictReader(file)}
     assert rows["certain consensus"]["votes changed"].startswith("0.0 ")
     assert rows["certain consensus"]["target"] == "0"
-    assert rows["calibrated consensus, waves of 4"]["target"] == "90"
-    assert ExitCalibration.load(tmp_path / "exit-llama-consensus-waves.json").wave == 4
+    assert rows["calibrated consensus, stages of 4"]["target"] == "90"
+    assert ExitCalibration.load(tmp_path / "exit-llama-consensus-stages.json").stage == 4
     assert (tmp_path / "self_consistency-llama.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "self_consistency-llama-time.csv").open() as file:
         timed = list(csv.DictReader(file))

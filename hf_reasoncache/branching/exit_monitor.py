@@ -32,10 +32,10 @@ class _Window:
         return self.total / len(self.steps)
 
 
-class Referee:
+class ExitMonitor:
     """Decides after every step which branches are over, and why.
 
-    It knows no model: generation and the replay of recorded branches ask the same referee.
+    It knows no model: generation and the replay of recorded branches use the same monitor.
 
     Parameters
     ----------

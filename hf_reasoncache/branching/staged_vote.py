@@ -12,20 +12,20 @@ from hf_reasoncache.branching.vote import Branch, Reason, VoteResult, Weight, ma
 CERTAIN = ConsensusExit()
 
 
-def vote_in_waves(
+def staged_vote(
     run: Callable[[list[int], int], list[list[Branch]]],
     problems: int,
     *,
     branches: int,
-    wave: int,
+    stage: int,
     consensus: ConsensusExit | None = CERTAIN,
     weight: Weight = majority,
 ) -> list[VoteResult]:
-    """Vote with up to `branches` branches of each problem, `wave` at a time.
+    """Vote with up to `branches` branches of each problem, `stage` at a time.
 
     Branches of one problem tend to end together, so that consensus among branches that all run at
-    once saves little. A branch that never starts costs nothing: after every wave the problems whose
-    vote is settled leave. Related to adaptive consistency (arXiv 2305.11860), with the rule of
+    once saves little. A branch that never starts costs nothing: problems whose vote is settled
+    leave after each stage. Related to adaptive consistency (arXiv 2305.11860), with the rule of
     `probability_kept`.
 
     Parameters
@@ -34,8 +34,8 @@ def vote_in_waves(
         Runs new branches: gets the open problems (indices) and the number of branches of each, and
         returns the branches of each, as `VoteResult.branches` has them.
     problems : int
-    branches, wave : int
-        Most branches of a problem; those of a wave (of the last one, what is left).
+    branches, stage : int
+        Most branches of a problem; those of a stage (of the last one, what is left).
     consensus : ConsensusExit or None
         None runs all branches.
     weight : Callable[[Branch], float]
@@ -45,7 +45,7 @@ def vote_in_waves(
     ------
     ValueError
         If an argument is out of range, `run` returns other numbers of branches, or consensus
-        stopped a branch inside a wave: it saw that wave's votes only.
+        stopped a branch inside a stage: it saw that stage's votes only.
 
     Examples
     --------
@@ -56,16 +56,16 @@ def vote_in_waves(
     ...     model.generate(**inputs, do_sample=True, num_return_sequences=count,
     ...                    stopping_criteria=[exit], logits_processor=[exit.recorder])
     ...     return [result.branches for result in exit.results()]
-    >>> results = vote_in_waves(run, len(prompts), branches=16, wave=4)
+    >>> results = staged_vote(run, len(prompts), branches=16, stage=4)
     """
     require_int("problems", problems, low=0)
     require_int("branches", branches, low=1)
-    require_int("wave", wave, low=1)
+    require_int("stage", stage, low=1)
     found: list[list[Branch]] = [[] for _ in range(problems)]
     still_open = list(range(problems))
     started = 0
     while still_open and started < branches:
-        count = min(wave, branches - started)
+        count = min(stage, branches - started)
         new = run(still_open, count)
         if [len(each) for each in new] != [count] * len(still_open):
             raise ValueError(
@@ -74,7 +74,7 @@ def vote_in_waves(
             )
         if count < branches and any(b.reason is Reason.CONSENSUS for each in new for b in each):
             raise ValueError(
-                "run: expected branches that no consensus stopped, since a wave knows its own "
+                "run: expected branches that no consensus stopped, since a stage knows its own "
                 "votes only, got one; pass rules=ExitRules(consensus=None) to ConfidentExit."
             )
         started += count
