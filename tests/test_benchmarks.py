@@ -14,7 +14,7 @@ from examples.benchmarks import (
     tensor_parallel,
 )
 
-ARMS = (
+DECODERS = (
     "DynamicCache + sdpa",
     "StaticCache + compile",
     "ReasonAllocCache, budget=None",
@@ -32,28 +32,29 @@ def output(tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(output):
     lines = []
-    plan, folder, _ = cpu_decode.parse(
+    options, folder = cpu_decode.parse(
         ["--quick", "--batches", "1", "--compile-limit", "0", "--output", str(output)]
     )
-    cpu_decode.run(plan, lines.append, folder)
+    cpu_decode.run(options, lines.append, folder)
     return "\n".join(lines)
 
 
 def test_table_has_every_arm_in_80_columns(printed):
-    for arm in ARMS:
-        assert f"\n{arm} " in printed
+    for decoder in DECODERS:
+        assert f"\n{decoder} " in printed
     assert "left out by --compile-limit 0" in printed
     assert max(len(line) for line in printed.splitlines() if "wrote" not in line) <= 80
 
 
 def test_csv_has_a_line_per_arm(printed, output):
     with (output / "cpu_decode.csv").open(newline="") as file:
-        rows = {row["arm"]: row for row in csv.DictReader(file)}
-    assert tuple(rows) == ARMS
+        rows = {row["decoder"]: row for row in csv.DictReader(file)}
+    assert tuple(rows) == DECODERS
     assert rows["StaticCache + compile"]["ms"] == ""
-    for arm in set(ARMS) - {"StaticCache + compile"}:
-        assert float(rows[arm]["ms_low"]) <= float(rows[arm]["ms"]) <= float(rows[arm]["ms_high"])
-    held = {arm: int(rows[arm]["held_bytes"] or 0) for arm in ARMS}
+    for name in set(DECODERS) - {"StaticCache + compile"}:
+        row = rows[name]
+        assert float(row["ms_low"]) <= float(row["ms"]) <= float(row["ms_high"])
+    held = {decoder: int(rows[decoder]["held_bytes"] or 0) for decoder in DECODERS}
     assert 0 < held["ReasonAllocCache, budget=48"] < held["DynamicCache + sdpa"]
     assert all(row["torch"] and row["commit"] and row["seed"] == "0" for row in rows.values())
 
@@ -91,30 +92,30 @@ def test_step_latency_draws_every_cache(tmp_path, capsys):
 
 def test_branches_are_measured_with_their_memory(tmp_path):
     lines = []
-    plan, folder, _ = branches.parse(
+    options, folder = branches.parse(
         ["--quick", "--branches", "3", "--rounds", "1", "--output", str(tmp_path)]
     )
-    branches.run(plan, lines.append, folder)
+    branches.run(options, lines.append, folder)
     text = "\n".join(lines)
     assert "keys and values 0.00% above prefix and suffixes" in text
     assert max(len(line) for line in text.splitlines() if "wrote" not in line) <= 80
     with (tmp_path / "branches.csv").open(newline="") as file:
         rows = {row["kind"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["Arm", "Uncompressed", "Continuous", "Shared", "NoCache"]
+    assert list(rows) == ["Decoder", "Uncompressed", "Continuous", "Shared", "NoCache"]
     # A difference of two short runs may be anything; that there is one means that it ran.
     assert all(row["ms"] for row in rows.values())
     held = {kind: int(row["held_bytes"]) for kind, row in rows.items()}
-    assert held["Shared"] < held["Continuous"] < held["Arm"]
+    assert held["Shared"] < held["Continuous"] < held["Decoder"]
     assert (tmp_path / "branches.png").stat().st_size > 10_000
 
 
 def test_branches_leave_out_what_does_not_fit():
     lines = []
-    plan, _, _ = branches.parse(
+    options, _ = branches.parse(
         ["--quick", "--branches", "2", "--rounds", "1", "--memory", "0.0001"]
     )
-    plan = replace(plan, continuous_limit=10)
-    branches.run(plan, lines.append, None)
+    options = replace(options, continuous_limit=10)
+    branches.run(options, lines.append, None)
     text = "\n".join(lines)
     assert text.count("needs 0.0 GB, --memory is 0.0001") == 2
     assert "left out above 10 tokens in all rows" in text

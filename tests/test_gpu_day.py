@@ -41,7 +41,7 @@ def test_every_part_runs_and_leaves_its_files(tmp_path):
     assert " passed" in (tmp_path / "tests.txt").read_text()
     assert {row["op"] for row in table(tmp_path / "gpu_kernels.csv")} > {"redundancy", "compact"}
     graphs, eager = (table(tmp_path / name / "gpu_decode.csv") for name in ("graphs", "eager"))
-    assert [row["kind"] for row in graphs[:2]] == ["CompressedGraphs", "Arm"]
+    assert [row["kind"] for row in graphs[:2]] == ["CompressedGraphs", "Decoder"]
     assert {row["kind"] for row in graphs} >= {"MovingGraphs", "UnequalGraphs", "NoCacheGraphs"}
     assert [row["kind"] for row in eager if row["ms"]][:2] == ["Compressed", "NoCache"]
     assert (tmp_path / "eager" / "gpu_decode_profile.txt").stat().st_size

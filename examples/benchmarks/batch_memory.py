@@ -2,7 +2,7 @@
 
     python -m examples.benchmarks.batch_memory
 
-Answers the same prompts of the tiny Llama reasoner with `hf-reasoncache generate`, one arm after
+Answers the same prompts of the tiny Llama reasoner with `hf-reasoncache generate`, one cache after
 another in turns, and counts right answers. Writes a CSV, and the table of docs/many_prompts.md.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from examples.benchmarks.machine import Machine
+from examples.benchmarks.turns import rotated
 from examples.research.tables import insert, markdown, write_csv
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, read_answer
 from examples.tiny_reasoner.prompts import in_turn
@@ -77,7 +78,7 @@ def write_prompts(path: Path, count: int) -> None:
 
 
 def run(trial: Trial, prompts: Path, memory: str, folder: Path) -> dict[str, Any]:
-    """Run one arm once: what its meta file says, and its right answers."""
+    """Answer all prompts once with one cache: what its meta file says, and its right answers."""
     out = folder / "answers.jsonl"
     settings = {"dtype": Dtype.float32, "device": "cpu", "threads": 1, "memory": memory}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -93,7 +94,7 @@ def run(trial: Trial, prompts: Path, memory: str, folder: Path) -> dict[str, Any
 
 
 def summarize(trial: Trial, runs: list[dict[str, Any]]) -> dict[str, str]:
-    """Make a row of the table of the rounds of one arm."""
+    """Make a row of the table of the rounds of one cache."""
     works = [each["last_run"] for each in runs]
     wall = sorted(work["tokens"] / work["seconds"] for work in works)
     cpu = sorted(work["tokens"] / work["cpu_seconds"] for work in works)
@@ -111,7 +112,7 @@ def summarize(trial: Trial, runs: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run all arms in turns, and write the table."""
+    """Run all caches in turns, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=24, help="problems of each task")
     parser.add_argument("--samples", type=int, default=4, help="of a prompt that is shared")
@@ -120,20 +121,19 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "docs/results/batch_memory.csv")
     parser.add_argument("--document", type=Path, help="whose table is replaced")
     arguments = parser.parse_args()
-    arms = trials(arguments.samples)
-    runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
+    chosen = trials(arguments.samples)
+    runs: dict[str, list[dict[str, Any]]] = {trial.name: [] for trial in chosen}
     machine = Machine.here(SEED).row()
-    with tempfile.TemporaryDirectory() as name, tqdm(total=len(arms) * arguments.rounds) as bar:
+    with tempfile.TemporaryDirectory() as name, tqdm(total=len(chosen) * arguments.rounds) as bar:
         prompts, folder = Path(name) / "prompts.jsonl", Path(name) / "out"
         folder.mkdir()
         write_prompts(prompts, arguments.count)
         for turn in range(arguments.rounds):
-            # Another arm begins each time, as the load of a machine comes and goes.
-            for arm in [*arms[turn % len(arms) :], *arms[: turn % len(arms)]]:
-                bar.set_description(arm.name)
-                runs[arm.name].append(run(arm, prompts, arguments.memory, folder))
+            for trial in rotated(chosen, turn):
+                bar.set_description(trial.name)
+                runs[trial.name].append(run(trial, prompts, arguments.memory, folder))
                 bar.update()
-    rows = [summarize(arm, runs[arm.name]) for arm in arms]
+    rows = [summarize(trial, runs[trial.name]) for trial in chosen]
     write_csv(arguments.csv, [row | {k: str(x) for k, x in machine.items()} for row in rows])
     note = (
         f"{3 * arguments.count} problems (seed {SEED}), at most {arguments.memory} for the cache, "

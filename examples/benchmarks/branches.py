@@ -13,7 +13,6 @@ some more tokens in the same run, and the difference is what a step costs.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +21,11 @@ from pathlib import Path
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
-from examples.benchmarks.arms import Arm, NoCache, NotBuiltError, Uncompressed
+from examples.benchmarks.decoders import Decoder, NoCache, NotBuiltError, Uncompressed
 from examples.benchmarks.machine import Machine
+from examples.benchmarks.options import CLOCKS, add_common, add_output, new_parser, read_options
 from examples.benchmarks.results import MB, Block, Row, draw, write_csv
-from examples.benchmarks.turns import CLOCKS, time_rounds, timed
+from examples.benchmarks.turns import time_rounds, timed
 from examples.benchmarks.workload import DTYPES, Shape, Work
 from hf_reasoncache import SharedBranchCache
 
@@ -37,7 +37,7 @@ PAGE = 32
 
 
 @dataclass(frozen=True)
-class Plan:
+class Options:
     """Everything that a run depends on."""
 
     shape: Shape
@@ -66,7 +66,7 @@ class Plan:
         )
 
 
-class Shared(Arm):
+class Shared(Decoder):
     """The prompt in memory once, and read once per step for all branches."""
 
     name = "SharedBranchCache"
@@ -96,7 +96,7 @@ class Shared(Arm):
 
 
 def continuous_ms(
-    model: LlamaForCausalLM, plan: Plan, prompt: int, branches: int
+    model: LlamaForCausalLM, options: Options, prompt: int, branches: int
 ) -> tuple[float, int]:
     """Milliseconds per step of continuous batching, and bytes of its blocks.
 
@@ -105,14 +105,14 @@ def continuous_ms(
     NotBuiltError
         If it does not run.
     """
-    if prompt * branches > plan.continuous_limit:
-        raise NotBuiltError(f"left out above {plan.continuous_limit} tokens in all rows")
-    ids = torch.randint(plan.shape.vocabulary, (prompt,)).tolist()
+    if prompt * branches > options.continuous_limit:
+        raise NotBuiltError(f"left out above {options.continuous_limit} tokens in all rows")
+    ids = torch.randint(options.shape.vocabulary, (prompt,)).tolist()
     model.set_attn_implementation("sdpa")
-    last = 2 + plan.steps
+    last = 2 + options.steps
     # Shared full blocks, and for each branch the rest of the prompt and its own tokens.
     blocks = prompt // PAGE + branches * (1 + -(-(last + prompt % PAGE) // PAGE))
-    clock, seconds = CLOCKS[plan.clock], []
+    clock, seconds = CLOCKS[options.clock], []
     for tokens in (2, last):
         start = clock()
         found = model.generate_batch(
@@ -134,49 +134,49 @@ def continuous_ms(
         errors = {each.error for each in found.values() if each.error}
         if done != [tokens] * branches:
             raise NotBuiltError(f"expected {branches} x {tokens} tokens, got {done}: {errors}")
-    held = plan.shape.layers * plan.shape.kv_bytes(blocks * PAGE, 1, DTYPES[plan.dtype])
-    return 1e3 * (seconds[1] - seconds[0]) / plan.steps, held
+    held = options.shape.layers * options.shape.kv_bytes(blocks * PAGE, 1, DTYPES[options.dtype])
+    return 1e3 * (seconds[1] - seconds[0]) / options.steps, held
 
 
-def measure(model: LlamaForCausalLM, plan: Plan, prompt: int, branches: int) -> Block:
-    """Run all arms of one configuration."""
-    work = plan.work(prompt, branches)
+def measure(model: LlamaForCausalLM, options: Options, prompt: int, branches: int) -> Block:
+    """Run all decoders of one configuration."""
+    work = options.work(prompt, branches)
     rows: dict[str, Row] = {}
-    arms: list[Arm] = []
-    for kind in (Arm, Uncompressed, Shared, NoCache):
-        row = Row(plan.dtype, branches, prompt, kind.name, kind.__name__)
+    decoders: list[Decoder] = []
+    for kind in (Decoder, Uncompressed, Shared, NoCache):
+        row = Row(options.dtype, branches, prompt, kind.name, kind.__name__)
         rows[kind.__name__] = row
-        needed = plan.shape.layers * plan.shape.kv_bytes(work.context, branches, work.dtype)
-        if kind in (Arm, Uncompressed) and needed > plan.memory * 1e9:
-            note = f"needs {needed / 1e9:.1f} GB, --memory is {plan.memory:g}"
+        needed = options.shape.layers * options.shape.kv_bytes(work.context, branches, work.dtype)
+        if kind in (Decoder, Uncompressed) and needed > options.memory * 1e9:
+            note = f"needs {needed / 1e9:.1f} GB, --memory is {options.memory:g}"
             rows[kind.__name__] = replace(row, note=note)
             continue
-        arm = kind(model, work, plan.own) if kind is Shared else kind(model, work)
-        arm.warm_up()
-        arms.append(arm)
-    seconds = time_rounds(arms, plan.rounds, CLOCKS[plan.clock])
-    for arm in arms:
-        name = type(arm).__name__
-        rows[name] = timed(rows[name], arm, seconds[arm.name])
-    arms.clear()
-    other = Row(plan.dtype, branches, prompt, "continuous batching", "Continuous")
+        decoder = kind(model, work, options.own) if kind is Shared else kind(model, work)
+        decoder.warm_up()
+        decoders.append(decoder)
+    seconds = time_rounds(decoders, options.rounds, CLOCKS[options.clock])
+    for decoder in decoders:
+        name = type(decoder).__name__
+        rows[name] = timed(rows[name], decoder, seconds[decoder.name])
+    decoders.clear()
+    other = Row(options.dtype, branches, prompt, "continuous batching", "Continuous")
     try:
-        ms, held = continuous_ms(model, plan, prompt, branches)
+        ms, held = continuous_ms(model, options, prompt, branches)
         other = replace(
             other, ms=ms, ms_low=ms, ms_high=ms, held_bytes=held, note="one difference of two runs"
         )
     except Exception as error:
         # Whatever it raises on this machine, the table quotes it.
         other = replace(other, note=f"{type(error).__name__}: {error}"[:200])
-    order = (rows["Arm"], rows["Uncompressed"], other, rows["Shared"], rows["NoCache"])
+    order = (rows["Decoder"], rows["Uncompressed"], other, rows["Shared"], rows["NoCache"])
     return Block(order)
 
 
-def summary(block: Block, plan: Plan) -> list[str]:
-    """Tokens per second of our arm, its memory, and the goal."""
+def summary(block: Block, options: Options) -> list[str]:
+    """Tokens per second of our decoder, its memory, and the goal."""
     shared = next(row for row in block.rows if row.kind == "Shared")
     lines = [f"  {shared.batch / shared.ms * 1e3:.1f} tokens/s; {shared.note}"]
-    found, goal = block.ratio("Arm", "Shared"), GOALS.get(shared.batch)
+    found, goal = block.ratio("Decoder", "Shared"), GOALS.get(shared.batch)
     if found is not None and goal is not None and shared.context == 2048:
         verdict = "met" if found >= goal else "missed"
         lines.append(f"  over DynamicCache {found:.2f}x, goal {goal:g}x: {verdict}")
@@ -184,46 +184,38 @@ def summary(block: Block, plan: Plan) -> list[str]:
 
 
 @torch.no_grad()
-def run(plan: Plan, say: Callable[[str], None], output: Path | None) -> None:
+def run(options: Options, say: Callable[[str], None], output: Path | None) -> None:
     """Measure, print, and write the files."""
-    machine = Machine.here(plan.seed)
+    machine = Machine.here(options.seed)
     say(str(machine))
-    shape = plan.shape
     say(
-        f"random Llama: {shape.layers} layers, hidden {shape.hidden}, {shape.query_heads} query "
-        f"and {shape.kv_heads} KV heads of size\n{shape.head_size}; {plan.own} own tokens per "
-        f"branch; {plan.rounds} rounds of {plan.steps} steps, {plan.clock} time"
+        f"{options.shape}; {options.own} own tokens per branch; {options.rounds} rounds of "
+        f"{options.steps} steps, {options.clock} time"
     )
-    model = shape.build(plan.seed).to(DTYPES[plan.dtype])
+    model = options.shape.build(options.seed).to(DTYPES[options.dtype])
     model.generation_config.eos_token_id = None
     blocks: list[Block] = []
-    for prompt in plan.prompts:
-        for branches in plan.branches:
+    for prompt in options.prompts:
+        for branches in options.branches:
             start = time.perf_counter()
-            block = measure(model, plan, prompt, branches)
+            block = measure(model, options, prompt, branches)
             blocks.append(block)
             took = f"  measured in {time.perf_counter() - start:.0f} s"
-            say("\n".join(["", block.table(), *summary(block, plan), took]))
+            say("\n".join(["", block.table(), *summary(block, options), took]))
             if output is not None:
-                output.mkdir(parents=True, exist_ok=True)
                 rows = [row for each in blocks for row in each.rows]
-                columns = {"own": plan.own, "steps": plan.steps, "clock": plan.clock}
+                columns = {"own": options.own, "steps": options.steps, "clock": options.clock}
                 write_csv(output / "branches.csv", rows, machine, **columns)
-                draw(output / "branches.png", blocks, machine, plan.clock)
+                draw(output / "branches.png", blocks, machine, options.clock)
     if output is not None:
         say(f"\nwrote {output / 'branches.csv'} and {output / 'branches.png'}")
     say(f"(1 MB is {MB:,.0f} bytes; batch is the number of branches, context the prompt)")
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | None]:
-    """Read the command line: the plan, where files go, and the number of threads."""
-    parser = argparse.ArgumentParser(
-        description="Time per step and bytes held while branches of a prompt decode on a CPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that everything runs"
-    )
+def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
+    """Read the command line: the options, and where files go."""
+    parser = new_parser("Time per step and bytes held while branches of a prompt decode on a CPU.")
+    add_common(parser)
     parser.add_argument("--prompts", default="2048,8192", help="tokens, comma-separated")
     parser.add_argument("--branches", default="4,16,64", help="comma-separated")
     parser.add_argument("--own", type=int, default=32, help="tokens that a branch has written")
@@ -240,15 +232,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | Non
         default=33_000,
         help="prompt tokens times branches up to which continuous batching is run",
     )
-    parser.add_argument("--threads", type=int, help="of torch; by default torch decides")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder for CSV and PNG")
-    chosen = parser.parse_args(arguments)
-    if chosen.quick:
-        parser.set_defaults(prompts="96", branches="2,3", own=3, layers=2, steps=4, rounds=2)
-        chosen = parser.parse_args(arguments)
-    plan = Plan(
+    add_output(parser, "folder for CSV and PNG")
+    tiny = {"prompts": "96", "branches": "2,3", "own": 3, "layers": 2, "steps": 4, "rounds": 2}
+    chosen = read_options(parser, arguments, **tiny)
+    options = Options(
         shape=Shape(layers=chosen.layers),
         prompts=tuple(int(each) for each in chosen.prompts.split(",")),
         branches=tuple(int(each) for each in chosen.branches.split(",")),
@@ -261,15 +248,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | Non
         clock=chosen.clock,
         seed=chosen.seed,
     )
-    return plan, chosen.output, chosen.threads
+    return options, chosen.output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    plan, output, threads = parse(arguments)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    run(plan, print, output)
+    options, output = parse(arguments)
+    run(options, print, output)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,27 @@
     python -m examples.benchmarks.cpu_decode --quick
 
 A random 16-layer Llama (hidden 512, 32 query and 8 KV heads of size 64) decodes one token per step.
-All arms of a configuration live at the same time and take turns, a few steps each, so that whatever
-else the machine does falls on all of them. The caches are filled with random keys and values; only
-the memory of a prompt is measured by letting the model read one. On a machine that others use too,
-`--threads 1 --clock cpu` gives steadier numbers.
+All decoders of a configuration live at the same time and take turns, a few steps each, so that
+whatever else the machine does falls on all of them. The caches are filled with random keys and
+values; only the memory of a prompt is measured by letting the model read one. On a machine that
+others use too, `--threads 1 --clock cpu` gives steadier numbers.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
 
-from examples.benchmarks.arms import build_arms
+from examples.benchmarks.decoders import build_decoders
 from examples.benchmarks.machine import Machine
+from examples.benchmarks.options import CLOCKS, add_common, add_output, new_parser, read_options
 from examples.benchmarks.prefill_memory import PrefillMemory, measure_prefill
 from examples.benchmarks.results import Block, Row, draw, memory_table, write_csv
-from examples.benchmarks.turns import CLOCKS, time_rounds, timed
+from examples.benchmarks.turns import time_rounds, timed
 from examples.benchmarks.workload import DTYPES, Shape, Work
 
 PARTS = ("speed", "memory")
@@ -37,7 +37,7 @@ may add to the time of a cache that holds as many tokens without it."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Options:
     """Everything that a run depends on."""
 
     shape: Shape
@@ -68,26 +68,27 @@ class Plan:
         )
 
 
-def measure_speed(model: LlamaForCausalLM, plan: Plan, dtype: str, batch: int) -> Block:
-    """Run all arms of one configuration in turns."""
-    arms, missing = build_arms(model, plan.work(dtype, batch), plan.compile_limit)
-    seconds = time_rounds(arms, plan.rounds, CLOCKS[plan.clock])
-    rows = [
-        timed(Row(dtype, batch, plan.context, arm.name, type(arm).__name__), arm, seconds[arm.name])
-        for arm in arms
-    ]
+def measure_speed(model: LlamaForCausalLM, options: Options, dtype: str, batch: int) -> Block:
+    """Run all decoders of one configuration in turns."""
+    decoders, missing = build_decoders(model, options.work(dtype, batch), options.compile_limit)
+    seconds = time_rounds(decoders, options.rounds, CLOCKS[options.clock])
+    blank = Row(dtype, batch, options.context, "", "")
+    rows = []
+    for decoder in decoders:
+        row = replace(blank, decoder=decoder.name, kind=type(decoder).__name__)
+        rows.append(timed(row, decoder, seconds[decoder.name]))
     for name, (kind, reason) in missing.items():
-        rows.insert(1, Row(dtype, batch, plan.context, name, kind, note=reason))
+        rows.insert(1, replace(blank, decoder=name, kind=kind, note=reason))
     return Block(tuple(rows))
 
 
 def judge(block: Block, batch: int) -> list[str]:
-    """Hold the arms against the goals."""
+    """Hold the decoders against the goals."""
 
     def line(what: str, found: float, goal: str, met: bool) -> str:
         return f"  {what:44}{found:8.2f}  {goal:9}{'met' if met else 'missed'}"
 
-    none, some = block.ratio("Arm", "Uncompressed"), block.ratio("Arm", "Compressed")
+    none, some = block.ratio("Decoder", "Uncompressed"), block.ratio("Decoder", "Compressed")
     goal = COMPRESSED_GOALS.get(batch)
     lines = [line("budget=None over DynamicCache", none, ">= 1.5", none >= UNCOMPRESSED_GOAL)]
     if goal is not None:
@@ -98,15 +99,13 @@ def judge(block: Block, batch: int) -> list[str]:
 
 
 @torch.no_grad()
-def run(plan: Plan, say: Callable[[str], None], output: Path | None) -> None:
+def run(options: Options, say: Callable[[str], None], output: Path | None) -> None:
     """Measure, print, and write the files."""
-    machine = Machine.here(plan.seed)
+    machine = Machine.here(options.seed)
     say(str(machine))
-    shape = plan.shape
     say(
-        f"random Llama: {shape.layers} layers, hidden {shape.hidden}, {shape.query_heads} query "
-        f"and {shape.kv_heads} KV heads of size\n{shape.head_size}; budget {plan.budget}, buffer "
-        f"{plan.buffer}; {plan.rounds} rounds, {plan.clock} time"
+        f"{options.shape}; budget {options.budget}, buffer {options.buffer}; "
+        f"{options.rounds} rounds, {options.clock} time"
     )
     blocks: list[Block] = []
     memory: list[PrefillMemory] = []
@@ -114,18 +113,18 @@ def run(plan: Plan, say: Callable[[str], None], output: Path | None) -> None:
     def save() -> None:
         # After each part: a long run that is interrupted leaves what it has measured.
         if output is not None:
-            write_all(output, blocks, memory, machine, plan)
+            write_all(output, blocks, memory, machine, options)
 
-    for dtype in plan.dtypes:
-        model = shape.build(plan.seed).to(DTYPES[dtype])
-        for batch in plan.batches if "speed" in plan.parts else ():
-            block = measure_speed(model, plan, dtype, batch)
-            goals = judge(block, batch) if plan.goals else []
+    for dtype in options.dtypes:
+        model = options.shape.build(options.seed).to(DTYPES[dtype])
+        for batch in options.batches if "speed" in options.parts else ():
+            block = measure_speed(model, options, dtype, batch)
+            goals = judge(block, batch) if options.goals else []
             say("\n".join(["", block.table(), *goals]))
             blocks.append(block)
             save()
-        if "memory" in plan.parts:
-            found = measure_prefill(model, plan.work(dtype, 1))
+        if "memory" in options.parts:
+            found = measure_prefill(model, options.work(dtype, 1))
             say("\n" + memory_table(found))
             memory += found
             save()
@@ -138,28 +137,22 @@ def write_all(
     blocks: Sequence[Block],
     memory: Sequence[PrefillMemory],
     machine: Machine,
-    plan: Plan,
+    options: Options,
 ) -> None:
-    """Write what there is to a folder, which is made if needed."""
-    output.mkdir(parents=True, exist_ok=True)
-    columns = {"clock": plan.clock, "budget": plan.budget, "buffer": plan.buffer}
+    """Write what there is to a folder."""
+    columns = {"clock": options.clock, "budget": options.budget, "buffer": options.buffer}
     if blocks:
         rows = [row for block in blocks for row in block.rows]
         write_csv(output / "cpu_decode.csv", rows, machine, **columns)
-        draw(output / "cpu_decode.png", blocks, machine, plan.clock)
+        draw(output / "cpu_decode.png", blocks, machine, options.clock)
     if memory:
         write_csv(output / "cpu_prefill.csv", memory, machine, **columns)
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | None]:
-    """Read the command line: the plan, where files go, and the number of threads."""
-    parser = argparse.ArgumentParser(
-        description="Time per token and bytes held while decoding on a CPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that everything runs"
-    )
+def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
+    """Read the command line: the options, and where files go."""
+    parser = new_parser("Time per token and bytes held while decoding on a CPU.")
+    add_common(parser)
     parser.add_argument("--context", type=int, default=8192, help="tokens in the cache")
     parser.add_argument("--batches", default="1,4", help="rows decoded together, comma-separated")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
@@ -177,24 +170,20 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | Non
         default=600,
         help="seconds for torch.compile; 0 leaves it out",
     )
-    parser.add_argument("--threads", type=int, help="of torch; by default torch decides")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder for CSV and PNG")
-    chosen = parser.parse_args(arguments)
-    if chosen.quick:
-        parser.set_defaults(
-            context=192,
-            batches="1,2",
-            dtypes="float32",
-            layers=2,
-            budget=48,
-            buffer=16,
-            steps=4,
-            rounds=2,
-        )
-        chosen = parser.parse_args(arguments)
-    plan = Plan(
+    add_output(parser, "folder for CSV and PNG")
+    chosen = read_options(
+        parser,
+        arguments,
+        context=192,
+        batches="1,2",
+        dtypes="float32",
+        layers=2,
+        budget=48,
+        buffer=16,
+        steps=4,
+        rounds=2,
+    )
+    options = Options(
         shape=Shape(layers=chosen.layers),
         context=chosen.context,
         batches=tuple(int(batch) for batch in chosen.batches.split(",")),
@@ -209,17 +198,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None, int | Non
         goals=not chosen.quick,
         parts=tuple(chosen.parts),
     )
-    if unknown := set(plan.dtypes) - set(DTYPES):
+    if unknown := set(options.dtypes) - set(DTYPES):
         parser.error(f"--dtypes: expected some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
-    return plan, chosen.output, chosen.threads
+    return options, chosen.output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    plan, output, threads = parse(arguments)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    run(plan, print, output)
+    options, output = parse(arguments)
+    run(options, print, output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ with two GPUs where there are two, over one cache after another.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 
 from examples.benchmarks.machine import Machine
 from examples.benchmarks.moves import Moves
+from examples.benchmarks.options import new_parser
 from examples.tiny_reasoner import MODELS
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache, SlidingWindowCompressCache
 from hf_reasoncache.releases import cache_kwarg
@@ -89,10 +89,7 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description="What a decode step moves between devices.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = new_parser("What a decode step moves between devices.")
     parser.add_argument("--family", choices=sorted(MODELS), default="llama")
     parser.add_argument("--steps", type=int, default=80, help="tokens to decode")
     chosen = parser.parse_args(arguments)

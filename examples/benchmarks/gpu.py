@@ -73,6 +73,9 @@ class Gpu:
         """Columns that make a line of a CSV speak for itself."""
         return {"gpu": self.gpu, "cuda": self.cuda, "triton": self.triton, "date": self.date}
 
+    def __str__(self) -> str:
+        return f"{self.gpu}, CUDA {self.cuda}, triton {self.triton}, {self.date}"
+
     def clock(self) -> float:
         """Seconds, once all that was launched is done."""
         if self.real:

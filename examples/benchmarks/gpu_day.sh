@@ -49,7 +49,7 @@ part tests 125 pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" "${test
 part kernels 65 examples.benchmarks.gpu_kernels --output "$out" "${kernels[@]}"
 # What matters most comes first: graphs, then what the host slows down and what must be compiled.
 part graphs 140 "${decode[@]}" --output "$out/graphs" "${graphs[@]}" --profile budget-graphs \
-    --arms budget-graphs,dynamic,exact-graphs,floor-graph,moving-graphs,unequal-graphs
+    --decoders budget-graphs,dynamic,exact-graphs,floor-graph,moving-graphs,unequal-graphs
 part eager 145 "${decode[@]}" --output "$out/eager" "${eager[@]}" --profile budget \
-    --arms budget,floor,static
+    --decoders budget,floor,static
 exit "$failed"

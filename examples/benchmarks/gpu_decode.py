@@ -5,8 +5,8 @@
 
 Models have the shapes of Llama 3.1 8B and Qwen3 14B and random weights; caches are filled with
 random keys and values as if a prompt had been read, which is cut to the budget as a prompt would
-be. Every arm takes whole rounds from one eviction to the next, alone on the GPU. `--toy` runs the
-same code on a CPU at sizes whose times mean nothing.
+be. Every decoder takes whole rounds from one eviction to the next, alone on the GPU. `--toy` runs
+the same code on a CPU at sizes whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from examples.benchmarks.arms import Arm, Compiled, NotBuiltError
+from examples.benchmarks.decoders import Compiled, Decoder, NotBuiltError
 from examples.benchmarks.gpu import Gpu
-from examples.benchmarks.gpu_arms import ARMS, BASELINES, FLOORS
+from examples.benchmarks.gpu_decoders import BASELINES, DECODERS, FLOORS
 from examples.benchmarks.machine import Machine
+from examples.benchmarks.options import add_output, new_parser, read_options
 from examples.benchmarks.results import write_csv
 from examples.benchmarks.workload import Shape, Work, held_bytes
 from hf_reasoncache.graphs import CudaRecorder, DecodeGraphs
@@ -44,11 +45,11 @@ THROUGHPUT_GOAL = 10.0
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in one case.
+    """One decoder in one case.
 
     Attributes
     ----------
-    shape, batch, context, arm, kind
+    shape, batch, context, decoder, kind
     ms : float or None
         Per step: the mean of a round, of which the median of all rounds.
     median_ms, worst_ms : float or None
@@ -57,14 +58,14 @@ class Row:
     held, peak : int or None
         Bytes of the cache, and the most that the process had allocated.
     recorded, replayed, eager : int or None
-        Steps of an arm with graphs, the warm-up included.
+        Steps of a decoder with graphs, the warm-up included.
     note : str
     """
 
     shape: str
     batch: int
     context: int
-    arm: str
+    decoder: str
     kind: str
     ms: float | None = None
     median_ms: float | None = None
@@ -78,7 +79,7 @@ class Row:
     note: str = ""
 
     def __str__(self) -> str:
-        case = f"{f'{self.batch}x{self.context}':10}{self.arm:30}"
+        case = f"{f'{self.batch}x{self.context}':10}{self.decoder:30}"
         if self.ms is None or self.tokens_per_second is None:
             return f"{case}not run: {self.note[:31]}"
         return (
@@ -91,7 +92,7 @@ HEADER = f"{'':40}{'ms/step':>8}{'tokens/s':>10}{'cache GB':>9}{'peak GB':>8}"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Options:
     """Everything that a run depends on.
 
     Attributes
@@ -100,20 +101,20 @@ class Plan:
     work : Work
     cases : tuple of (int, int)
         Batch and context.
-    arms : tuple of str
+    decoders : tuple of str
     rounds : int
     compile_limit : float
         Seconds.
     largest : int
         The largest batch to try; 0 tries none.
     profiled : tuple of str
-        Arms whose first step of a round is profiled.
+        Decoders whose first step of a round is profiled.
     """
 
     shape: str
     work: Work
     cases: tuple[tuple[int, int], ...]
-    arms: tuple[str, ...]
+    decoders: tuple[str, ...]
     rounds: int
     compile_limit: float
     largest: int
@@ -136,36 +137,36 @@ def _new_tensors(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 class Run:
-    """What has been measured so far, printed and written after each arm."""
+    """What has been measured so far, printed and written after each decoder."""
 
-    def __init__(self, plan: Plan, output: Path | None, say: Callable[[str], None]) -> None:
-        self.plan, self.output, self.say = plan, output, say
-        self.gpu, self.machine = _device(plan), Machine.here(plan.work.seed)
+    def __init__(self, options: Options, output: Path | None, say: Callable[[str], None]) -> None:
+        self.options, self.output, self.say = options, output, say
+        self.gpu, self.machine = _device(options), Machine.here(options.work.seed)
         self.rows: list[Row] = []
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-        gpu = self.gpu
-        say(f"{gpu.gpu}, CUDA {gpu.cuda}, triton {gpu.triton}, {gpu.date}\n{self.machine}")
-        if not gpu.real:
+        say(f"{self.gpu}\n{self.machine}")
+        if not self.gpu.real:
             say("toy sizes on a CPU: the times mean nothing")
-        with _new_tensors(plan.work.device, plan.work.dtype):
-            self.model: LlamaForCausalLM = plan.work.shape.build(plan.work.seed)
-        say(f"{plan.shape}, budget {plan.work.budget}, buffer {plan.work.buffer}\n{HEADER}")
+        with _new_tensors(options.work.device, options.work.dtype):
+            self.model: LlamaForCausalLM = options.work.shape.build(options.work.seed)
+        work = options.work
+        say(f"{options.shape}, budget {work.budget}, buffer {work.buffer}\n{HEADER}")
 
     def measure(self, name: str, work: Work) -> Row:
-        """Run one arm alone."""
-        kind = ARMS[name]
-        row = Row(self.plan.shape, work.batch, work.context, kind.name, kind.__name__)
+        """Run one decoder alone."""
+        kind = DECODERS[name]
+        row = Row(self.options.shape, work.batch, work.context, kind.name, kind.__name__)
         if self.gpu.real:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            arm = self._build(kind, work)
-            arm.warm_up()
-            rounds = [list(arm.round(self.gpu.clock)) for _ in range(self.plan.rounds)]
-            if name in self.plan.profiled:
-                self._profile(arm, f"{arm.name}, {work.batch}x{work.context}")
+            decoder = self._build(kind, work)
+            decoder.warm_up()
+            rounds = [list(decoder.round(self.gpu.clock)) for _ in range(self.options.rounds)]
+            if name in self.options.profiled:
+                self._profile(decoder, f"{decoder.name}, {work.batch}x{work.context}")
         except NotBuiltError as error:
             return replace(row, note=str(error))
         except torch.OutOfMemoryError:
@@ -174,30 +175,30 @@ class Run:
         steps = [step for steps in rounds for step in steps]
         row = replace(
             row,
-            arm=arm.name,
+            decoder=decoder.name,
             ms=ms,
             median_ms=1e3 * statistics.median(steps),
             worst_ms=1e3 * max(steps),
             tokens_per_second=1e3 * work.batch / ms,
-            held=held_bytes(arm.cache),
+            held=held_bytes(decoder.cache),
             peak=torch.cuda.max_memory_allocated() if self.gpu.real else None,
-            note=arm.note,
+            note=decoder.note,
         )
-        graphs = arm.forward
+        graphs = decoder.forward
         if isinstance(graphs, DecodeGraphs):
             counts = (graphs.recorded, graphs.replayed, graphs.eager)
             row = replace(row, **dict(zip(("recorded", "replayed", "eager"), counts, strict=True)))
         return row
 
-    def _build(self, kind: type[Arm], work: Work) -> Arm:
+    def _build(self, kind: type[Decoder], work: Work) -> Decoder:
         if issubclass(kind, Compiled):
-            return kind(self.model, work, self.plan.compile_limit)
+            return kind(self.model, work, self.options.compile_limit)
         return kind(self.model, work)
 
-    def _profile(self, arm: Arm, title: str) -> None:
-        """Append what the first step of a round does, an eviction if the arm evicts."""
+    def _profile(self, decoder: Decoder, title: str) -> None:
+        """Append what the first step of a round does, an eviction if the decoder evicts."""
         with torch.profiler.profile() as profile:
-            next(arm.round(self.gpu.clock))
+            next(decoder.round(self.gpu.clock))
         key = "self_cuda_time_total" if self.gpu.real else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=key, row_limit=25)
         if self.output is not None:
@@ -209,7 +210,7 @@ class Run:
         self.say(str(row))
         self.rows.append(row)
         if self.output is not None:
-            work = self.plan.work
+            work = self.options.work
             columns = self.gpu.row() | {
                 "dtype": str(work.dtype),
                 "budget": work.budget,
@@ -219,11 +220,11 @@ class Run:
 
     def largest(self, name: str) -> Row | None:
         """Double the batch until the memory is full; return the last one that ran."""
-        context = self.plan.cases[0][1]
-        batch = 2 * max(batch for batch, _ in self.plan.cases)
+        context = self.options.cases[0][1]
+        batch = 2 * max(batch for batch, _ in self.options.cases)
         best = None
-        while batch <= self.plan.largest:
-            row = self.measure(name, self.plan.sized(batch, context))
+        while batch <= self.options.largest:
+            row = self.measure(name, self.options.sized(batch, context))
             if row.ms is None:
                 break
             best, batch = row, 2 * batch
@@ -231,7 +232,7 @@ class Run:
 
 
 def judge(rows: Sequence[Row], goal: float | None, what: str) -> str:
-    """Hold our best arm against the best baseline."""
+    """Hold our best decoder against the best baseline."""
     names = {kind.__name__ for kind in BASELINES.values()}
     speed = {True: 0.0, False: 0.0}
     for row in rows:
@@ -246,20 +247,20 @@ def judge(rows: Sequence[Row], goal: float | None, what: str) -> str:
 
 
 @torch.no_grad()
-def run(plan: Plan, output: Path | None, say: Callable[[str], None]) -> list[Row]:
-    """Measure, print, and write `gpu_decode.csv` after each arm."""
-    run = Run(plan, output, say)
-    timed = [name for name in plan.arms if name not in FLOORS]
-    for batch, context in plan.cases:
+def run(options: Options, output: Path | None, say: Callable[[str], None]) -> list[Row]:
+    """Measure, print, and write `gpu_decode.csv` after each decoder."""
+    run = Run(options, output, say)
+    timed = [name for name in options.decoders if name not in FLOORS]
+    for batch, context in options.cases:
         before = len(run.rows)
-        for name in plan.arms:
-            run.note(run.measure(name, plan.sized(batch, context)))
+        for name in options.decoders:
+            run.note(run.measure(name, options.sized(batch, context)))
         if run.gpu.real:
             floors = {kind.__name__ for kind in FLOORS.values()}
             found = [row for row in run.rows[before:] if row.kind not in floors]
             what = f"{batch}x{context}, over the best baseline"
             say(judge(found, GOALS.get((batch, context)), what))
-    if plan.largest:
+    if options.largest:
         found = [row for row in map(run.largest, timed) if row is not None]
         for row in found:
             run.note(row)
@@ -268,8 +269,8 @@ def run(plan: Plan, output: Path | None, say: Callable[[str], None]) -> list[Row
     return run.rows
 
 
-def _device(plan: Plan) -> Gpu:
-    if plan.work.device == "cuda":
+def _device(options: Options) -> Gpu:
+    if options.work.device == "cuda":
         return Gpu.here()
     return Gpu.of(torch.device("cpu"), "none (toy sizes)")
 
@@ -284,21 +285,18 @@ def _cases(text: str) -> tuple[tuple[int, int], ...]:
         ) from error
 
 
-def _arms(text: str) -> tuple[str, ...]:
+def _decoders(text: str) -> tuple[str, ...]:
     names = tuple(filter(None, text.split(",")))
-    if unknown := set(names) - set(ARMS):
+    if unknown := set(names) - set(DECODERS):
         raise argparse.ArgumentTypeError(
-            f"expected some of {','.join(ARMS)}, got {','.join(sorted(unknown))}"
+            f"expected some of {','.join(DECODERS)}, got {','.join(sorted(unknown))}"
         )
     return names
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None]:
+def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Tokens per second and memory while decoding on a GPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = new_parser("Tokens per second and memory while decoding on a GPU.")
     parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-8b")
     parser.add_argument(
@@ -307,7 +305,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None]:
         default="1x32768,16x8192",
         help="batch x tokens of the prompt, comma-separated; 16x32768 takes 85 GB",
     )
-    parser.add_argument("--arms", type=_arms, default=",".join(ARMS), help="comma-separated")
+    names = ",".join(DECODERS)
+    parser.add_argument("--decoders", type=_decoders, default=names, help="comma-separated")
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--buffer", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32, help="steps per round at full context")
@@ -325,22 +324,22 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None]:
         help="double the batch at the first context until the memory is full, or up to this; "
         "0 leaves it out",
     )
-    parser.add_argument("--profile", type=_arms, default="", help="arms to profile a step of")
+    parser.add_argument("--profile", type=_decoders, default="", help="profile a step of these")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder for gpu_decode.csv")
-    chosen = parser.parse_args(arguments)
-    if chosen.toy:
-        parser.set_defaults(
-            shape="toy",
-            cases="1x48,2x48",
-            budget=16,
-            buffer=4,
-            steps=2,
-            rounds=1,
-            compile_limit=0,
-            largest=4,
-        )
-        chosen = parser.parse_args(arguments)
+    add_output(parser, "folder for gpu_decode.csv")
+    chosen = read_options(
+        parser,
+        arguments,
+        "toy",
+        shape="toy",
+        cases="1x48,2x48",
+        budget=16,
+        buffer=4,
+        steps=2,
+        rounds=1,
+        compile_limit=0,
+        largest=4,
+    )
     work = Work(
         context=chosen.cases[0][1],
         batch=1,
@@ -353,23 +352,23 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, Path | None]:
         device="cpu" if chosen.toy else "cuda",
         recorder=None if chosen.toy else CudaRecorder,
     )
-    plan = Plan(
+    options = Options(
         shape=chosen.shape,
         work=work,
         cases=chosen.cases,
-        arms=chosen.arms,
+        decoders=chosen.decoders,
         rounds=chosen.rounds,
         compile_limit=chosen.compile_limit,
         largest=chosen.largest,
         profiled=chosen.profile,
     )
-    return plan, chosen.output
+    return options, chosen.output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    plan, output = parse(arguments)
-    run(plan, output, print)
+    options, output = parse(arguments)
+    run(options, output, print)
 
 
 if __name__ == "__main__":

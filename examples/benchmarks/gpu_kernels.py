@@ -56,7 +56,7 @@ Made = dict[str, Implementation]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizes:
     """Sizes of a run; `event` is an eviction."""
 
     dtype: torch.dtype = torch.bfloat16
@@ -72,7 +72,7 @@ class Plan:
     suffix: int = 256
 
 
-TOY = Plan(
+TOY = Sizes(
     dtype=torch.float32,
     head_size=16,
     kv_heads=2,
@@ -157,53 +157,53 @@ class Case:
 
 
 class Cases:
-    """All cases of a plan on a device."""
+    """All cases at some sizes on a device."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
-        self.token_bytes = 2 * plan.head_size * plan.dtype.itemsize
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        self.sizes, self.device = sizes, device
+        self.token_bytes = 2 * sizes.head_size * sizes.dtype.itemsize
 
     def __iter__(self) -> Iterator[Case]:
-        plan = self.plan
-        for tokens in plan.decode_tokens:
+        sizes = self.sizes
+        for tokens in sizes.decode_tokens:
             goal = f">= {100 * GOALS[tokens]:.0f}%" if tokens in GOALS else ""
             if tokens == 1 << 10:
                 goal = f"<= {1e6 * LATENCY_GOAL:.0f} us"
-            size = self.token_bytes * tokens * plan.kv_heads
+            size = self.token_bytes * tokens * sizes.kv_heads
             yield Case("decode_attention", f"{tokens} tokens", size, self._decode(tokens), goal)
-        held = plan.event_rows * plan.kv_heads * plan.event_tokens
-        name = f"{plan.event_rows} x {plan.event_tokens}"
-        made = self._decode(plan.event_tokens, plan.event_rows)
+        held = sizes.event_rows * sizes.kv_heads * sizes.event_tokens
+        name = f"{sizes.event_rows} x {sizes.event_tokens}"
+        made = self._decode(sizes.event_tokens, sizes.event_rows)
         yield Case("decode_attention", name, held * self.token_bytes, made)
         yield Case("window_scores", name, held * self.token_bytes // 2, self._scores)
         yield Case("redundancy", name, held * self.token_bytes // 2, self._redundancy)
         # Every eighth token goes; each that fills a hole is read and written.
         yield Case("compact", name, held // 8 * self.token_bytes * 2, self._compact)
-        for count in plan.branches:
-            tokens = plan.kv_heads * (plan.prefix + count * plan.suffix)
+        for count in sizes.branches:
+            tokens = sizes.kv_heads * (sizes.prefix + count * sizes.suffix)
             made = self._branches(count)
             yield Case("prefix_attention", f"{count} branches", tokens * self.token_bytes, made)
 
     def _random(self, *size: int) -> torch.Tensor:
-        return torch.randn(size, device=self.device).to(self.plan.dtype)
+        return torch.randn(size, device=self.device).to(self.sizes.dtype)
 
     def _pool(self, rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
-        layout = RaggedLayout(torch.full((rows, self.plan.kv_heads), tokens))
-        keys, values = (self._random(layout.slots, self.plan.head_size) for _ in range(2))
+        layout = RaggedLayout(torch.full((rows, self.sizes.kv_heads), tokens))
+        keys, values = (self._random(layout.slots, self.sizes.head_size) for _ in range(2))
         positions = torch.arange(tokens, dtype=torch.int32, device=self.device)
-        return keys, values, positions.repeat(rows * self.plan.kv_heads), layout
+        return keys, values, positions.repeat(rows * self.sizes.kv_heads), layout
 
     def _query(self, rows: int) -> torch.Tensor:
-        plan = self.plan
-        return self._random(rows, plan.kv_heads, plan.group, 1, plan.head_size)
+        sizes = self.sizes
+        return self._random(rows, sizes.kv_heads, sizes.group, 1, sizes.head_size)
 
     def _decode(self, tokens: int, rows: int = 1) -> Callable[[], Made]:
-        plan, scaling = self.plan, self.plan.head_size**-0.5
+        sizes, scaling = self.sizes, self.sizes.head_size**-0.5
 
         def make() -> Made:
             query, (keys, values, positions, layout) = self._query(rows), self._pool(rows, tokens)
             length = layout.capacity.to(self.device)
-            shape = (rows, plan.kv_heads, tokens, plan.head_size)
+            shape = (rows, sizes.kv_heads, tokens, sizes.head_size)
             dense = query.flatten(1, 2), keys.view(shape), values.view(shape)
 
             def ours() -> object:
@@ -236,7 +236,7 @@ class Cases:
         return make
 
     def _flash(self, call: Call) -> Implementation:
-        if self.plan.dtype == torch.float32:
+        if self.sizes.dtype == torch.float32:
             return Implementation(None, "bf16, fp16 only")
         if self.device.type != "cuda":
             return Implementation(None, "needs a GPU")
@@ -257,24 +257,24 @@ class Cases:
         )
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = self.plan
-        shape = (plan.event_rows, plan.kv_heads, plan.event_tokens)
+        sizes = self.sizes
+        shape = (sizes.event_rows, sizes.kv_heads, sizes.event_tokens)
         # Keys of trained models share a large component: a mean cosine of 0.7.
-        keys = self._random(*shape, plan.head_size) + 1.5 * self._random(
-            *shape[:2], 1, plan.head_size
+        keys = self._random(*shape, sizes.head_size) + 1.5 * self._random(
+            *shape[:2], 1, sizes.head_size
         )
         return keys, torch.ones(shape, dtype=torch.bool, device=self.device)
 
     def _scores(self) -> Made:
-        plan, (keys, valid) = self.plan, self._held()
-        size = (plan.event_rows, plan.kv_heads, plan.group, plan.window, plan.head_size)
-        at = torch.arange(plan.event_tokens, device=self.device)
+        sizes, (keys, valid) = self.sizes, self._held()
+        size = (sizes.event_rows, sizes.kv_heads, sizes.group, sizes.window, sizes.head_size)
+        at = torch.arange(sizes.event_tokens, device=self.device)
         arguments = (
             self._random(*size),
             keys,
-            at[-plan.window :].expand(plan.event_rows, -1),
+            at[-sizes.window :].expand(sizes.event_rows, -1),
             at.expand(valid.shape),
-            plan.head_size**-0.5,
+            sizes.head_size**-0.5,
         )
         return self._both(lambda: window_scores(*arguments, group="max", sees="past"))
 
@@ -283,21 +283,21 @@ class Cases:
         return self._both(lambda: redundancy(keys, valid))
 
     def _compact(self) -> Made:
-        plan = self.plan
-        keys, values, positions, layout = self._pool(plan.event_rows, plan.event_tokens)
-        offset = torch.arange(plan.event_tokens, device=self.device)
-        offset = offset.expand(plan.event_rows, plan.kv_heads, -1)
+        sizes = self.sizes
+        keys, values, positions, layout = self._pool(sizes.event_rows, sizes.event_tokens)
+        offset = torch.arange(sizes.event_tokens, device=self.device)
+        offset = offset.expand(sizes.event_rows, sizes.kv_heads, -1)
         slots = layout.start_on(self.device)[..., None] + offset
         keep = offset % 8 != 0
         fields = (keys, values, positions)
         return self._both(lambda: compact(fields, slots, offset, keep))
 
     def _branches(self, count: int) -> Callable[[], Made]:
-        plan, scaling = self.plan, self.plan.head_size**-0.5
+        sizes, scaling = self.sizes, self.sizes.head_size**-0.5
 
         def make() -> Made:
             query = self._query(count)
-            shared_keys, shared_values, _, shared = self._pool(1, plan.prefix)
+            shared_keys, shared_values, _, shared = self._pool(1, sizes.prefix)
             prefix = SharedPrefix(
                 shared_keys,
                 shared_values,
@@ -305,8 +305,8 @@ class Cases:
                 shared.capacity,
                 torch.zeros(count, dtype=torch.long),
             )
-            own = self._pool(count, plan.suffix)
-            whole = self._pool(count, plan.prefix + plan.suffix)
+            own = self._pool(count, sizes.suffix)
+            whole = self._pool(count, sizes.prefix + sizes.suffix)
             lengths = [pool[3].capacity.to(self.device) for pool in (own, whole)]
             settings = dict(query_positions=None, scaling=scaling)
 
@@ -359,24 +359,23 @@ def measure(case: Case, gpu: Gpu, bandwidth: float) -> Iterator[Row]:
         )
 
 
-def run(plan: Plan, output: Path | None, say: Callable[[str], None]) -> list[Row]:
+def run(sizes: Sizes, output: Path | None, say: Callable[[str], None]) -> list[Row]:
     """Measure everything; print it, and write `gpu_kernels.csv` after each case."""
     gpu, machine = Gpu.here(), Machine.here(seed=0)
     torch.manual_seed(0)
-    say(f"{gpu.gpu}, CUDA {gpu.cuda}, triton {gpu.triton}, {gpu.date}\n{machine}")
+    say(f"{gpu}\n{machine}")
     if not gpu.real:
         say("interpreted at toy size: the times mean nothing")
     rows: list[Row] = []
     with use_backend("triton"):
         bandwidth = gpu.copy_bandwidth()
         say(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s\n{HEADER}")
-        for case in Cases(plan, gpu.device):
+        for case in Cases(sizes, gpu.device):
             for row in measure(case, gpu, bandwidth):
                 say(str(row))
                 rows.append(row)
             if output is not None:
-                output.mkdir(parents=True, exist_ok=True)
-                extra = gpu.row() | {"dtype": str(plan.dtype), "copy_tb_s": f"{bandwidth / 1e12}"}
+                extra = gpu.row() | {"dtype": str(sizes.dtype), "copy_tb_s": f"{bandwidth / 1e12}"}
                 write_csv(output / "gpu_kernels.csv", rows, machine, **extra)
     say(eviction_share(rows, judge=gpu.real))
     return rows
@@ -402,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="folder for gpu_kernels.csv")
     chosen = parser.parse_args(arguments)
-    run(TOY if chosen.interpret else Plan(), chosen.output, print)
+    run(TOY if chosen.interpret else Sizes(), chosen.output, print)
 
 
 if __name__ == "__main__":

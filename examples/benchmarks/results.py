@@ -19,14 +19,14 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in one configuration.
+    """One decoder in one configuration.
 
     Attributes
     ----------
-    dtype, batch, context, arm
+    dtype, batch, context, decoder
         What was measured.
     kind : str
-        Name of the arm's class: the same whatever the budget.
+        Name of the decoder's class: the same whatever the budget.
     ms : float
         Per step of the whole batch: the median over rounds of a round's mean.
     ms_low, ms_high : float
@@ -41,7 +41,7 @@ class Row:
     dtype: str
     batch: int
     context: int
-    arm: str
+    decoder: str
     kind: str
     ms: float | None = None
     ms_low: float | None = None
@@ -53,12 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Block:
-    """All arms of one configuration."""
+    """All decoders of one configuration."""
 
     rows: tuple[Row, ...]
 
     def ms(self, kind: str) -> float | None:
-        """Milliseconds per step of an arm; None if it has none."""
+        """Milliseconds per step of a decoder; None if it has none."""
         return next((row.ms for row in self.rows if row.kind == kind), None)
 
     def ratio(self, slow: str, fast: str) -> float | None:
@@ -80,12 +80,12 @@ class Block:
         ]
         for row in self.rows:
             if row.ms is None:
-                lines += [f"{row.arm:30}  not run:", *_wrapped(row.note)]
+                lines += [f"{row.decoder:30}  not run:", *_wrapped(row.note)]
                 continue
             spread = f"{row.ms_low:.1f} - {row.ms_high:.1f}"
-            speed, floor = self.ratio("Arm", row.kind), self.ratio(row.kind, "NoCache")
+            speed, floor = self.ratio("Decoder", row.kind), self.ratio(row.kind, "NoCache")
             lines.append(
-                f"{row.arm:30}{row.ms:9.2f}{spread:>17}{_times(speed):>8}{_times(floor):>7}"
+                f"{row.decoder:30}{row.ms:9.2f}{spread:>17}{_times(speed):>8}{_times(floor):>7}"
                 f"{(row.held_bytes or 0) / MB:9.1f}"
             )
         return "\n".join(lines)
@@ -115,7 +115,8 @@ def memory_table(memory: Sequence[PrefillMemory]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Any], machine: Machine, **columns: str | int) -> None:
-    """Write dataclasses of one kind as lines that carry the machine with them."""
+    """Write dataclasses of one kind as lines that carry the machine with them; make the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     names = [each.name for each in fields(rows[0])]
     extra = columns | machine.row()
     with path.open("w", newline="") as file:
@@ -127,8 +128,8 @@ def write_csv(path: Path, rows: Sequence[Any], machine: Machine, **columns: str 
 
 def draw(path: Path, blocks: Sequence[Block], machine: Machine, clock: str) -> None:
     """Draw time per step and bytes held, one panel per configuration."""
-    arms = [row.arm for row in blocks[0].rows]
-    colors = dict(zip(arms, colormaps["tab10"].colors, strict=False))
+    decoders = [row.decoder for row in blocks[0].rows]
+    colors = dict(zip(decoders, colormaps["tab10"].colors, strict=False))
     columns = min(2, len(blocks))
     lines = -(-len(blocks) // columns)
     # Without pyplot: no window system is asked for, and nothing global is left behind.
@@ -137,16 +138,16 @@ def draw(path: Path, blocks: Sequence[Block], machine: Machine, clock: str) -> N
     for panel, block in zip(panels.flat, blocks, strict=False):
         rows = [row for row in block.rows if row.ms is not None][::-1]
         bars = panel.barh(
-            [row.arm for row in rows],
+            [row.decoder for row in rows],
             [row.ms for row in rows],
             xerr=[
                 [row.ms - row.ms_low for row in rows],
                 [row.ms_high - row.ms for row in rows],
             ],
-            color=[colors[row.arm] for row in rows],
+            color=[colors[row.decoder] for row in rows],
             error_kw={"elinewidth": 0.8, "ecolor": "0.35"},
         )
-        labels = [f"{row.ms:.1f} ms  ({_times(block.ratio('Arm', row.kind))})" for row in rows]
+        labels = [f"{row.ms:.1f} ms  ({_times(block.ratio('Decoder', row.kind))})" for row in rows]
         # At the end of the whisker, so that label and whisker do not cross.
         for bar, row, label in zip(bars, rows, labels, strict=True):
             panel.annotate(

@@ -7,17 +7,14 @@ A random Llama decodes; the caches take turns in one run and differ in one argum
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from examples.benchmarks.machine import Machine
+from examples.benchmarks.options import CLOCKS, add_common, new_parser, read_options
 from examples.benchmarks.step_latency import Maker, measure
-from examples.benchmarks.turns import CLOCKS
 from examples.benchmarks.workload import DTYPES, Shape, Work
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.risk import Probes
@@ -52,25 +49,16 @@ def table(steps: dict[str, list[float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description="What protecting and measuring cost.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser = new_parser("What protecting and measuring cost.")
+    add_common(parser, threads=1, clock="cpu")
     parser.add_argument("--context", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--buffer", type=int, default=128)
     parser.add_argument("--periods", type=int, default=4, help="buffers of steps that are timed")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args(arguments)
-    if chosen.quick:
-        parser.set_defaults(context=64, budget=32, buffer=16, layers=2, periods=1)
-        chosen = parser.parse_args(arguments)
-    torch.set_num_threads(chosen.threads)
+    tiny = {"context": 64, "budget": 32, "buffer": 16, "layers": 2, "periods": 1}
+    chosen = read_options(parser, arguments, **tiny)
     work = Work(
         context=chosen.context,
         batch=chosen.batch,

@@ -11,8 +11,8 @@ a long prompt, or window by window, at another step for each row and layer.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,23 @@ from matplotlib.ticker import ScalarFormatter
 from transformers import Cache
 
 from examples.benchmarks.machine import Machine
-from examples.benchmarks.turns import CLOCKS
+from examples.benchmarks.options import CLOCKS, add_common, add_output, new_parser, read_options
+from examples.benchmarks.results import write_csv
 from examples.benchmarks.workload import DTYPES, Shape, Work
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import SnapKV
 
 Maker = Callable[[Any], ReasonAllocCache | SlidingWindowCompressCache]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the CSV."""
+
+    cache: str
+    step: int
+    ms: str
 
 
 def caches(budget: int, period: int, ratio: float) -> dict[str, Maker]:
@@ -132,32 +142,21 @@ def draw(path: Path, steps: dict[str, list[float]], title: str) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="How long single decode steps take.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser = new_parser("How long single decode steps take.")
+    add_common(parser, threads=1, clock="cpu")
     parser.add_argument("--context", type=int, default=2048, help="tokens of the longest row")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--period", type=int, default=128, help="window, and buffer of a threshold")
     parser.add_argument("--periods", type=int, default=3, help="timed, besides a first one")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder for step_latency.csv and .png")
-    chosen = parser.parse_args(arguments)
-    if chosen.quick:
-        parser.set_defaults(context=64, batch=4, layers=2, period=16, periods=1)
-        chosen = parser.parse_args(arguments)
-    return chosen
+    add_output(parser, "folder for step_latency.csv and .png")
+    return read_options(parser, arguments, context=64, batch=4, layers=2, period=16, periods=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write the files."""
     chosen = parse(arguments)
-    torch.set_num_threads(chosen.threads)
     machine = Machine.here(chosen.seed)
     work = Work(
         context=chosen.context,
@@ -185,13 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(steps, held))
     if chosen.output is None:
         return
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    with (chosen.output / "step_latency.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["cache", "step", "ms", "clock", *machine.row()])
-        for name, times in steps.items():
-            for step, each in enumerate(times):
-                writer.writerow([name, step, f"{each:.3f}", chosen.clock, *machine.row().values()])
+    lines = [
+        Step(name, step, f"{each:.3f}")
+        for name, times in steps.items()
+        for step, each in enumerate(times)
+    ]
+    write_csv(chosen.output / "step_latency.csv", lines, machine, clock=chosen.clock)
     draw(chosen.output / "step_latency.png", steps, title)
     print(f"wrote step_latency.csv and step_latency.png to {chosen.output}")
 

@@ -10,7 +10,6 @@ sum in another order may tip a close decision.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import time
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 
 from examples.benchmarks.machine import Machine
+from examples.benchmarks.options import new_parser
 from examples.benchmarks.traffic import Traffic
 from examples.benchmarks.workload import DTYPES
 from examples.research.policies import BUFFER, WINDOW
@@ -40,7 +40,7 @@ SEED = DEVELOPMENT_SEEDS[700]
 BATCH = 25
 
 
-def arms(budget: int) -> dict[str, Any]:
+def caches(budget: int) -> dict[str, Any]:
     """Makers of caches by name; pairs differ in whether processes agree."""
     alloc: dict[str, Any] = {
         "budget": budget,
@@ -101,7 +101,7 @@ class Clock:
 
 @dataclass
 class Result:
-    """What one arm gave: marks, a fingerprint of all tokens, and counts."""
+    """What one cache gave: marks, a fingerprint of all tokens, and counts."""
 
     correct: list[bool]
     fingerprint: str
@@ -176,10 +176,7 @@ def load(family: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print in the first process."""
-    parser = argparse.ArgumentParser(
-        description="What processes that share a model tell each other about evictions.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = new_parser("What processes that share a model tell each other about evictions.")
     parser.add_argument("--quick", action="store_true", help="one problem of each task")
     parser.add_argument("--family", choices=sorted(MODELS), default="llama")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["walk", "instr"])
@@ -197,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = 1 if chosen.quick else chosen.problems
     problems = [p for t in chosen.tasks for p in make_problems(t, count, SEED, chosen.family)]
     rows = []
-    for name, make in arms(chosen.budget).items():
+    for name, make in caches(chosen.budget).items():
         if name not in (chosen.only or [name]):
             continue
         result = run(model, tokenizer, problems, make)

@@ -33,6 +33,12 @@ class Shape:
     head_size: int = 64
     vocabulary: int = 512
 
+    def __str__(self) -> str:
+        return (
+            f"random Llama: {self.layers} layers, hidden {self.hidden}, {self.query_heads} query "
+            f"and {self.kv_heads} KV heads of size\n{self.head_size}"
+        )
+
     def build(self, seed: int) -> LlamaForCausalLM:
         """Return a random model; the same seed gives the same weights."""
         torch.manual_seed(seed)
@@ -73,7 +79,7 @@ class Work:
     device : str
         Where the tokens are drawn.
     recorder : Callable or None
-        Makes what records the steps of arms with graphs; None where nothing can.
+        Makes what records the steps of decoders with graphs; None where nothing can.
     """
 
     context: int

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from examples.benchmarks.turns import rotated
 from examples.research.branch_recordings import GROUP, Sampling, generate_arguments
 from examples.tiny_reasoner import read_answer
 from examples.tiny_reasoner.evaluate import encode
@@ -72,7 +73,7 @@ def time_methods(
     votes: dict[str, list[VoteResult]] = {method.name: [] for method in methods}
     with tqdm(total=len(problems) * len(methods), unit="run", desc="timed") as progress:
         for index, problem in enumerate(problems):
-            for method in methods[index % len(methods) :] + methods[: index % len(methods)]:
+            for method in rotated(methods, index):
                 torch.manual_seed(seed + index)
                 begin = time.process_time()
                 result = _run(model, tokenizer, problem, sampling, method)

@@ -5,21 +5,23 @@ from dataclasses import replace
 
 import pytest
 
-from examples.benchmarks import arms, gpu_decode
+from examples.benchmarks import decoders, gpu_decode
 from tests.support.ops.tape import TapeRecorder
 from triton_ops.backend import interpreting
 
-ARMS = "exact-graphs,moving-graphs,unequal-graphs,floor-graph"
+DECODERS = "exact-graphs,moving-graphs,unequal-graphs,floor-graph"
 ROUNDS, BUFFER = 3, 4
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not interpreting(), reason="a GPU records graphs, not tapes")
-def test_arms_with_graphs_record_again_after_evictions(tmp_path, monkeypatch):
-    monkeypatch.setattr(arms, "WARM_UP_ROUNDS", ROUNDS - 2)
-    plan, _ = gpu_decode.parse(["--toy", "--arms", ARMS, "--cases", "2x24", "--largest", "0"])
-    plan = replace(plan, work=replace(plan.work, recorder=TapeRecorder))
-    gpu_decode.run(plan, tmp_path, lambda line: None)
+def test_decoders_with_graphs_record_again_after_evictions(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoders, "WARM_UP_ROUNDS", ROUNDS - 2)
+    options, _ = gpu_decode.parse(
+        ["--toy", "--decoders", DECODERS, "--cases", "2x24", "--largest", "0"]
+    )
+    options = replace(options, work=replace(options.work, recorder=TapeRecorder))
+    gpu_decode.run(options, tmp_path, lambda line: None)
     with (tmp_path / "gpu_decode.csv").open(newline="") as file:
         rows = {row["kind"]: row for row in csv.DictReader(file)}
     assert {kind for kind, row in rows.items() if row["ms"]} == {

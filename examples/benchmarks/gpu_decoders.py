@@ -1,4 +1,4 @@
-"""The ways to decode that `gpu_decode` compares, by the names of its `--arms`."""
+"""The ways to decode that `gpu_decode` compares, by the names of its `--decoders`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LlamaForCausalLM
 
-from examples.benchmarks.arms import Arm, Compiled, Compressed, NoCache, NotBuiltError, Uncompressed
+from examples.benchmarks.decoders import (
+    Compiled,
+    Compressed,
+    Decoder,
+    NoCache,
+    NotBuiltError,
+    Uncompressed,
+)
 from examples.benchmarks.workload import Work
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.graphs import DecodeGraphs, Recorder
@@ -17,7 +24,7 @@ from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import HeldTokens
 
 
-class Flash(Arm):
+class Flash(Decoder):
     """`DynamicCache` with the flash attention 2 package."""
 
     name = "DynamicCache + flash 2"
@@ -148,13 +155,13 @@ class NoCacheGraphs(NoCache):
         self._replay()
 
 
-BASELINES: dict[str, type[Arm]] = {"dynamic": Arm, "flash": Flash, "static": Static}
-OURS: dict[str, type[Arm]] = {
+BASELINES: dict[str, type[Decoder]] = {"dynamic": Decoder, "flash": Flash, "static": Static}
+OURS: dict[str, type[Decoder]] = {
     "exact-graphs": UncompressedGraphs,
     "budget": Compressed,
     "budget-graphs": CompressedGraphs,
     "moving-graphs": MovingGraphs,
     "unequal-graphs": UnequalGraphs,
 }
-FLOORS: dict[str, type[Arm]] = {"floor": NoCache, "floor-graph": NoCacheGraphs}
-ARMS = BASELINES | OURS | FLOORS
+FLOORS: dict[str, type[Decoder]] = {"floor": NoCache, "floor-graph": NoCacheGraphs}
+DECODERS = BASELINES | OURS | FLOORS

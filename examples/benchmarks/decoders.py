@@ -22,10 +22,10 @@ WARM_UP_ROUNDS = 4
 
 
 class NotBuiltError(Exception):
-    """An arm cannot run here; the message says why."""
+    """A decoder cannot run here; the message says why."""
 
 
-class Arm:
+class Decoder:
     """Decode with one cache: `DynamicCache` over the whole context unless a subclass differs.
 
     Attributes
@@ -61,7 +61,7 @@ class Arm:
         """Take the steps of one round, yielding the seconds of each."""
         # Always new tokens: a text that repeats itself would be easy to compress.
         for token in self._draw(self.steps):
-            # Other arms may have run the model since.
+            # Other decoders may have run the model since.
             self.model.set_attn_implementation(self.attention)
             start = clock()
             self._step(token)
@@ -86,7 +86,7 @@ class Arm:
             self.cache.crop(-self.steps)
 
 
-class NoCache(Arm):
+class NoCache(Decoder):
     """The floor: the model on one token that attends to itself only."""
 
     name = "no cache (floor)"
@@ -98,7 +98,7 @@ class NoCache(Arm):
         self.forward(input_ids=token, use_cache=False)
 
 
-class Compiled(Arm):
+class Compiled(Decoder):
     """A cache of static size under torch.compile."""
 
     name = "StaticCache + compile"
@@ -117,7 +117,7 @@ class Compiled(Arm):
                 for token in self._draw(2):
                     self._step(token)
         except Exception as error:
-            # Whatever the compiler raises, the other arms run; the table quotes it.
+            # Whatever the compiler raises, the other decoders run; the table quotes it.
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise NotBuiltError(f"{reason[0][:200]} (limit {limit:.0f} s)") from error
         self.note = f"compiled in {time.perf_counter() - start:.0f} s"
@@ -137,7 +137,7 @@ class Compiled(Arm):
             layer.cumulative_length.sub_(steps)
 
 
-class Uncompressed(Arm):
+class Uncompressed(Decoder):
     """Our cache without a budget: every token in place, attended to from the pool."""
 
     name = "ReasonAllocCache, budget=None"
@@ -172,7 +172,7 @@ class Holds(Uncompressed):
         return self._pool(self.work.budget)
 
 
-class Compressed(Arm):
+class Compressed(Decoder):
     """Our cache with a budget, R-KV and head budgets: one eviction per round, row and layer."""
 
     attention = "reasoncache"
@@ -216,7 +216,7 @@ class Compressed(Arm):
             list(super().round(time.perf_counter))
 
     def round(self, clock: Callable[[], float]) -> Iterator[float]:
-        """See `Arm.round`; checks that the evictions came at their true rate."""
+        """See `Decoder.round`; checks that the evictions came at their true rate."""
         before = self.cache.report().evictions
         yield from super().round(clock)
         found = self.cache.report().evictions - before
@@ -231,21 +231,21 @@ class Compressed(Arm):
         """Nothing: the cache stays between `budget` and `budget + buffer` tokens by itself."""
 
 
-def build_arms(
+def build_decoders(
     model: LlamaForCausalLM, work: Work, compile_limit: float
-) -> tuple[list[Arm], dict[str, tuple[str, str]]]:
-    """Return the arms that run here, warmed up; of the others name, class and reason."""
-    arms: list[Arm] = []
+) -> tuple[list[Decoder], dict[str, tuple[str, str]]]:
+    """Return the decoders that run here, warmed up; of the others name, class and reason."""
+    decoders: list[Decoder] = []
     missing: dict[str, tuple[str, str]] = {}
-    for kind in (Arm, Compiled, Uncompressed, Compressed, Holds, NoCache):
+    for kind in (Decoder, Compiled, Uncompressed, Compressed, Holds, NoCache):
         try:
-            arm = kind(model, work, compile_limit) if kind is Compiled else kind(model, work)
+            decoder = kind(model, work, compile_limit) if kind is Compiled else kind(model, work)
         except NotBuiltError as error:
             missing[kind.name] = (kind.__name__, str(error))
             continue
-        arm.warm_up()
-        arms.append(arm)
-    return arms, missing
+        decoder.warm_up()
+        decoders.append(decoder)
+    return decoders, missing
 
 
 @contextmanager
