@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -97,6 +97,19 @@ class Processes:
                 "one that has ended; see its error, and repeat the command: what was finished is "
                 "kept."
             ) from error
+
+    def main_only(self, work: Callable[[], object]) -> None:
+        """Let the main process do some work once all are here, and all go on when it is done.
+
+        Raises
+        ------
+        ConnectionError
+            If another process has ended.
+        """
+        self.wait()
+        if self.is_main:
+            work()
+        self.wait()
 
     def gather(self, value: Work) -> list[Work]:
         """Return what every process has passed here, in the order of the processes."""

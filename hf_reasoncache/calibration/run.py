@@ -144,12 +144,13 @@ class _Run:
             ),
             statistics={name: torch.stack([r[name] for r in records]) for name in records[0]},
         )
-        # Until here another process may still read what is about to go.
-        self.processes.wait()
-        if self.processes.is_main:
+
+        def finish() -> None:
             profile.save_pretrained(self.directory)
             self.checkpoint.remove()
-        self.processes.wait()
+
+        # Not earlier: until all are here, another process may still read the checkpoint.
+        self.processes.main_only(finish)
         return profile
 
     def traces(self) -> list[Trace]:

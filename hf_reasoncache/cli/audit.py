@@ -10,9 +10,9 @@ import typer
 from hf_reasoncache.cli.loading import budgets as parse_budgets
 from hf_reasoncache.cli.loading import (
     compressed,
-    load_model,
-    processes_on,
+    open_run,
     require_packages,
+    warn_nothing_evicted,
 )
 from hf_reasoncache.cli.options import (
     BatchSize,
@@ -34,7 +34,7 @@ from hf_reasoncache.evaluation import Limits, Settings, audit, load_suite
 from hf_reasoncache.evaluation.audit_report import verdict_table, write_report
 from hf_reasoncache.evaluation.harness import facts
 from hf_reasoncache.evaluation.table import text_table
-from hf_reasoncache.outputs import new_directory, sole_writer
+from hf_reasoncache.outputs import new_directory
 
 EXCEEDED = 2
 """Exit status where a limit is exceeded; 1 is an error."""
@@ -91,14 +91,12 @@ def audit_command(
     chosen = parse_budgets(budgets)
     settings = Settings(max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat)
     path = new_directory(out) / "answers.jsonl"
-    processes = processes_on(device)
-    with sole_writer(path, is_main=processes.is_main):
-        loaded = load_model(model, revision, dtype, device, threads)
-        found = audit(*loaded, read, specs, chosen, path, settings)
-        if not processes.is_main:
+    with open_run(path, model, revision, dtype, device, threads) as (loaded, tokenizer, is_main):
+        found = audit(loaded, tokenizer, read, specs, chosen, path, settings)
+        if not is_main:
             return
         violations = limits.violations(found)
-        about = {"cases": len(read.cases), **facts(loaded[0], settings)}
+        about = {"cases": len(read.cases), **facts(loaded, settings)}
         write_report(found, violations, about, out)
     typer.echo(
         text_table(
@@ -107,11 +105,7 @@ def audit_command(
     )
     for cell in found.cells:
         if cell.nothing_evicted:
-            typer.echo(
-                f"WARNING: {cell.label} evicted nothing: the budget exceeds the text, and the line "
-                "says nothing about the method.",
-                err=True,
-            )
+            warn_nothing_evicted(f"{cell.label} evicted nothing")
     typer.echo(out)
     if violations:
         for violation in violations:

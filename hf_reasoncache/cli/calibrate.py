@@ -19,7 +19,7 @@ from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
-from hf_reasoncache.cli.loading import load_model, processes_on, require_packages
+from hf_reasoncache.cli.loading import open_run, require_packages
 from hf_reasoncache.cli.options import (
     BatchSize,
     Chat,
@@ -31,7 +31,7 @@ from hf_reasoncache.cli.options import (
     Threads,
 )
 from hf_reasoncache.messages import shown
-from hf_reasoncache.outputs import new_directory, sole_writer
+from hf_reasoncache.outputs import new_directory
 from hf_reasoncache.scorers import SCORERS, make_scorer
 
 
@@ -169,12 +169,12 @@ def calibrate(
     )
     found = read_prompts(prompts, limit=limit, split=split, column=column, revision=data_revision)
     expect_place(out)
-    processes = processes_on(device)
-    with sole_writer(new_directory(out.parent) / out.name, is_main=processes.is_main):
-        loaded = load_model(model, revision, dtype, device, threads, attention="reasoncache")
+    target = new_directory(out.parent) / out.name
+    loading = open_run(target, model, revision, dtype, device, threads, attention="reasoncache")
+    with loading as (loaded, tokenizer, is_main):
         say = partial(typer.echo, err=True)
-        profile = run_calibration(*loaded, found, out, settings, resume=resume, say=say)
-    if processes.is_main:
+        profile = run_calibration(loaded, tokenizer, found, out, settings, resume=resume, say=say)
+    if is_main:
         typer.echo(out)
         if push_to is not None:
             typer.echo(profile.push_to_hub(push_to))

@@ -13,9 +13,9 @@ import typer
 from hf_reasoncache.cli.loading import budgets as parse_budgets
 from hf_reasoncache.cli.loading import (
     compressed,
-    load_model,
-    processes_on,
+    open_run,
     require_packages,
+    warn_nothing_evicted,
 )
 from hf_reasoncache.cli.loading import seeds as parse_seeds
 from hf_reasoncache.cli.options import (
@@ -38,7 +38,7 @@ from hf_reasoncache.evaluation import Grid, Settings, evaluate, load_task, tabul
 from hf_reasoncache.evaluation import baseline as make_baseline
 from hf_reasoncache.evaluation.plot import results_png
 from hf_reasoncache.evaluation.table import Row, cells, markdown_table, text_table
-from hf_reasoncache.outputs import new_directory, sole_writer, write_bytes, write_text
+from hf_reasoncache.outputs import new_directory, write_bytes, write_text
 
 
 def evaluate_command(
@@ -91,12 +91,10 @@ def evaluate_command(
     )
     settings = Settings(max_new_tokens, temperature, batch_size, chat)
     path = new_directory(out) / "answers.jsonl"
-    processes = processes_on(device)
-    with sole_writer(path, is_main=processes.is_main):
-        loaded = load_model(model, revision, dtype, device, threads)
+    with open_run(path, model, revision, dtype, device, threads) as (loaded, tokenizer, is_main):
         say = partial(typer.echo, err=True)
-        records = evaluate(*loaded, grid, path, settings, say=say)
-        if not processes.is_main:
+        records = evaluate(loaded, tokenizer, grid, path, settings, say=say)
+        if not is_main:
             return
         rows = tabulate(records, control.name if control else None)
         columns, lines = cells(rows)
@@ -109,11 +107,7 @@ def evaluate_command(
         typer.echo(text_table(["cache", "budget", "correct", "vs full", "vs random"], mine))
     for row in rows:
         if row.nothing_evicted:
-            typer.echo(
-                f"WARNING: {row.cache} at {row.budget} evicted nothing on {row.task}: the budget "
-                "exceeds the text, and the line says nothing about the method.",
-                err=True,
-            )
+            warn_nothing_evicted(f"{row.cache} at {row.budget} evicted nothing on {row.task}")
     typer.echo(out)
 
 

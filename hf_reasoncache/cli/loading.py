@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import transformers
+import typer
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from hf_reasoncache.cli.options import Dtype
 from hf_reasoncache.evaluation.specs import Budget, CacheSpec, parse_budget, parse_spec
 from hf_reasoncache.messages import shown
+from hf_reasoncache.outputs import sole_writer
 from hf_reasoncache.processes import Processes
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -64,6 +69,41 @@ def load_model(
             "copy or download the model again."
         ) from error
     return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+@contextmanager
+def open_run(
+    output: Path,
+    name: str,
+    revision: str | None,
+    dtype: Dtype,
+    device: str | None,
+    threads: int | None,
+    attention: str | None = None,
+) -> Iterator[tuple[PreTrainedModel, Tokenizer, bool]]:
+    """Be the only run that writes an output, and load the model for it.
+
+    Parameters
+    ----------
+    output : Path
+        In a directory that exists.
+    name, revision, dtype, device, threads, attention
+        See `load_model`.
+
+    Yields
+    ------
+    tuple
+        Model, tokenizer, and whether this is the process that writes the results.
+
+    Raises
+    ------
+    ValueError, OSError
+        As `sole_writer` and `load_model`.
+    """
+    is_main = processes_on(device).is_main
+    with sole_writer(output, is_main=is_main):
+        model, tokenizer = load_model(name, revision, dtype, device, threads, attention)
+        yield model, tokenizer, is_main
 
 
 def load_config(name: str, revision: str | None) -> PretrainedConfig:
@@ -123,6 +163,15 @@ def require_packages(**packages: str) -> None:
                 f"install 'hf-reasoncache[{extra}]'.",
                 name=name,
             )
+
+
+def warn_nothing_evicted(what: str) -> None:
+    """Say that a cache at a budget has evicted nothing."""
+    typer.echo(
+        f"WARNING: {what}: the budget exceeds the text, and the line says nothing about the "
+        "method.",
+        err=True,
+    )
 
 
 def compressed(texts: list[str], window: int, buffer: int) -> list[CacheSpec]:

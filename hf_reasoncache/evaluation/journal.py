@@ -105,10 +105,9 @@ class Journal(Generic[Row]):
         self._close()
         if self.processes.count == 1:
             return
-        self.processes.wait()
-        if self.processes.is_main:
-            self._merge({key: place for place, key in enumerate(order)})
-        self.processes.wait()
+        self.processes.main_only(
+            lambda: self._merge({key: place for place, key in enumerate(order)})
+        )
         self.records = self._read(self.path)
 
     def _merge(self, order: Mapping[Hashable, int]) -> None:

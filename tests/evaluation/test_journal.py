@@ -39,6 +39,8 @@ class One:
 
     def wait(self) -> None: ...
 
+    main_only = Processes.main_only
+
 
 SETTINGS = {"seed": 1}
 
