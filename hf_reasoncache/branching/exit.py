@@ -17,7 +17,7 @@ from hf_reasoncache.branching.vote import Reason, VoteResult, Weight, majority, 
 
 
 class ConfidentExit(StoppingCriteria):
-    """Early exit for several branches of each problem, each row of generate being a branch.
+    """Early exit for several branches of each problem; a row of generate is a branch.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ class ConfidentExit(StoppingCriteria):
         Returns
         -------
         BoolTensor[B]
-            Rows that are over.
+            Rows that have stopped.
         """
         monitor = self._follow(input_ids)
         confidence = self.recorder.take(input_ids.shape[1] - 1, len(input_ids))

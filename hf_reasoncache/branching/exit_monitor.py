@@ -1,4 +1,4 @@
-"""Applies the exit rules, one step of all branches after another."""
+"""Applies the exit rules after each step of all branches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Window:
 
 
 class ExitMonitor:
-    """Decides after every step which branches are over, and why.
+    """Decides after every step which branches stop, and why.
 
     It knows no model: generation and the replay of recorded branches use the same monitor.
 
@@ -70,7 +70,7 @@ class ExitMonitor:
         ended : BoolTensor[B]
             Rows whose token ends the sequence.
         confidence : Tensor[B, 3] or None
-            See `Confidence`; what it says of rows that are over is ignored.
+            See `Confidence`; values of rows that have stopped are ignored.
         """
         self.steps += 1
         self._tokens += self.running

@@ -41,7 +41,8 @@ def prefill_once(
         that was dropped, its last logits again.
     drop_finished : bool
         Whether rows that have ended leave the batch and the cache, so that they cost neither time
-        nor memory. The cache then holds the rows that ended last, and cannot serve another turn.
+        nor memory. The cache then holds the rows that ended last, and cannot be used for another
+        turn.
     **model_kwargs
         `cache` (`past_key_values`) is required: any cache whose rows can be selected, but only
         `SharedBranchCache` stores repeated rows once.
@@ -75,7 +76,8 @@ def prefill_once(
         recorded.add(scores, logits)
         tokens = _choose(scores, generation_config.do_sample)
         if pads or drop_finished:
-            # generate samples on in rows that end otherwise than by a token; dropped, they cannot.
+            # generate keeps sampling in rows that another criterion than a token has stopped; rows
+            # that were dropped cannot.
             tokens = tokens.where(unfinished, pad if pad is not None else tokens)
         branches.append(tokens)
         stopped = stopping_criteria(cast(Any, branches.ids), cast(Any, recorded.scores))
@@ -243,7 +245,7 @@ def _choose(scores: torch.Tensor, do_sample: bool | None) -> torch.Tensor:
 
 
 def _distinct_rows(parts: Iterable[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """First row of each kind, and for every row the kind it is: equal in all of `parts`."""
+    """Group rows that are equal in all `parts`: first row of each group, group of each row."""
     given = [part for part in parts if part is not None]
     rows = zip(*(part.tolist() for part in given), strict=True)
     kinds: dict[tuple[tuple[int, ...], ...], int] = {}

@@ -45,7 +45,7 @@ def read_answer(
     ids: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> str | None:
-    """Ask a user's function for the answer in a branch.
+    """Read the answer of a branch with a user's function.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def replay(
     """Return what the votes would have been under some rules.
 
     generate draws its random numbers for all rows of a batch, whether they have stopped or not, so
-    a recording has the very tokens of a run with exit until it stops, and its replay is exact.
+    a recording has the same tokens as a run with exit up to where that stops: replay is exact.
 
     Parameters
     ----------

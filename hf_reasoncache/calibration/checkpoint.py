@@ -114,7 +114,7 @@ class Checkpoint:
         """
         self._require_ours()
         if self.directory.exists():
-            # Settings go last: what a crash leaves is still known for ours.
+            # Settings go last, so that a directory left by a crash is still recognised as ours.
             for path in sorted(self.directory.iterdir(), key=lambda path: path.name == _SETTINGS):
                 path.unlink()
             self.directory.rmdir()

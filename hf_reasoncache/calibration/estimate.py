@@ -63,7 +63,7 @@ class Estimator(Protocol):
         ...
 
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
-        """Say in a sentence what measuring will take."""
+        """Describe in a sentence what measuring will take."""
         ...
 
     def measure(self, model: PreTrainedModel, trace: Trace) -> Record:

@@ -139,8 +139,8 @@ class BudgetProfile:
     def check(self, model: PreTrainedModel) -> None:
         """Compare with a model: the geometry, and the weights by their fingerprint.
 
-        Other weights give a warning: a fine-tuned model may have the wave of its base, but nobody
-        has measured it.
+        Other weights give a warning: the wave of a fine-tuned model may differ from that
+        of its base.
 
         Raises
         ------

@@ -60,7 +60,7 @@ def calibrate(
     progress : bool, optional
         Show progress bars; by default where standard error is a terminal.
     say : Callable[[str], None]
-        Is told what will be done, in the main process.
+        Gets a line about each part of the work, in the main process.
 
     Raises
     ------
@@ -154,7 +154,7 @@ class _Run:
         return profile
 
     def traces(self) -> list[Trace]:
-        """Complete all prompts; the batches are dealt out to the processes."""
+        """Complete all prompts; the processes share the batches."""
         size = self.settings.traces.batch_size
         batches = [range(i, min(i + size, len(self.ids))) for i in range(0, len(self.ids), size)]
         mine = self.processes.share(list(enumerate(batches)))
@@ -212,7 +212,7 @@ class _Run:
     def records(
         self, name: str, traces: Mapping[int, Trace], measure: Callable[[Trace], Record]
     ) -> list[Record]:
-        """Measure prompts, which are dealt out to the processes; the name is that of the parts."""
+        """Measure prompts, which the processes share; the name is that of the parts."""
         places = list(traces)
         mine = self.processes.share(places)
         kind = name.partition("-")[0]

@@ -55,7 +55,7 @@ def plain(value: object) -> Any:
 
 
 def digest(value: object) -> str:
-    """16 hexadecimal digits that tell settings, or token ids, apart."""
+    """16 hexadecimal digits that identify settings or token ids."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name, with both values, the settings in which an earlier run differs from this one."""
+    """Return the settings in which an earlier run differs from this one, with both values."""
     return sorted(
         f"{name} ({found.get(name)!r:.40} there, {wanted.get(name)!r:.40} now)"
         for name in {*found, *wanted}

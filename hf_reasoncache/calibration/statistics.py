@@ -20,7 +20,7 @@ SAFETENSORS_ERRORS = (
     RuntimeError,
     OverflowError,
 )
-"""What reading a file of tensors raises that is none."""
+"""Exceptions of reading a file that holds no tensors."""
 
 _MOST_DIMENSIONS = 8  # torch's own operations stop at 64, some of them sooner
 

@@ -106,7 +106,7 @@ class Tune:
         return rule.layer_budgets(demand, self.budget or 1, floor=floor)
 
     def cost(self, traces: Sequence[Trace], candidates: int) -> str:
-        """Say in a sentence what measuring will take."""
+        """Describe in a sentence what measuring will take."""
         tokens = sum(trace.length for trace in traces) / len(traces)
         passes = len(traces) * -(-candidates // self.rows)
         return (
@@ -151,7 +151,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to say."""
+        """The conclusion that the interval allows."""
         if self.high < 0:
             return "better"
         return "worse" if self.low > 0 else "no difference shown"
@@ -178,7 +178,8 @@ class Tuned:
         Mean of the estimator's rule ("default"), of equal layers ("uniform"), and of `best`.
     comparisons : tuple of Comparison
         Of the procedure with the default rule and with uniform budgets. Every prompt is judged by
-        the rule that the other half of the prompts chose, so the choice does not flatter itself.
+        the rule that the other half of the prompts chose, so that the choice does not bias the
+        comparison.
     """
 
     rule: BudgetRule

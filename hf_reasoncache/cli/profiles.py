@@ -58,7 +58,7 @@ def show(
     rows = layer_rows(found, budget)
     if as_json:
         content = json.loads(found.to_files()[CONFIG])
-        # They were not loaded, which is not to say that there are none.
+        # They were not loaded; the profile may have some.
         del content["statistics"]
         typer.echo(json.dumps(content | {"layers": [vars(row) for row in rows]}, indent=2))
     else:

@@ -110,12 +110,12 @@ class Check:
 
 
 def contains(answer: str, text: str, at_least: int = 1) -> bool:
-    """Whether a text occurs, so many times, upper or lower case."""
+    """Whether a text occurs at least so many times; case does not count."""
     return answer.casefold().count(text.casefold()) >= at_least
 
 
 def excludes(answer: str, text: str) -> bool:
-    """Whether a text does not occur, upper or lower case."""
+    """Whether a text does not occur; case does not count."""
     return not contains(answer, text)
 
 
@@ -125,29 +125,29 @@ def matches(answer: str, pattern: str) -> bool:
 
 
 def wherever(answer: str, places: str, pattern: str, at_least: int = 1) -> bool:
-    """Whether a pattern is found in every place that another one finds, and there are so many."""
+    """Whether a pattern is found in all matches of another one, of which there are enough."""
     texts = all_places(places, answer)
     return len(texts) >= at_least and all(found(pattern, text) for text in texts)
 
 
 def starts_with(answer: str, text: str) -> bool:
-    """Whether the answer begins so, blanks aside."""
+    """Whether the answer begins with a text, after whitespace."""
     return answer.strip().startswith(text)
 
 
 def ends_with(answer: str, text: str) -> bool:
-    """Whether the answer ends so, blanks aside."""
+    """Whether the answer ends with a text, before whitespace."""
     return answer.strip().endswith(text)
 
 
 def words(answer: str, at_least: int = 0, at_most: int | None = None) -> bool:
-    """Whether there are so many words, which blanks separate."""
+    """Whether the number of words, separated by whitespace, is within bounds."""
     count = len(answer.split())
     return count >= at_least and (at_most is None or count <= at_most)
 
 
 def bullets(answer: str, count: int) -> bool:
-    """Whether exactly so many lines begin with `*` or `-`."""
+    """Whether exactly `count` lines begin with `*` or `-`."""
     return len(re.findall(r"^\s*[*-]\s", answer, re.MULTILINE)) == count
 
 
@@ -210,7 +210,7 @@ def _value(text: str) -> Decimal | str:
         number = Decimal(plain)
     except InvalidOperation:
         return plain
-    # Not a number that compares with none, itself included.
+    # NaN equals no number, not even itself, so it is compared as text.
     return number if number.is_finite() else plain
 
 

@@ -1,4 +1,4 @@
-"""Answers a batch of prompts with one cache, and notes what the cache held for each of them."""
+"""Answers a batch of prompts with one cache, and records what it held for each of them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Answer:
     finished : bool
         Whether it ended with an end token.
     held : float
-        Tokens held per KV head, on average over the steps, layers and heads; NaN of an answer that
-        is over before the first look.
+        Tokens held per KV head, on average over the steps, layers and heads; NaN if the
+        answer ended before the first sample.
     mean_bytes : float
         Bytes of all the cache's storages per row of the batch, on average over the same steps.
     keep_rates : tuple of tuple of float
@@ -92,9 +92,9 @@ def answer_batch(
     seed : int
         Of the sampling.
     spans : Spans, optional
-        Spans whose keep rates are noted, with a `ReasonCache`.
+        Spans whose keep rates are recorded, with a `ReasonCache`.
     sampling : int
-        Steps between two looks at the cache.
+        Steps between two samples of what the cache holds.
     """
     ends = _ends(model)
     longest = max(map(len, prompts))
@@ -145,7 +145,7 @@ def _ends(model: PreTrainedModel) -> set[int]:
 
 
 class _Sampler:
-    """Notes, as a forward hook, what a cache holds for each row."""
+    """A forward hook that records what a cache holds for each row."""
 
     def __init__(self, cache: Cache, mask: torch.Tensor, spans: Spans | None, every: int) -> None:
         self.cache, self.mask, self.every = cache, mask, every

@@ -53,7 +53,7 @@ def evaluate(
     progress : bool, optional
         Whether to show a bar; by default on a terminal.
     say : Callable[[str], None]
-        Told where the baseline is left out.
+        Gets a line wherever the baseline is left out.
 
     Returns
     -------

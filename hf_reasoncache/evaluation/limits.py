@@ -35,7 +35,7 @@ class Limits:
     def violations(self, audit: Audit) -> list[str]:
         """Say, one sentence each, where a compressed cache exceeds a limit.
 
-        A budget that evicted nothing is one as well: it proves nothing.
+        A budget that evicted nothing is listed too, as it shows nothing about the method.
         """
         if self == Limits():
             return []

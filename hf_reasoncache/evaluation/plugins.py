@@ -1,4 +1,4 @@
-"""Tasks of other people's modules: whatever they raise becomes an error that says where."""
+"""Tasks of user modules; what they raise becomes a ValueError that names the place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ForeignTask:
         with _foreign(f"--task {self.source}: expected FILE.jsonl or module:name of a task"):
             module, _, name = source.partition(":")
             found = getattr(importlib.import_module(module), name)
-            # A class has all that its objects have.
+            # A class has the attributes of its objects, so it would pass for a task.
             if isinstance(found, type) or (callable(found) and not isinstance(found, Task)):
                 found = found()
         if not isinstance(found, Task) or not isinstance(found.name, str):

@@ -66,7 +66,7 @@ def require_room(
     seed: int,
     batches: Sequence[Prompts],
 ) -> None:
-    """Make a cache as for these prompts and refuse what it would refuse once the model runs.
+    """Check, before the model runs, that a cache accepts these prompts.
 
     Raises
     ------
@@ -74,11 +74,11 @@ def require_room(
         If the cache does not take the budget, or the budget cannot hold what is protected of a
         prompt; names the question.
     """
-    # Settings and profile are the same for all of them.
+    # Settings and profile are the same for all batches: one cache checks them.
     cache = spec.make(config, budget, batches[0].spans, seed)
     policies = [layer.policy for layer in cache.layers if hasattr(layer, "policy")]
     for batch in batches:
-        # Of other spans, only that some are missing or overlap.
+        # All that can be wrong with the spans of the others: they are missing, or overlap.
         spec.span_settings(batch.spans)
         listed = batch.spans.counts if spec.whitelist and batch.spans else [0] * len(batch.ids)
         for question, ids, count in zip(batch.questions, batch.ids, listed, strict=True):

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Record:
-    """One answer: what was asked of whom, what came, and what it is worth.
+    """One answer: its question and cache, its text and cost, and how it was judged.
 
     Attributes
     ----------
     task, seed, cache, budget, question
         Which answer this is.
     digest : str
-        Tells apart what the key only names: the question's text, the cache's settings.
+        Of the question's text and the cache's settings, which the key only names.
     prompt_tokens : int
     answer : str
         As the model wrote it, special tokens included, without the end token.
@@ -29,10 +29,11 @@ class Record:
     leakage : float or None
         Share of a protected text that the answer gives away.
     held, mean_bytes : float or None
-        Tokens held per KV head, and bytes per row, on average over the steps; None of an answer
-        shorter than the distance of two looks.
+        Tokens held per KV head, and bytes per row, on average over the samples; None if the answer
+        ended before the first one.
     keep_rates : list of list of float
-        For each layer and span of the question, the share of its tokens held, over the same steps.
+        For each layer and span of the question, the share of its tokens held, on average over the
+        same samples.
     evicted : int
         Tokens evicted in the whole batch, layers and heads counted.
     seconds : float

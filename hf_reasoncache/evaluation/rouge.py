@@ -10,8 +10,8 @@ from hf_reasoncache.messages import shown
 def rouge_l_recall(reference: str, answer: str) -> float:
     """Share of the reference's words that are a common subsequence with the answer.
 
-    The "L" of ROUGE (Lin, 2004). Words are what blanks separate, upper or lower case alike,
-    without punctuation at their ends.
+    The "L" of ROUGE (Lin, 2004). Words are separated by whitespace and compared without
+    case and without punctuation at their ends.
 
     Raises
     ------

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Share:
-    """How often something was so, with its uncertainty.
+    """A proportion with its uncertainty.
 
     Attributes
     ----------
@@ -27,12 +27,12 @@ class Share:
 
     @property
     def value(self) -> float:
-        """The share; NaN of nothing."""
+        """The share; NaN if the total is 0."""
         return self.count / self.total if self.total else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval; NaN of nothing."""
+        """Wilson's 95% interval; NaN if the total is 0."""
         if not self.total:
             return math.nan, math.nan
         test = _stats().binomtest(self.count, self.total)
@@ -46,7 +46,7 @@ class Share:
 
     @property
     def percent(self) -> str:
-        """Render as ``97.5 (94.3-98.9)``; a dash of nothing."""
+        """Render as ``97.5 (94.3-98.9)``; a dash if the total is 0."""
         if not self.total:
             return "-"
         low, high = self.interval
@@ -92,7 +92,7 @@ class Paired:
 
     @property
     def difference(self) -> float:
-        """Share of the second minus share of the first; NaN of nothing."""
+        """Share of the second minus share of the first; NaN if the total is 0."""
         return (self.gained - self.lost) / self.total if self.total else math.nan
 
     @property

@@ -18,13 +18,13 @@ class Question:
     Attributes
     ----------
     id : str
-        Tells it from the other questions of its task.
+        Unique within the task.
     prompt : str or tuple of dict
         Text, or the messages of a conversation.
     max_new_tokens : int or None
         Longest answer, where that is not the same for all.
     spans : tuple of str
-        Parts of the prompt that matter, each once in it: what is held of them is recorded, and an
+        Parts of the prompt that matter, each once in it: what is held of them is recorded, and a
         cache may protect them.
     """
 
@@ -80,7 +80,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Tells the task from the others of a run."""
+        """Unique within a run."""
         ...
 
     def questions(self, seed: int) -> Sequence[Question]:

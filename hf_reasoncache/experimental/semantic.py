@@ -101,7 +101,7 @@ def semantic_prefill(
 ) -> SemanticPrefill:
     """Read the first prompt, and of the others only the end where that will do.
 
-    Opt-in and approximate: a row that shares reads another row's prompt in place of its own, all
+    Approximate: a row that shares reads another row's prompt in place of its own, all
     but its last `probe` tokens. Exact sharing of equal prompts is what `branch_generate` does.
 
     Parameters

@@ -61,7 +61,7 @@ class Completion:
 
 
 LONGEST = 10_000_000
-"""Tokens of an answer: what it takes is followed window by window."""
+"""Most tokens of an answer: its memory is computed window by window, before any work."""
 _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 _OURS = {*Completion.__dataclass_fields__} - {"id", "seed"}
 
@@ -95,7 +95,7 @@ class Line:
 
     @property
     def id(self) -> str:
-        """Tells it from the other lines."""
+        """Unique among the lines."""
         return self.question.id
 
 
@@ -156,7 +156,7 @@ def read_lines(
 
 
 def digest(lines: Sequence[Line]) -> str:
-    """16 hexadecimal digits that tell all that the lines themselves say."""
+    """16 hexadecimal digits that identify the content of the lines."""
     about = [
         (line.id, line.ids, line.question.spans, *(line.fields.get(name) for name in _SETTINGS))
         for line in lines

@@ -127,7 +127,7 @@ def _grown(batch: Sequence[Job], size: int, new: int, job: Job, row_bytes: RowBy
     """Bytes of a batch of `size` bytes and answers up to `new` tokens with one more job."""
     if job.line.max_new_tokens > new:
         return batch_bytes([*batch, job], row_bytes)
-    # The first has the longest prompt. Not all are summed up anew: files are long.
+    # The first has the longest prompt. Summing up the whole batch for each job would be quadratic.
     return size + _job_bytes(job, len(batch[0].line.ids), new, row_bytes)
 
 

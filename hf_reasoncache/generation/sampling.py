@@ -96,7 +96,7 @@ def stream_seed(seed: int, name: str, sample: int) -> int:
 
 
 class OwnStreams(LogitsProcessor):
-    """Draws the token of each row, and leaves nothing else to choose.
+    """Draws the token of each row, and rules out all others.
 
     Token `t` of a row is where its cumulative distribution passes number `t` of the row's stream.
     So a row draws the same tokens in any batch, on any device, up to the rounding of the logits.

@@ -58,7 +58,7 @@ class Work:
 
     @staticmethod
     def join(parts: Sequence[Work]) -> Work:
-        """Join what processes did beside each other."""
+        """Add up the work of processes that ran at the same time."""
         sums = {
             name: sum(getattr(part, name) for part in parts)
             for name in ("answers", "tokens", "batches", "cpu_seconds", "rows", "steps")
@@ -70,7 +70,7 @@ class Work:
         )
 
     def lines(self, memory: int, processes: int) -> list[str]:
-        """Say it in 80 columns."""
+        """Return lines of at most 80 columns."""
         if not self.answers:
             return ["nothing was missing"]
         speed = self.tokens / self.seconds

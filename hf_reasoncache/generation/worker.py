@@ -1,4 +1,4 @@
-"""Answers one batch of jobs with one cache, and notes what it took."""
+"""Answers one batch of jobs with one cache, and records what it took."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class Worker:
 
 
 class _Watch:
-    """A forward hook that notes bytes and rows of each step."""
+    """A forward hook that records bytes and rows of each step."""
 
     def __init__(self, cache: Cache, progress: Callable[[int], None]) -> None:
         self.cache, self.progress = cache, progress

@@ -16,7 +16,7 @@ class ValueNorm(Scorer):
     The paper's: a few value states are abnormally large, and losing them sends a reasoning model
     into loops, so VaSE protects them. Ours: the L2 norm of the value ranks *all* tokens, while VaSE
     protects only the largest few and fills the rest by attention or key diversity with random
-    sampling. This is the cheapest value-aware arm of a comparison, not a reproduction of VaSE.
+    sampling. This is the cheapest value-aware baseline, not a reproduction of VaSE.
     Needs no queries.
     """
 
