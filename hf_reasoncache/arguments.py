@@ -12,8 +12,9 @@ from transformers import PretrainedConfig
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.messages import shown
+from hf_reasoncache.observers import Observer, Probes, Shadow
 from hf_reasoncache.protection import Fair, Protection, Spans
-from hf_reasoncache.risk import Guard, Probes, Risk
+from hf_reasoncache.risk import Guard, Risk
 from hf_reasoncache.scorers import Scorer, make_scorer
 
 Profile = BudgetProfile | str | os.PathLike[str] | Sequence[float]
@@ -110,11 +111,13 @@ def require_risk(measure_risk: bool, max_risk: float | Guard | None) -> Risk | N
     return Risk(guard=max_risk if isinstance(max_risk, Guard) else Guard(max_risk))
 
 
-def require_probes(probes: object) -> Probes | None:
-    """Return probes; raise ValueError for anything else but None."""
-    if probes is None or isinstance(probes, Probes):
-        return probes
-    raise ValueError(f"probes: expected a risk.Probes, got {shown(probes)}; pass Probes().")
+def make_observers(probes: object) -> list[Observer]:
+    """Return what watches a layer; raise ValueError unless `probes` are `Probes` or None."""
+    if probes is None:
+        return []
+    if isinstance(probes, Probes):
+        return [Shadow(probes)]
+    raise ValueError(f"probes: expected an observers.Probes, got {shown(probes)}; pass Probes().")
 
 
 def demand_and_rule(

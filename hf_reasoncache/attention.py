@@ -160,7 +160,7 @@ def attention_function(
     if not isinstance(key, GuardTensor):
         mask = attention_mask.dense if isinstance(attention_mask, LogicalMask) else attention_mask
         return run_base(base, module, query, key, value, mask, *args, **kwargs)
-    layer = key.layer
+    layer: CacheLayer = key.layer
     try:
         return _attend(module, query, layer, attention_mask, *args, base=base, **kwargs)
     except Exception as error:
@@ -189,7 +189,7 @@ def _attend(
             f"{kwargs['sliding_window']} on a layer that the config calls full_attention; this "
             "model is not supported."
         )
-    begins = layer.rows is None
+    begins = not layer.is_initialized
     if not begins and query.shape[2] > 1 and not attention_mask.is_plain:
         raise ValueError(
             f"layer {layer.index}: expected causal attention after the first forward, got a "
@@ -201,13 +201,15 @@ def _attend(
     if weighs:
         require_weights(layer, base)
     keys, values = layer.take_incoming()
+    scaling = kwargs.get("scaling")
     settings: dict[str, Any] = {
-        "scaling": _scaling(kwargs, query),
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "softcap": kwargs.get("softcap"),
         "s_aux": kwargs.get("s_aux"),
     }
-    (asking,) = as_attended(query.detach())
-    new = NewTokens(asking, keys.detach(), values.detach(), attention_mask.valid, settings)
+    asking, *stored = as_attended(query.detach(), keys.detach(), values.detach())
+    valid = None if attention_mask.new is None else attention_mask.valid
+    new = NewTokens(asking, stored[0], stored[1], valid, settings)
     if begins:
         layer.shard = _shard(module, layer, keys.shape[1])
         result = run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
@@ -215,14 +217,17 @@ def _attend(
         with without_autocast(query.device):
             layer.store_first(new)
         return result
-    _expect_continuation(layer, attention_mask, query.shape[2], kwargs.get("position_ids"))
+    if query.shape[2] > 1:
+        _expect_continuation(layer, attention_mask, query.shape[2], kwargs.get("position_ids"))
     with without_autocast(query.device):
         out = layer.attend(new)
     weights = None
     if weighs:
         held: tuple[Any, ...] = (layer.keys, layer.values, attention_mask.dense)
         _, weights = run_base(base, module, query, *held, *args, **kwargs)
-    return without_gradient(out, layer, query, keys, values), weights
+    if torch.is_grad_enabled():
+        out = without_gradient(out, layer, query, keys, values)
+    return out, weights
 
 
 def _require_layers(module: Any, layer: CacheLayer) -> None:
@@ -240,7 +245,7 @@ def _expect_continuation(
 ) -> None:
     """Warn, once in a forward, if several new tokens begin at position 0 over tokens held."""
     known = ("continues", None)
-    if steps == 1 or positions is None or positions.dim() != 2 or known in mask.made:
+    if positions is None or positions.dim() != 2 or known in mask.made:
         return
     mask.made[known] = True
     if mask.valid is not None:
@@ -263,11 +268,6 @@ def _shard(module: Any, layer: CacheLayer, heads: int) -> Shard:
         return ALONE
     decoder = module.config.get_text_config(decoder=True)
     return find_shard(module, heads, head_shape(decoder, layer.index)[0], layer.agreement)
-
-
-def _scaling(kwargs: dict[str, Any], query: torch.Tensor) -> float:
-    scaling = kwargs.get("scaling")
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 def register() -> None:

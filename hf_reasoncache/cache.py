@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.geometry import supported_layers
 from hf_reasoncache.guards import GuardTensor, LogicalLength
+from hf_reasoncache.keep_rates import keep_rates
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.keep_rates import keep_rates
 from hf_reasoncache.precision import as_attended
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
@@ -72,11 +72,16 @@ class ReasonCache(Cache):
             layer = layers[index] = make_layer(index, rank, len(ours))
             layer.agreement, layer.layers = self.tensor_parallel, len(layers)
             self.own_layers.append(layer)
+        self._foreign = [index for index in range(len(layers)) if index not in ours]
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
-        self._blank = {
-            index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
-        }
+        self._blank = {index: copy.deepcopy(layers[index]) for index in self._foreign}
+        self._hides = False  # whether the last mask hid columns that were seen
         super().__init__(layers=layers)
+
+    @property
+    def foreign_layers(self) -> list[Any]:
+        """The layers that are transformers' own: sliding windows and the like."""
+        return [self.layers[index] for index in self._foreign]
 
     @classmethod
     def policy(cls, **settings: Any) -> SuffixPolicy:
@@ -138,7 +143,7 @@ class ReasonCache(Cache):
             # Within a captured step, before which the mask has been seen.
             return None
         if mask is None:
-            if any(layer.store.hides for layer in ours):
+            if self._hides:
                 self._hide(torch.zeros(first.rows or 0, seen, dtype=torch.bool, device="cpu"))
             first.shown = None
             return None
@@ -166,6 +171,7 @@ class ReasonCache(Cache):
         return None if bool(new.all()) else new
 
     def _hide(self, hidden: torch.Tensor) -> None:
+        self._hides = bool(hidden.any())
         for layer in self.own_layers:
             layer.hide(hidden)
 
@@ -177,6 +183,7 @@ class ReasonCache(Cache):
 
     def reset(self) -> None:
         """Make the cache new: no token, no storage."""
+        self._hides = False
         for layer in self.own_layers:
             layer.reset()
         for index, blank in self._blank.items():
@@ -216,7 +223,7 @@ class ReasonCache(Cache):
 
     def _forget_first(self) -> bool:
         """Make the cache new if its first forward is still going on."""
-        first = any(layer.rows is None for layer in self.own_layers)
+        first = not self.own_layers[-1].is_initialized
         if first:
             self.reset()
         return first
@@ -227,22 +234,22 @@ class ReasonCache(Cache):
             cast(CacheLayer, self.layers[0]).take_back(steps)
 
     def _check_complete(self) -> None:
-        ours = self.own_layers
-        ours[0].expect_idle()
-        seen = sorted({layer.seen for layer in ours})
-        if len(seen) > 1:
+        first, last = self.own_layers[0], self.own_layers[-1]
+        first.expect_idle()
+        # Layers run in order.
+        if first.seen != last.seen:
             raise ValueError(
-                f"expected all layers to have seen the same tokens, got {seen}: a forward was "
-                "interrupted, or has not ended (a cache serves one generation at a time). reset() "
-                "the cache, or use a new one."
+                f"expected all layers to have seen the same tokens, got [{last.seen}, "
+                f"{first.seen}]: a forward was interrupted, or has not ended (a cache serves one "
+                "generation at a time). reset() the cache, or use a new one."
             )
 
     def _check_batch(self, batch: int) -> None:
-        rows = self.own_layers[0].rows
-        if rows is not None and rows != batch:
+        first = self.own_layers[0]
+        if first.is_initialized and len(first.store.first) != batch:
             raise ValueError(
-                f"expected a batch of {rows} rows as before, got {batch}; reset() the cache, or "
-                "use a new one, for another batch."
+                f"expected a batch of {first.rows} rows as before, got {batch}; reset() the cache, "
+                "or use a new one, for another batch."
             )
 
     def _check_forward(self, keys: torch.Tensor) -> None:
@@ -250,7 +257,7 @@ class ReasonCache(Cache):
         self._check_batch(keys.shape[0])
         first = self.own_layers[0]
         (keys,) = as_attended(keys)
-        if first.rows is not None and first.dtype != keys.dtype:
+        if first.is_initialized and first.dtype != keys.dtype:
             raise ValueError(
                 f"expected keys and values in {first.dtype} as before, got {keys.dtype}; reset() "
                 "the cache, or use a new one, for a model in another type."
@@ -262,9 +269,7 @@ class ReasonCache(Cache):
         return CacheReport(
             seen=self.get_seq_length(),
             layers=tuple(LayerReport.of(layer.index, layer) for layer in ours),
-            other_bytes=sum(
-                storage_bytes(layer) for layer in self.layers if not isinstance(layer, CacheLayer)
-            ),
+            other_bytes=sum(storage_bytes(layer) for layer in self.foreign_layers),
             shard=ours[0].shard.describe(ours[0].held().shape[1]),
         )
 
@@ -309,13 +314,12 @@ class ReasonCache(Cache):
         ValueError
             If the layer is not one of ours.
         """
-        layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
-        if not isinstance(layer, CacheLayer):
-            ours = [each.index for each in self.own_layers]
+        ours = {layer.index: layer for layer in self.own_layers}
+        if layer_idx not in ours:
             raise ValueError(
-                f"held_positions: expected a full-attention layer of {ours}, got {layer_idx}."
+                f"held_positions: expected a full-attention layer of {list(ours)}, got {layer_idx}."
             )
-        return layer.held_positions()
+        return ours[layer_idx].held_positions()
 
 
 @dataclass(frozen=True)

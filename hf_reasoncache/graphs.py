@@ -17,7 +17,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg, take_cache
 from triton_ops.backend import chosen
 from triton_ops.layout import RaggedLayout
@@ -222,7 +221,7 @@ def decode_graphs(
     that reads a value from the device (rotary embeddings of type "dynamic", some
     mixtures of experts) cannot be recorded; CUDA says so.
     """
-    foreign = {type(each).__name__ for each in cache.layers if not isinstance(each, CacheLayer)}
+    foreign = {type(each).__name__ for each in cache.foreign_layers}
     if foreign:
         raise ValueError(
             "decode_graphs: expected a model of full-attention layers only, got layers of "

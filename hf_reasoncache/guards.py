@@ -7,12 +7,9 @@ but not the cache. The two objects here bridge that without patching any model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from hf_reasoncache.layer import CacheLayer
 
 _METADATA = frozenset(
     [getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")]
@@ -39,15 +36,18 @@ class GuardTensor(torch.Tensor):
         What the cache does when the attention fails.
     """
 
-    layer: CacheLayer
+    layer: Any
     on_failure: Callable[[Exception], None]
 
     @staticmethod
-    def wrap(tensor: torch.Tensor, layer: CacheLayer) -> GuardTensor:
-        """Guard a tensor without copying it."""
-        guard = tensor.as_subclass(GuardTensor)
-        guard.layer, guard.on_failure = layer, _nothing
-        return guard
+    def wrap(
+        keys: torch.Tensor, values: torch.Tensor, layer: Any
+    ) -> tuple[GuardTensor, GuardTensor]:
+        """Guard keys and values without copying them."""
+        guards = keys.as_subclass(GuardTensor), values.as_subclass(GuardTensor)
+        for guard in guards:
+            guard.layer, guard.on_failure = layer, _nothing
+        return guards
 
     @classmethod
     def __torch_function__(

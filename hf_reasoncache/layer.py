@@ -1,43 +1,108 @@
-"""One layer of a cache, as transformers sees it: lengths, guarded tensors, rows, taking back.
+"""One layer of a cache, as transformers sees it: a store, a policy that evicts, observers.
 
-Tokens lie in a store. This layer keeps all of them; one with a policy evicts.
+A forward is two calls. `update`, from the model's attention module, evicts what is due and
+announces the new keys and values; the attention function then takes them with `take_incoming`, and
+either lets the base implementation attend and calls `store_first`, or calls `attend`. Padding is
+known only there, hence tokens enter the store there; padding never does.
+
+Evictions run at the start of `update`, never between an attention and its logits. Until then a
+rejected draft can be cropped without a trace. Two forwards cannot wait, because the memory they
+need is the one to be saved: a long prompt, and several tokens at once later. They are cut right
+after their attention, and only then: what they ask for decides.
+
+Rows are independent: a row in a padded batch evicts at the same tokens as that row alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_reasoncache.guards import GuardTensor, LogicalLength
-from hf_reasoncache.precision import as_attended, without_autocast
+from hf_reasoncache.observers import Observer
+from hf_reasoncache.policies.base import EvictionSpan, Policy, PromptRows, RowState
+from hf_reasoncache.precision import without_autocast
+from hf_reasoncache.risk import DamageScale, RiskLog
+from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.shards import ALONE, Agreement, Shard
+from hf_reasoncache.storage.held_positions import AllPositions, HeldPositions
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.storage.pool_store import PoolStore, distinct_bytes
+from hf_reasoncache.storage.query_window import QueryWindow
 from hf_reasoncache.storage.segment import Path
+from hf_reasoncache.storage.stored_tokens import IncomingCounts, StoredTokens, incoming_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A layer before a forward that may be taken back; see the attributes of `CacheLayer`."""
+
+    store: PoolStore
+    state: RowState | None
+    observers: tuple[Observer, ...]
+    queries: QueryWindow
+    risk: RiskLog
+    evictions: int
+    evicted: int
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A forward that may be taken back in part (assisted decoding).
+
+    Undoing goes back to the layer before it and stores the accepted columns again, so that whatever
+    the rejected ones caused, evictions included, leaves no trace.
+
+    Attributes
+    ----------
+    new : NewTokens
+    before : Snapshot
+    token_by_token : bool
+        Whether an eviction fell inside the draft, so that its tokens were stored one by one.
+    """
+
+    new: NewTokens
+    before: Snapshot
+    token_by_token: bool
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield what is kept for undoing."""
+        yield from (self.new.query, self.new.keys, self.new.values)
+        yield from self.before.store.tensors()
+        yield from self.before.queries.tensors()
 
 
 class CacheLayer(CacheLayerMixin):
     """One layer whose length, towards the model, is the number of tokens seen.
 
-    A forward is two calls: `update`, from the model's attention module, announces the new keys and
-    values; the attention function then takes them with `take_incoming`, and either lets the base
-    implementation attend and calls `store_first`, or calls `attend`. Padding is known only there,
-    hence tokens enter the store there; padding never does.
-
     Parameters
     ----------
     index : int
         Index of the layer in the model.
+    policy : Policy, optional
+        Says what is evicted; by default nothing is.
     store : PoolStore, optional
         Where the tokens lie; a pool of its own by default.
+    observers : sequence of Observer
+        See every forward and change nothing.
 
     Attributes
     ----------
     seen : int
         Columns of the padded sequence seen so far.
+    state : RowState or None
+        What every row may hold; None until the prompt is complete, and without a policy.
+    queries : QueryWindow
+        What later evictions will ask with.
+    incoming : two of Tensor, or None
+        Keys and values that `update` has announced and the attention has not taken yet.
+    risk : RiskLog
+        What the evictions cost, if the policy has it measured.
     record_past : bool
         Whether every forward may be cropped (assisted decoding); transformers' name, which it sets
         to False when that is over.
@@ -61,27 +126,49 @@ class CacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     is_sliding = False
-    evictions = evicted = 0
 
-    def __init__(self, index: int, store: PoolStore | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        policy: Policy | None = None,
+        store: PoolStore | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         # Not the mixin's, which sets keys and values: here they are made when somebody reads them.
-        self.is_initialized = False
         self.index = index
         self.record_past = False
         self.layers = 0
         self.shard: Shard = ALONE
         self.agreement: Agreement = "agree"
+        self.policy = policy
         self.store = PoolStore() if store is None else store
+        self.observers = tuple(observers)
+        if policy is not None:
+            scorer = policy.scorer
+            self.store.keep_statistics(
+                mass=scorer.needs_mass, decay=scorer.mass_decay, notes=scorer.keeps_notes
+            )
         self._clear()
 
     def _clear(self) -> None:
         """Forget all tokens and free their storage."""
-        self.seen = 0
+        self.is_initialized = False
+        self.seen = self.evictions = self.evicted = 0
         self.shown: torch.Tensor | None = None
         self.differentiable = self.gives_weights = False
-        self._incoming: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._in_prompt = True
         self.store.clear()
+        self.state: RowState | None = None
+        self.queries = QueryWindow(self.query_columns)
+        self.risk = RiskLog()
+        for observer in self.observers:
+            observer.reset()
+        self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._settings: dict[str, Any] = {}
+        self._prompt_open = True  # whether more tokens at once would belong to the prompt
+        self._by_token = False  # whether the first forward had a single token
+        self._calm = False  # whether nobody will ask for the queries of this forward
+        self._attended: HeldPositions | AllPositions | None = None
+        self._draft: Draft | None = None
 
     @property
     def rows(self) -> int | None:
@@ -91,20 +178,22 @@ class CacheLayer(CacheLayerMixin):
     @property
     def may_evict(self) -> bool:
         """Whether anything is evicted once the text is long enough."""
-        return False
+        return self.policy is not None and self.policy.may_evict
+
+    @property
+    def query_columns(self) -> int:
+        """Newest columns whose queries an eviction needs."""
+        if self.policy is None:
+            return 0
+        risk = self.policy.risk
+        return max(self.policy.query_columns, 0 if risk is None else risk.queries)
 
     # --------------------------------------------------------------------------------- one forward
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Note device, and the type in which tokens are held."""
-        (keys,) = as_attended(key_states)
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Announce the keys and values of new tokens.
+        """Evict what is due, and announce the keys and values of new tokens.
 
         Parameters
         ----------
@@ -121,21 +210,45 @@ class CacheLayer(CacheLayerMixin):
             If the attention of the last forward never ran.
         """
         self.expect_idle()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         steps = key_states.shape[-2]
-        self._begin(steps)
-        keys, values = as_attended(key_states, value_states)
-        self._incoming = (keys, values)
+        if self.policy is not None:
+            self._begin(steps)
+        self.incoming = (key_states, value_states)
         self.seen += steps
-        return GuardTensor.wrap(keys, self), GuardTensor.wrap(values, self)
+        return GuardTensor.wrap(key_states, value_states, self)
 
     def _begin(self, steps: int) -> None:
-        """Do what is due before `steps` new tokens; nothing ever is where everything is kept."""
+        """Do what is due before `steps` new tokens."""
+        self._attended = self._draft = None
+        if not self.is_initialized:
+            self._by_token = steps == 1
+            return
+        room = 0
+        if self.state is not None and not self._prompt_open:
+            room = self.state.room(self.store, self.seen)
+        # What an eviction will ask about is still to come, or will come at once and be kept whole.
+        recorded = self.record_past or self.store.clock is not None
+        self._calm = steps == 1 and room > self.queries.size and not recorded
+        if steps > room:
+            with without_autocast(self.device):
+                self._evict_due(steps)
+
+    def _evict_due(self, steps: int) -> None:
+        """Fix what rows may hold if it is not yet, and evict what is due before `steps` tokens."""
+        grows = self._grows_prompt(self.seen, steps)
+        complete = self._prompt_open and not grows
+        state = self.state
+        if state is None:
+            state, complete = self._allocate(), True
+            self._fit(self.seen)
+        if complete:
+            state.check_prompt()
+        if self.record_past or (steps == 1 and not grows):
+            self._evict(state, state.due(self.store, self.seen, 1), self.seen)
 
     def expect_idle(self) -> None:
         """Raise ValueError if an `update` was announced whose attention never ran."""
-        if self._incoming is not None:
+        if self.incoming is not None:
             raise ValueError(
                 f"layer {self.index}: expected the attention of the last forward to run before the "
                 "next update, got two updates in a row; a cache serves one generation at a time "
@@ -145,17 +258,13 @@ class CacheLayer(CacheLayerMixin):
 
     def take_incoming(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand over the plain keys and values that the last `update` announced."""
-        if self._incoming is None:
+        if self.incoming is None:
             raise ValueError(
                 f"layer {self.index}: expected one attention call per update, got a second one; "
                 "models that reuse the keys and values of another layer are not supported."
             )
-        incoming, self._incoming = self._incoming, None
+        incoming, self.incoming = self.incoming, None
         return incoming
-
-    def store_first(self, new: NewTokens) -> None:
-        """Take in the tokens of the first forward, which the base implementation attended to."""
-        self.store.store_first(new, self.seen, self.shard)
 
     def attend(self, new: NewTokens) -> torch.Tensor:
         """Store the new tokens, which the last `update` announced, and attend to all held ones.
@@ -164,40 +273,334 @@ class CacheLayer(CacheLayerMixin):
         -------
         Tensor[B, T, H_q, D_v]
         """
-        self._make_room(new.steps)
-        self.store.append(new, self.seen)
-        out = self.store.attend(new, self.seen)
-        self._in_prompt = self._in_prompt and new.steps > 1 and not self.record_past
-        if self._in_prompt:
+        if self.record_past and self.policy is not None:
+            return self._attend_draft(new)
+        steps = new.steps
+        if self._prompt_open:
+            self._prompt_open = self._grows_prompt(self.seen - steps, steps)
+        # 1. Store the tokens, and attend to all that is held.
+        self._make_room(steps)
+        out = self._attend_to(new, self.seen)
+        # 2. Share a growing prompt, and evict what a long forward has made due.
+        if self._prompt_open:
             self.store.extend_prompt(new, self.seen, self.shard)
+        if self.policy is not None and (self._prompt_open or steps > 1):
+            self._cut()
         return out
 
+    def _attend_to(self, new: NewTokens, end: int) -> torch.Tensor:
+        """Store, attend and take note of tokens whose last one is column `end - 1`."""
+        self.store.append(new, end)
+        if self.policy is not None:
+            self._remember(self.policy, new)
+        out = self.store.attend(new, end)
+        for observer in self.observers:
+            observer.attended(self, new)
+        return out
+
+    def _store(self, new: NewTokens, end: int) -> None:
+        """Like `_attend_to`, where the output is already known."""
+        self.store.append(new, end)
+        if self.policy is not None:
+            self._remember(self.policy, new)
+        self.store.sum_attention(new, end)
+        for observer in self.observers:
+            observer.attended(self, new)
+
+    def _remember(self, policy: Policy, new: NewTokens) -> None:
+        """Take note of what later evictions will ask with."""
+        self._settings = new.settings
+        if self.state is not None and self.state.first is not self.store.first:
+            self.state = self.state.with_first(self.store.first)
+        if self._calm:
+            self.queries.clear()
+            return
+        if new.steps > 1:
+            # It may make several evictions due, whose queries are needed until they have run.
+            asked = policy.open_columns(self.state, self.seen)
+            self.queries.resize(max(self.query_columns, asked))
+        self.queries.append(new.query, self.store.clock)
+
     def _make_room(self, steps: int) -> None:
-        self.store.make_room(steps)
+        """Make sure that the store has room for `steps` more tokens."""
+        if self.policy is None:
+            self.store.make_room(steps)
+        elif steps > self.store.least_free:
+            length = self.store.length + steps
+            wanted = length if self.state is None else self.state.capacity(length, self.seen)
+            self.store.relayout(torch.maximum(self.store.capacity, wanted))
+
+    def _fit(self, columns: int) -> None:
+        """Give every head the slots that it should have when `columns` columns are stored."""
+        target = None if self.state is None else self.state.fitted(self.store, columns)
+        if target is not None:
+            self.store.relayout(target)
 
     def take_back(self, steps: int) -> None:
         """Undo a forward of `steps` columns that was refused before or after they were stored."""
-        if self._incoming is not None:
-            self._incoming = None
+        if self.incoming is not None:
+            self.incoming = None
             self.seen -= steps
         else:
             self.store.forget_order()
             self._crop(steps)
 
-    # ------------------------------------------------------------------------------ captured steps
+    # ---------------------------------------------------------------------------------- the prompt
+
+    def store_first(self, new: NewTokens) -> None:
+        """Take in the tokens of the first forward, which the base implementation attended to."""
+        self.lazy_initialization(new.keys, new.values)
+        policy = self.policy
+        if policy is None or self.store.shares:
+            if policy is not None:
+                self._remember(policy, new)
+            self.store.store_first(new, self.seen, self.shard)
+            for observer in self.observers:
+                observer.attended(self, new)
+            if policy is not None:
+                self._cut()
+        elif policy.cuts_incoming and not (self.record_past or policy.scorer.needs_mass):
+            self._store_part(policy, new)
+        else:
+            self._store_whole(new)
+
+    def _store_whole(self, new: NewTokens) -> None:
+        """Store all tokens of the first forward, then cut them."""
+        self.store.begin(new, self.seen)
+        kept = new.real_tokens().sum(-1).cpu()
+        self.store.allocate(kept, new)
+        if self.record_past:
+            # A draft follows the prompt and may be cropped; the next forward fixes the budgets.
+            self._draft = Draft(new, self._snapshot(deep=False), token_by_token=False)
+            self._prompt_open = False
+        self._store(new, self.seen)
+        if not self.record_past:
+            self._cut()
+
+    def _store_part(self, policy: Policy, new: NewTokens) -> None:
+        """Store what stays of the first forward: what an eviction takes is never stored."""
+        self.store.begin(new, self.seen)
+        self._remember(policy, new)
+        keep, notes = new.real_tokens(), {}
+        state = self._allocate(keep[..., : self._end_of_prompt()].sum(-1).cpu())
+        counts = IncomingCounts(keep)
+        rows = state.due(counts, self.seen, 0)
+        state, span = state.next_span(rows, self.seen, counts)
+        if span is not None:
+            self._attended = AllPositions(keep.shape, new.valid)
+            tokens = incoming_tokens(new, rows)
+            state, held, chosen = self._choose(state, span, tokens)
+            keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, tokens.place, chosen)
+            if held.notes is not None:
+                noted = torch.zeros_like(keep, dtype=torch.int32)
+                noted[rows] = noted[rows].scatter_(-1, tokens.place, held.notes)
+                notes["notes"] = noted
+        whole = new.valid is None and span is None
+        self.state, capacity = state, state.capacity(keep.sum(-1).cpu(), self.seen)
+        self.store.store_part(new, self.seen, capacity, None if whole else keep, **notes)
+        for observer in self.observers:
+            observer.attended(self, new)
+
+    def _cut(self) -> None:
+        """Fix what rows may hold while the prompt grows, and evict what a forward made due."""
+        state = self._require_state() if not self._prompt_open else self._allocate()
+        rows = state.due(self.store, self.seen, 0)
+        if rows.numel():
+            held = self.store.tokens.held()
+            self._attended = HeldPositions(held.positions.clone(), held.layout, held.length)
+        self._evict(state, rows, self.seen)
+        self._fit(self.seen)
+
+    def _allocate(self, held: torch.Tensor | None = None) -> RowState:
+        """Say what every row may hold, now that the prompt has been stored.
+
+        Parameters
+        ----------
+        held : LongTensor[B, H_kv], optional
+            Tokens of the prompt that every head holds; those in the store by default.
+        """
+        if self.policy is None:
+            raise ValueError(f"layer {self.index}: expected a policy, got a layer without one.")
+        end, shared = self._end_of_prompt(), self.store.elsewhere
+        if held is None:
+            rows = torch.arange(len(self.store.first), device="cpu")
+            held = self.store.before(rows, torch.full_like(rows, end))
+        held = held + shared[:, None]
+        prompt = PromptRows(self.store.first, end, held, shared, self.shard)
+        self.state = self.policy.begin(prompt, self.state)
+        return self.state
+
+    def _require_state(self) -> RowState:
+        if self.state is None:
+            raise ValueError(f"layer {self.index}: expected a prompt, got a layer without one.")
+        return self.state
+
+    def _grows_prompt(self, begin: int, steps: int) -> bool:
+        """Whether `steps` tokens from column `begin` on belong to the prompt."""
+        length = None if self.policy is None else self.policy.prompt_length
+        if length is None or (steps == 1 and not self._by_token):
+            # Of a prompt in chunks only the last can have a single token.
+            more = steps > 1 or begin + 1 == length
+        else:
+            more = begin < length
+        return self._prompt_open and more and not self.record_past
 
     @property
     def expects_prompt(self) -> bool:
         """Whether a single token would still be part of the prompt."""
-        return False
+        return self._grows_prompt(self.seen, 1)
+
+    def _end_of_prompt(self) -> int:
+        length = None if self.policy is None else self.policy.prompt_length
+        return min(length or self.seen, self.seen)
+
+    # ----------------------------------------------------------------------------------- evictions
+
+    def _evict(self, state: RowState, rows: torch.Tensor, columns: int) -> None:
+        """Evict from rows what is due when `columns` columns have been stored."""
+        if not rows.numel():
+            return
+        while True:
+            # 1. The policy says which tokens it wants to choose from.
+            state, span = state.next_span(rows, columns, self.store)
+            self.state = state
+            if span is None:
+                break
+            # 2. What an attention mask hides goes first.
+            self.evicted += self.store.evict_hidden(span.rows)
+            # 3. Read, score, choose and evict the rest.
+            tokens = self.store.read(span.rows, span.bounds)
+            if not tokens.columns.shape[-1]:
+                continue
+            state, held, keep = self._choose(state, span, tokens)
+            if held.notes is not None:
+                self.store.write_notes(tokens, held.notes)
+            self.store.evict(tokens, keep)
+        self.queries.resize(self.query_columns)
+        self._fit(columns)
+
+    def _choose(
+        self, state: RowState, span: EvictionSpan, tokens: StoredTokens
+    ) -> tuple[RowState, HeldTokens, torch.Tensor]:
+        """Choose what stays of some tokens, and count what goes.
+
+        Returns
+        -------
+        state : RowState
+        held : HeldTokens
+            What the scorer has seen, with what it has noted.
+        keep : BoolTensor[R, H_kv, N]
+        """
+        policy = state.policy
+        held = self._as_scored(policy, span, tokens)
+        state, plan = state.plan(span, held, policy.scorer.score(held))
+        if policy.risk is None:
+            keep = plan.keep(plan.per_head)
+        else:
+            scale = self._scale(policy.risk.queries, span, tokens)
+            keep, damage = policy.risk.choose(plan, scale, self.shard)
+            self.risk = self.risk.add(span.rows, span.columns, damage)
+        kept = keep.sum(-1)
+        self.state = state = state.after(span, held.count, kept)
+        self.evictions += span.rows.numel()
+        self.evicted += int((held.count - kept).sum())
+        return state, held, keep
+
+    def _as_scored(self, policy: Policy, span: EvictionSpan, tokens: StoredTokens) -> HeldTokens:
+        """Describe tokens to a scorer."""
+        device, heads = tokens.columns.device, tokens.columns.shape[1]
+        queries, asked = self._queries_before(policy.queries, span, heads)
+        statistics = {name: tokens.field(name) for name in self.store.statistics}
+        return HeldTokens(
+            keys=tokens.field("keys"),
+            positions=tokens.positions(span.first),
+            valid=tokens.valid,
+            length=span.now.to(device),
+            scaling=self._settings["scaling"],
+            layer=self.index,
+            first_head=self.shard.first,
+            load_values=partial(tokens.field, "values"),
+            queries=queries,
+            query_positions=asked,
+            **statistics,
+        )
+
+    def _queries_before(
+        self, wanted: int, span: EvictionSpan, heads: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the last `wanted` queries that a scorer is to know of, and their positions.
+
+        Returns
+        -------
+        Tensor[R, H_kv, G, A, D] or None
+        LongTensor[R, A] or None
+            -1 for a query that there is not.
+        """
+        log = self.queries.last(span.rows) if wanted else None
+        if log is None:
+            return None, None
+        device = log.device
+        if span.low is None or span.high is None:
+            log = log[:, :, -wanted:]
+            asked = torch.arange(span.columns - log.shape[2], span.columns, device=device)
+            asked = (asked - span.first.to(device)[:, None]).clamp_min(-1)
+            return log.unflatten(1, (heads, -1)), asked
+        asked = span.now[:, None] + torch.arange(-wanted, 0, device="cpu")
+        place = span.first[:, None] + asked - (span.columns - log.shape[2])
+        asked = asked.where((asked >= span.low[:, None]) & (place >= 0), -1).to(device)
+        place = place.clamp_min(0).to(device)
+        index = place[:, None, :, None].expand(-1, log.shape[1], -1, log.shape[3])
+        return log.gather(2, index).unflatten(1, (heads, -1)), asked
+
+    def _scale(self, wanted: int, span: EvictionSpan, tokens: StoredTokens) -> DamageScale:
+        """Return what weighs evictions of some tokens, from all held, by the newest queries."""
+        queries = self.queries.last(span.rows)
+        if queries is None:
+            raise ValueError(f"layer {self.index}: expected queries to measure with, got none.")
+        queries = queries[:, :, -wanted:]
+        device = queries.device
+        asked = torch.arange(span.columns - queries.shape[2], span.columns, device=device)
+        asked = (asked - span.first.to(device)[:, None]).clamp_min(-1)
+        every, place = tokens, None
+        if span.low is not None and not tokens.whole:
+            every = self.store.read(span.rows)
+            older = every.columns < (span.first + span.low).to(device)[:, None, None]
+            begin = (older & every.valid).sum(-1, keepdim=True)
+            # All are in order of column, so these are neighbours.
+            place = begin + torch.arange(tokens.columns.shape[-1], device=device)
+            place = place.masked_fill(~tokens.valid, -1)
+        return DamageScale(
+            queries=queries.unflatten(1, (tokens.columns.shape[1], -1)),
+            query_positions=asked,
+            keys=every.field("keys"),
+            values=every.field("values"),
+            key_positions=every.positions(span.first),
+            settings=self._settings,
+            place=place,
+        )
+
+    # ------------------------------------------------------------------------------ captured steps
 
     def prepare(self) -> None:
         """Do what must be done before one new token, so that the step itself does nothing else.
 
         Afterwards the step has static shapes, allocates nothing that stays, and never waits: it can
         be captured, and replayed if `static_parts` are the same objects.
+
+        Raises
+        ------
+        ValueError
+            If the layer has observers.
         """
-        self._begin(1)
+        if self.observers:
+            raise ValueError(
+                "probes: expected plain decoding, got captured steps, which a shadow cannot "
+                "follow; leave out decode_graphs, or the probes."
+            )
+        if self.policy is not None:
+            self._begin(1)
+            self.queries.make_ring(self.seen)
+        self._prompt_open = False
         self._make_room(1)
         # Asked for here, so that it is not made within the step.
         _ = self.store.tokens.device_length
@@ -205,28 +608,62 @@ class CacheLayer(CacheLayerMixin):
     def static_parts(self) -> Iterator[Any]:
         """Yield the objects that a captured step reads and writes where they are."""
         yield from self.store.static_parts()
+        yield from self.queries.tensors()
 
     def advance(self) -> None:
         """Take note of one token per row that a replayed step has stored."""
         self.seen += 1
         self.store.advance()
+        self.queries.count_appended()
 
-    # ---------------------------------------------------------------------- what transformers asks
+    # ----------------------------------------------------------------------- drafts and other rows
 
-    def get_seq_length(self) -> int:
-        """Return the logical length: tokens seen, padding included, whatever is still held."""
-        return self.seen
+    def _snapshot(self, *, deep: bool) -> Snapshot:
+        """Remember the state that the next forward may have to be undone to."""
+        # Tensors of the state are replaced, never written to, except the pool's.
+        return Snapshot(
+            store=self.store.snapshot(deep=deep),
+            state=self.state,
+            observers=tuple(observer.clone() for observer in self.observers),
+            queries=self.queries.clone(),
+            risk=self.risk,
+            evictions=self.evictions,
+            evicted=self.evicted,
+        )
 
-    def get_max_length(self) -> int:
-        """Return -1: there is no limit to the logical length."""
-        return -1
+    def _attend_draft(self, new: NewTokens) -> torch.Tensor:
+        """Attend to a draft as if its tokens came one by one, evictions between them included."""
+        due = self._require_state().due(self.store, self.seen - new.steps, new.steps)
+        crosses = bool(due.numel())
+        self._draft = Draft(new, self._snapshot(deep=crosses), token_by_token=crosses)
+        if not crosses:
+            self._make_room(new.steps)
+            return self._attend_to(new, self.seen)
+        return torch.cat([self._attend_to(*token) for token in self._tokens(new, self.seen)], 1)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return logical key length and offset for the mask of `query_length` new tokens."""
-        return LogicalLength(self.seen + query_length), 0
+    def _tokens(self, new: NewTokens, end: int) -> Iterator[tuple[NewTokens, int]]:
+        """Yield single tokens and their end column, evicting what is due before each."""
+        for index in range(new.steps):
+            column = end - new.steps + index
+            state = self._require_state()
+            self._evict(state, state.due(self.store, column, 1), column)
+            self._make_room(1)
+            yield new.columns(index, index + 1), column + 1
 
     def activate_past_recording(self) -> None:
-        """Expect a `crop` after every forward (assisted decoding)."""
+        """Expect a `crop` after every forward (assisted decoding).
+
+        Raises
+        ------
+        ValueError
+            If rows share their prompt and evict: the first forward would bring a draft together
+            with it.
+        """
+        if self.policy is not None and self.store.shares:
+            raise ValueError(
+                "assisted decoding: expected branches that keep every token, got a suffix policy; "
+                "use SharedBranchCache(config) without suffix, or generate without an assistant."
+            )
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -247,21 +684,67 @@ class CacheLayer(CacheLayerMixin):
     def _crop(self, columns: int) -> None:
         """Take back the newest columns, which are at least one and not all."""
         self.seen -= columns
+        draft, self._draft = self._draft, None
+        if draft is not None and columns <= draft.new.steps:
+            self._undo(draft, draft.new.columns(0, draft.new.steps - columns))
+            return
+        # Attention that removed queries gave to tokens stays counted.
         self.store.crop(self.seen, columns)
+        self.store.clear_notes()
+        self.queries.crop(columns)
+        for observer in self.observers:
+            observer.crop(self.seen)
+        if self.state is not None:
+            self.state = self.state.crop(self.seen).recount(self.store)
+
+    def _undo(self, draft: Draft, accepted: NewTokens) -> None:
+        """Go back to the layer before a draft, and store the accepted columns of it again."""
+        before = draft.before
+        self.store, self.state, self.observers = before.store, before.state, before.observers
+        self.queries, self.risk = before.queries, before.risk
+        self.evictions, self.evicted = before.evictions, before.evicted
+        if draft.token_by_token:
+            for token, end in self._tokens(accepted, self.seen):
+                self._store(token, end)
+        elif accepted.steps:
+            self._make_room(accepted.steps)
+            self._store(accepted, self.seen)
 
     def hide(self, hidden: torch.Tensor) -> None:
         """Follow another attention mask; see `PoolStore.hide`."""
         self.store.hide(hidden)
+        for observer in self.observers:
+            observer.hide(hidden)
+        if self.state is not None:
+            self.state = self.state.recount(self.store)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` copies row `rows[i]` (LongTensor, CPU)."""
         self.store.select_rows(rows)
-        self._select_shown(rows)
+        self._select_rows(rows)
 
     def fork(self, rows: torch.Tensor) -> None:
-        """Like `select_rows`, for rows that will go on for long; see `PoolStore.fork`."""
-        self.store.fork(rows)
-        self._select_shown(rows)
+        """Like `select_rows`, for rows that will go on for long; see `PoolStore.fork`.
+
+        Where rows evict, each copy does so on its own, and nothing is stored once.
+        """
+        if self.policy is None:
+            self.store.fork(rows)
+        else:
+            self.store.select_rows(rows)
+        self._select_rows(rows)
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        """Let everything besides the tokens follow."""
+        if self.shown is not None:
+            self.shown = self.shown[rows.to(self.shown.device)]
+        for observer in self.observers:
+            observer.select_rows(rows)
+        self.queries.select_rows(rows)
+        self.risk = self.risk.select_rows(rows)
+        if self.state is not None:
+            self.state = self.state.select_rows(rows)
+        self._draft = self._attended = None
 
     def add_row(self, path: Path, first: int) -> None:
         """Add a row behind the last one; see `BranchStore.add_row`, which the store must be."""
@@ -270,9 +753,24 @@ class CacheLayer(CacheLayerMixin):
         if self.shown is not None:
             self.shown = torch.cat([self.shown, torch.ones_like(self.shown[:1])])
 
-    def _select_shown(self, rows: torch.Tensor) -> None:
-        if self.shown is not None:
-            self.shown = self.shown[rows.to(self.shown.device)]
+    # ---------------------------------------------------------------------- what transformers asks
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Note device and type of the tokens that are stored from now on."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Return the logical length: tokens seen, padding included, whatever is still held."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit to the logical length."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return logical key length and offset for the mask of `query_length` new tokens."""
+        return LogicalLength(self.seen + query_length), 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows for beam search."""
@@ -291,14 +789,13 @@ class CacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, storage included."""
         self._clear()
-        self.is_initialized = False
         self.record_past = False
 
     def offload(self) -> None:
         """Refuse: the pool must stay where its layer runs."""
         raise ValueError("offloading is not supported: the pool must stay on its layer's device.")
 
-    # --------------------------------------------------------------------------------------- report
+    # -------------------------------------------------------------------------------------- report
 
     def held(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: tokens held, on the CPU."""
@@ -308,7 +805,9 @@ class CacheLayer(CacheLayerMixin):
         """Sorted columns that the last forward attended to, per row and KV head; padding is never
         listed.
         """
-        return self.held_now()
+        if self._attended is None:
+            return self.held_now()
+        return self.store.with_shared(self._attended.lists())
 
     def held_now(self) -> list[list[list[int]]]:
         """Sorted columns that are held after all that the last forward has evicted."""
@@ -356,10 +855,18 @@ class CacheLayer(CacheLayerMixin):
         yield from self.store.kv_tensors()
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Yield all tensors whose size grows with the tokens seen or held."""
+        """Yield all tensors whose size grows with the tokens seen or held.
+
+        Queries kept for scoring and what could be undone are among them.
+        """
         yield from self.store.tensors()
+        yield from self.queries.tensors()
         if self.shown is not None:
             yield self.shown
+        if self._attended is not None:
+            yield from self._attended.tensors()
+        if self._draft is not None:
+            yield from self._draft.tensors()
 
     @property
     def nbytes(self) -> int:

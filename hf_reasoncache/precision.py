@@ -18,14 +18,10 @@ _is_available = cache(torch.amp.is_autocast_available)
 _NOTHING = nullcontext()
 
 
-def _is_on(kind: str) -> bool:
-    return _is_available(kind) and torch.is_autocast_enabled(kind)
-
-
 def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return queries, keys or values of one device in the type in which attention reads them."""
     kind = tensors[0].device.type
-    if not _is_on(kind):
+    if not (_is_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     lower = torch.get_autocast_dtype(kind)
     # Autocast leaves float64 alone.
@@ -34,6 +30,7 @@ def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which types on a device are what they seem; nearly free without."""
-    if not _is_on(device.type):
+    kind = device.type
+    if not (_is_available(kind) and torch.is_autocast_enabled(kind)):
         return _NOTHING
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)

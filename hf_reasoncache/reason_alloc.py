@@ -8,20 +8,20 @@ from hf_reasoncache.arguments import (
     Profile,
     Protected,
     demand_and_rule,
+    make_observers,
     require_bool,
     require_demand_of,
     require_int,
-    require_probes,
     require_protection,
     require_risk,
     require_scorer,
 )
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.budgeted import BudgetedLayer
-from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.observers import Probes
+from hf_reasoncache.policies.budget import BudgetPolicy
 from hf_reasoncache.protection import Fair
-from hf_reasoncache.risk import Guard, Probes
+from hf_reasoncache.risk import Guard
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 from hf_reasoncache.shards import Agreement
@@ -152,7 +152,7 @@ class ReasonAllocCache(ReasonCache):
             require_demand_of(layers, demand)
             if budget is None:
                 return CacheLayer(index)
-            policy = EvictionPolicy(
+            policy = BudgetPolicy(
                 budget=budget,
                 buffer=buffer,
                 window=window,
@@ -164,8 +164,8 @@ class ReasonAllocCache(ReasonCache):
                 rule=rule,
                 protection=protection,
                 risk=risk,
-                probes=require_probes(probes),
+                rank=rank,
             )
-            return BudgetedLayer(index, rank, policy)
+            return CacheLayer(index, policy, observers=make_observers(probes))
 
         super().__init__(config, make_layer, tensor_parallel=tensor_parallel, offloading=offloading)

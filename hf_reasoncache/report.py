@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.evicting import EvictingLayer
 from hf_reasoncache.risk import RiskLog
 from hf_reasoncache.storage.pool_store import distinct_bytes
 from hf_reasoncache.storage.tables import tensors_of
@@ -68,7 +67,8 @@ class LayerReport:
     def of(index: int, layer: CacheLayer) -> LayerReport:
         """Describe a layer as it is now."""
         pool, kv_bytes = layer.store.pool, distinct_bytes(layer.kv_tensors())
-        evicting = layer if isinstance(layer, EvictingLayer) else None
+        logs = [observer.log for observer in layer.observers if observer.log is not None]
+        measured = layer.policy is not None and layer.policy.risk is not None
         return LayerReport(
             index=index,
             held=layer.held().tolist(),
@@ -79,9 +79,9 @@ class LayerReport:
             evicted=layer.evicted,
             backend=None if pool is None else describe(layer.device, layer.dtype),
             may_evict=layer.may_evict,
-            risk=evicting.risk if evicting and evicting.policy.risk else None,
-            probes=evicting.shadow.log if evicting and evicting.shadow else None,
-            shadow_bytes=evicting.shadow.nbytes if evicting and evicting.shadow else 0,
+            risk=layer.risk if measured else None,
+            probes=logs[0] if logs else None,
+            shadow_bytes=sum(observer.nbytes for observer in layer.observers),
             table_bytes=distinct_bytes(tensors_of(layer)) - layer.nbytes,
         )
 

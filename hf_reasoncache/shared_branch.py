@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from itertools import chain
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from hf_reasoncache.arguments import require_int
 from hf_reasoncache.cache import ReasonCache, SuffixPolicy
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.suffix import share
+from hf_reasoncache.policies.base import require_suffix
 from hf_reasoncache.report import BranchReport, CacheReport
 from hf_reasoncache.shards import Agreement
 from hf_reasoncache.storage.branch_store import BranchStore
@@ -92,10 +92,19 @@ class SharedBranchCache(ReasonCache):
         self._stores: list[BranchStore] = []
 
         def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
-            self._stores.append(BranchStore(deduplicator, index))
+            store = BranchStore(deduplicator, index)
+            self._stores.append(store)
             if compressed is None:
-                return CacheLayer(index, self._stores[-1])
-            return share(cast(CacheLayer, compressed.layers[index]), self._stores[-1])
+                return CacheLayer(index, store=store)
+            alone = compressed.own_layers[rank]
+            if alone.store.shares:
+                raise ValueError(
+                    "suffix: expected the policy of ReasonAllocCache or "
+                    "SlidingWindowCompressCache, got that of a SharedBranchCache."
+                )
+            if alone.policy is not None:
+                require_suffix(alone.policy, probed=bool(alone.observers))
+            return CacheLayer(index, alone.policy, store)
 
         agreement: Agreement = "agree" if compressed is None else compressed.tensor_parallel
         super().__init__(config, make_layer, tensor_parallel=agreement, offloading=offloading)
@@ -145,11 +154,10 @@ class SharedBranchCache(ReasonCache):
         rigid = {type(x).__name__ for x in self.layers if not hasattr(x, "batch_select_indices")}
         if rigid:
             raise ValueError(f"fork: expected layers whose rows can be repeated, got {rigid}.")
-        for layer in self.layers:
-            if isinstance(layer, CacheLayer):
-                layer.fork(source)
-            else:
-                cast(Any, layer).batch_select_indices(source)
+        for layer in self.own_layers:
+            layer.fork(source)
+        for foreign in self.foreign_layers:
+            foreign.batch_select_indices(source)
         return list(range(rows, rows + copies))
 
     def park(self, row: int, score: float) -> Parked:
@@ -275,12 +283,13 @@ class SharedBranchCache(ReasonCache):
 
     def _require_exact(self, action: str) -> None:
         """Raise ValueError unless all layers are ours and keep every token."""
-        other = [layer for layer in self.layers if type(layer) is not CacheLayer]
-        if other:
+        other = {type(layer).__name__ for layer in self.layers if layer not in self.own_layers}
+        evicting = {type(layer.policy).__name__ for layer in self.own_layers if layer.policy}
+        if other or evicting:
             raise ValueError(
                 f"{action}: expected full-attention layers that keep every token, got "
-                f"{type(other[0]).__name__}; use fork(), or a cache without suffix on a model "
-                "without sliding-window layers."
+                f"{', '.join(sorted(other | evicting))}; use fork(), or a cache without suffix on "
+                "a model without sliding-window layers."
             )
 
     def _rows(self) -> int:

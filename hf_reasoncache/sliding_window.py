@@ -10,10 +10,10 @@ from hf_reasoncache.arguments import (
     Profile,
     Protected,
     demand_and_rule,
+    make_observers,
     require_bool,
     require_demand_of,
     require_int,
-    require_probes,
     require_protection,
     require_risk,
     require_scorer,
@@ -22,10 +22,10 @@ from hf_reasoncache.arguments import (
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.window_policy import WindowPolicy
-from hf_reasoncache.layers.windowed import WindowedLayer
+from hf_reasoncache.observers import Probes
+from hf_reasoncache.policies.window import WindowPolicy
 from hf_reasoncache.protection import Fair
-from hf_reasoncache.risk import Guard, Probes
+from hf_reasoncache.risk import Guard
 from hf_reasoncache.scorers import Bidirectional
 from hf_reasoncache.scorers.base import Scorer
 from hf_reasoncache.shards import Agreement
@@ -178,9 +178,8 @@ class SlidingWindowCompressCache(ReasonCache):
                 rank=rank,
                 protection=protection,
                 risk=risk,
-                probes=require_probes(probes),
             )
-            return WindowedLayer(index, policy)
+            return CacheLayer(index, policy, observers=make_observers(probes))
 
         super().__init__(config, make_layer, tensor_parallel=tensor_parallel, offloading=offloading)
 

@@ -8,7 +8,8 @@ import torch
 
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.geometry import head_shape
-from hf_reasoncache.layers.evicting import EvictingLayer
+from hf_reasoncache.layer import CacheLayer
+from hf_reasoncache.policies.base import Policy
 from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.storage.pool import RaggedPool
 from triton_ops.backend import chosen
@@ -42,23 +43,23 @@ def warm_up(model: torch.nn.Module, cache: ReasonCache) -> None:
     for device, dtype in {(tensor.device, tensor.dtype) for tensor in model.parameters()}:
         if not dtype.is_floating_point or chosen(device, dtype) != "triton":
             continue
-        for index, layer in enumerate(cache.layers):
-            if isinstance(layer, EvictingLayer):
-                heads, size = head_shape(decoder, index)
+        for layer in cache.own_layers:
+            if layer.policy is not None:
+                heads, size = head_shape(decoder, layer.index)
                 keys = torch.randn(1, heads, TOKENS, size, dtype=dtype, device=device)
-                _evict(layer, keys, decoder.num_attention_heads // heads)
+                _evict(layer, layer.policy, keys, decoder.num_attention_heads // heads)
 
 
-def _evict(layer: EvictingLayer, keys: torch.Tensor, group: int) -> None:
+def _evict(layer: CacheLayer, policy: Policy, keys: torch.Tensor, group: int) -> None:
     """Score and compact tokens as the layer would, in a pool of their own."""
-    scorer, (_, heads, tokens, size) = layer.policy.scorer, keys.shape
+    scorer, (_, heads, tokens, size) = policy.scorer, keys.shape
     pool = RaggedPool(
         torch.full((1, heads), tokens, device="cpu"), keys, keys, layer.store.statistics
     )
     pool.append(keys, keys, torch.arange(tokens, device=keys.device))
     rows = torch.arange(1, device="cpu")
     slots, offset = pool.slots(rows)
-    asked = min(scorer.queries, layer.query_columns)
+    asked = policy.queries
     queries = asked_at = None
     if asked:
         queries = torch.randn(1, heads, group, asked, size, dtype=keys.dtype, device=keys.device)

@@ -11,7 +11,7 @@ from hf_reasoncache.layer import CacheLayer
 
 def asks_for_weights(module: Any, layer: CacheLayer, kwargs: dict[str, Any]) -> bool:
     """Whether attention weights are to be returned, by an argument or by the model's config."""
-    if layer.rows is None:
+    if not layer.is_initialized:
         # Once, in the first forward: a look at a config takes 6 us.
         layer.gives_weights = bool(getattr(module.config, "output_attentions", False))
     asked = kwargs.get("output_attentions")
@@ -40,8 +40,6 @@ def without_gradient(out: torch.Tensor, layer: CacheLayer, *inputs: torch.Tensor
     answers a backward pass with an error. Forwards in grad mode alone are none: many loops forget
     `torch.no_grad()`.
     """
-    if not torch.is_grad_enabled():
-        return out
     layer.differentiable |= any(x.requires_grad for x in inputs)
     if not layer.differentiable:
         return out

@@ -17,7 +17,7 @@ from examples.benchmarks.options import CLOCKS, add_common, new_parser, read_opt
 from examples.benchmarks.step_latency import Maker, measure
 from examples.benchmarks.workload import DTYPES, Shape, Work
 from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.risk import Probes
+from hf_reasoncache.observers import Probes
 
 
 def caches(budget: int, buffer: int) -> dict[str, Maker]:

@@ -24,7 +24,8 @@ from examples.research.tables import publish, versions
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.evaluate import load
 from examples.tiny_reasoner.tasks import Problem
-from hf_reasoncache.risk import Probes, conformal_bound, coverage
+from hf_reasoncache.observers import Probes
+from hf_reasoncache.risk import conformal_bound, coverage
 
 SPECS = {
     "llama": [("R-KV", 160, True), ("R-KV + wave", 96, False)],

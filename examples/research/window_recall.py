@@ -26,7 +26,7 @@ from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, Problem, ma
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache import SlidingWindowCompressCache
 from hf_reasoncache.evaluation import CacheSpec, Share
-from hf_reasoncache.layers.token2chunk import token2chunk
+from hf_reasoncache.policies.token2chunk import token2chunk
 from hf_reasoncache.scorers import Bidirectional, Random, Scorer, SnapKV
 from hf_reasoncache.scorers.base import HeldTokens
 

@@ -44,15 +44,3 @@ def _kth_smallest(scores: torch.Tensor, index: int) -> torch.Tensor:
     # NumPy has no bfloat16.
     known = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).numpy()
     return torch.from_numpy(np.partition(known, index, axis=-1)[:, index]).to(scores.dtype)
-
-
-def lowest_first(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the order that sorts each row: LongTensor `[..., N]`; equal numbers in any order.
-
-    Parameters
-    ----------
-    numbers : LongTensor[..., N]
-    """
-    if numbers.device.type != "cpu":
-        return numbers.argsort(dim=-1)
-    return torch.from_numpy(np.argsort(numbers.numpy(), axis=-1))

@@ -20,7 +20,7 @@ from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.selection import EvictionContext, gather_held
+from hf_reasoncache.observers import Observed, Observer
 from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.storage.new_tokens import NewTokens
 from triton_ops.redundancy import redundancy
@@ -113,11 +113,11 @@ class Coverage:
             interval), and for each of the `statistics` ``<name>.mean`` and ``<name>.variance`` over
             them, `[L, H_kv, ...]`, float64.
         """
-        layers: list[CoverageLayer] = []
+        layers: list[CoverageSums] = []
 
         def make_layer(index: int, rank: int, count: int) -> CacheLayer:
-            layers.append(CoverageLayer(index, self))
-            return layers[-1]
+            layers.append(CoverageSums(self))
+            return CacheLayer(index, observers=layers[-1:])
 
         cache = ReasonCache(model.config, make_layer)
         edges = range(len(trace.prompt), trace.length, self.interval)
@@ -149,8 +149,12 @@ class Coverage:
         return Estimate(by_layer.mean(0), error, BudgetRule(), by_head.mean(0))
 
 
-class CoverageLayer(CacheLayer):
-    """An exact layer that looks at its own attention at the end of every full chunk.
+class CoverageSums(Observer):
+    """Looks at the attention of an exact layer at the end of every full chunk.
+
+    Parameters
+    ----------
+    settings : Coverage
 
     Attributes
     ----------
@@ -160,44 +164,48 @@ class CoverageLayer(CacheLayer):
         Queries measured.
     """
 
-    def __init__(self, index: int, settings: Coverage) -> None:
+    def __init__(self, settings: Coverage) -> None:
         self.settings = settings
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Observer.reset`."""
         self.sums: dict[str, torch.Tensor] = {}
         self.squares: dict[str, torch.Tensor] = {}
         self.count = 0
-        super().__init__(index)
 
-    def attend(self, chunk: NewTokens) -> torch.Tensor:
-        """See `CacheLayer.attend`."""
-        out = super().attend(chunk)
-        if chunk.steps == self.settings.interval:
-            self._measure(chunk.query[:, :, -self.settings.queries :], **chunk.settings)
-        return out
-
-    def _measure(
-        self,
-        query: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-    ) -> None:
-        occasion = EvictionContext(
-            rows=torch.arange(query.shape[0]),
-            first=self.store.first,
-            columns=self.seen,
-            queries=query,
-            scaling=scaling,
-            layer=self.index,
-        )
-        held, *_ = gather_held(self.store.tokens, occasion)
-        mass = attention_mass(held, softcap, s_aux)
+    def attended(self, layer: Observed, new: NewTokens) -> None:
+        """See `Observer.attended`; the prompt, which is the first forward, is not measured."""
+        if new.steps != self.settings.interval or layer.seen == new.steps:
+            return
+        queries = new.query[:, :, -self.settings.queries :]
+        held = _as_asked(layer, queries, new.settings["scaling"])
+        mass = attention_mass(held, new.settings["softcap"], new.settings["s_aux"])
         found = statistics(held, mass, self.settings)
-        self.count += query.shape[0] * query.shape[2]
+        self.count += queries.shape[0] * queries.shape[2]
         for name, each in found.items():
             exact = each.cpu().double()
             for target, values in ((self.sums, exact), (self.squares, exact.square())):
                 target[name] = target.get(name, 0.0) + values.sum((0, 2))
+
+
+def _as_asked(layer: Observed, queries: torch.Tensor, scaling: float) -> HeldTokens:
+    """All tokens that a layer holds, beside the newest queries `[B, H_q, A, D]`."""
+    first, device = layer.store.first, queries.device
+    tokens = layer.store.read(torch.arange(len(first), device="cpu"))
+    columns = torch.arange(layer.seen - queries.shape[2], layer.seen, device=device)
+    asked = columns - first.to(device)[:, None]
+    return HeldTokens(
+        keys=tokens.field("keys"),
+        positions=tokens.positions(first),
+        valid=tokens.valid,
+        length=(layer.seen - first).to(device),
+        scaling=scaling,
+        layer=layer.index,
+        load_values=lambda: tokens.field("values"),
+        queries=queries.unflatten(1, (tokens.columns.shape[1], -1)),
+        query_positions=asked.clamp_min(-1),
+    )
 
 
 def attention_mass(

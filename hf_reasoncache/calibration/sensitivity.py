@@ -17,8 +17,8 @@ from hf_reasoncache.calibration.estimate import Estimate, Record
 from hf_reasoncache.calibration.squeeze import output_error
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
-from hf_reasoncache.layers.policy import EvictionPolicy
 from hf_reasoncache.messages import shown
+from hf_reasoncache.policies.budget import BudgetPolicy
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 
@@ -61,9 +61,9 @@ class Eviction:
                 f"window of {self.window}), got {budget}; raise it, or do not protect the prompt."
             )
 
-    def policy(self) -> EvictionPolicy:
+    def policy(self) -> BudgetPolicy:
         """Return the policy of a layer, whose budgets come from elsewhere."""
-        return EvictionPolicy(budget=1, **vars(self))
+        return BudgetPolicy(budget=1, **vars(self))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ The first row keeps everything; the others are compared with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -16,12 +16,35 @@ from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.budgeted import BudgetedLayer
-from hf_reasoncache.layers.policy import EvictionPolicy
+from hf_reasoncache.policies.budget import BudgetPolicy
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GivenBudgets(BudgetPolicy):
+    """Every head of every row has a budget of its own.
+
+    Attributes
+    ----------
+    heads : LongTensor[B, H_kv]
+        Tokens that each head of each row keeps; `budget` is not used.
+    """
+
+    heads: torch.Tensor
+
+    def tokens_per_head(self, protected: torch.Tensor, heads: int) -> torch.Tensor:
+        """See `BudgetPolicy.tokens_per_head`."""
+        floor = protected + self.window
+        if bool((self.heads < floor[:, None]).any()):
+            raise ValueError(
+                f"heads: expected budgets >= {int(floor.max())} (protected prompt and window "
+                f"of {self.window}), got {int(self.heads.min())}; raise the smallest budget or "
+                "do not protect the prompt."
+            )
+        return self.heads
 
 
 def output_error(
-    model: PreTrainedModel, trace: Trace, policy: EvictionPolicy, budgets: torch.Tensor
+    model: PreTrainedModel, trace: Trace, policy: BudgetPolicy, budgets: torch.Tensor
 ) -> torch.Tensor:
     """Divergence of the next-token distribution from the full cache, for many budgets at once.
 
@@ -30,7 +53,7 @@ def output_error(
     model : PreTrainedModel
         Runs the "reasoncache" attention.
     trace : Trace
-    policy : EvictionPolicy
+    policy : BudgetPolicy
         How a layer evicts; its budget and demand are not used.
     budgets : LongTensor[R, L, H_kv]
         Tokens each head keeps in each of `R` settings; the trace's length or more keeps all.
@@ -47,7 +70,7 @@ def output_error(
 
     def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
         heads = kept[:, rank]
-        return BudgetedLayer(index, rank, replace(policy, budget=int(heads.max())), heads=heads)
+        return CacheLayer(index, GivenBudgets(**(vars(policy) | {"heads": heads})))
 
     cache = ReasonCache(model.config, make_layer)
     edges = eviction_columns(trace, kept, policy.buffer)

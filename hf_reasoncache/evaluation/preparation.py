@@ -76,7 +76,7 @@ def require_room(
     """
     # Settings and profile are the same for all batches: one cache checks them.
     cache = spec.make(config, budget, batches[0].spans, seed)
-    policies = [layer.policy for layer in cache.layers if hasattr(layer, "policy")]
+    policies = [layer.policy for layer in getattr(cache, "own_layers", ()) if layer.policy]
     for batch in batches:
         # All that can be wrong with the spans of the others: they are missing, or overlap.
         spec.span_settings(batch.spans)

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.experimental.spectrum import least_tokens
 from hf_reasoncache.layer import CacheLayer
+from hf_reasoncache.observers import Observed, Observer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.storage.new_tokens import NewTokens
 
@@ -46,39 +47,34 @@ class LeastBudget:
         return 2 * self.budget > self.prompt
 
 
-class _SpectrumLayer(CacheLayer):
-    """Keeps every token, and measures the first forward."""
+class _Spectrum(Observer):
+    """Measures the prompts, which are one forward."""
 
-    def __init__(self, index: int, window: int, tolerance: float, queries: int) -> None:
+    def __init__(self, window: int, tolerance: float, queries: int) -> None:
         self.settings = (window, tolerance, queries)
-        super().__init__(index)
-
-    def _clear(self) -> None:
-        super()._clear()
         self.found: list[tuple[int, tuple[int, ...]]] = []
 
-    def store_first(self, chunk: NewTokens) -> None:
-        """See `CacheLayer.store_first`."""
-        super().store_first(chunk)
-        for row in range(len(chunk.keys)):
-            real = chunk.real_tokens()[row, 0]
-            query, keys = (x[row][:, real] for x in (chunk.query, chunk.keys))
-            self.found.append(self._measure(query, keys, chunk))
+    def attended(self, layer: Observed, new: NewTokens) -> None:
+        """See `Observer.attended`."""
+        for row in range(len(new.keys)):
+            real = new.real_tokens()[row, 0]
+            query, keys = (x[row][:, real] for x in (new.query, new.keys))
+            self.found.append(self._measure(query, keys, new))
 
     def _measure(
-        self, query: torch.Tensor, keys: torch.Tensor, chunk: NewTokens
+        self, query: torch.Tensor, keys: torch.Tensor, new: NewTokens
     ) -> tuple[int, tuple[int, ...]]:
         window, tolerance, queries = self.settings
         total = keys.shape[1]
         asked = torch.linspace(0, total - 1, min(queries, total)).round().long().to(keys.device)
         grouped = query[:, asked].unflatten(0, (keys.shape[0], -1)).float()
-        logits = grouped @ keys.float()[:, None].mT * chunk.settings["scaling"]
-        softcap = chunk.settings.get("softcap")
+        logits = grouped @ keys.float()[:, None].mT * new.settings["scaling"]
+        softcap = new.settings.get("softcap")
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
         seen = torch.arange(total, device=keys.device) <= asked[:, None]
         logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
-        sinks = chunk.settings.get("s_aux")
+        sinks = new.settings.get("s_aux")
         if sinks is not None:
             sinks = sinks.float().view(*grouped.shape[:2], 1, 1).expand(*logits.shape[:-1], 1)
             logits = torch.cat([logits, sinks], -1)
@@ -118,15 +114,16 @@ def least_budget(
     list of LeastBudget
         One for each row.
     """
+    found: list[_Spectrum] = []
 
     def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
-        return _SpectrumLayer(index, window, tolerance, queries)
+        found.append(_Spectrum(window, tolerance, queries))
+        return CacheLayer(index, observers=found[-1:])
 
     config: PretrainedConfig = model.config
     cache = ReasonCache(config, make_layer)
     model(**inputs, **cache_kwarg(cache), use_cache=True, logits_to_keep=1)
-    ours = [layer for layer in cache.layers if isinstance(layer, _SpectrumLayer)]
     return [
-        LeastBudget(ours[0].found[row][0], tuple(layer.found[row][1] for layer in ours))
+        LeastBudget(found[0].found[row][0], tuple(each.found[row][1] for each in found))
         for row in range(len(inputs["input_ids"]))
     ]

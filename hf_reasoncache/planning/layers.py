@@ -11,15 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_reasoncache.geometry import head_shape
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.budgeted import BudgetedLayer
-from hf_reasoncache.layers.evicting import EvictingLayer
-from hf_reasoncache.layers.windowed import WindowedLayer
-from hf_reasoncache.planning.queries import KeptQueries
-from hf_reasoncache.planning.windows import window_pool
-from hf_reasoncache.storage.branch_store import GROWTH, ROOM, BranchStore
-from hf_reasoncache.storage.pool_store import FIRST_ROOM
-
-_POSITION = 4  # bytes of what says where a token stands, and of each statistic of a slot
+from hf_reasoncache.planning.counted import counted_row, kept_queries
 
 
 @dataclass(frozen=True)
@@ -32,8 +24,8 @@ class LayerRow:
         Bytes of the keys and values of one token.
     own, shared : int
         Bytes of all storages: of the row itself, and of the prompt that branches share.
-    rest : int
-        Bytes that the row has held besides, when its layer kept most queries for scoring.
+    peak : int
+        Most bytes of the row itself after any token so far, the prompt's apart.
     tokens : float
         Tokens that a query attends to, besides shared ones; between two compactions the mean.
     shared_tokens : int
@@ -47,14 +39,14 @@ class LayerRow:
     token: int
     own: int
     tokens: float
-    rest: int = 0
+    peak: int = 0
     shared: int = 0
     shared_tokens: int = 0
     moves: bool = True
     concatenates: bool = False
 
     @staticmethod
-    def of(
+    def of_stock(
         layer: Any,
         index: int,
         decoder: PretrainedConfig,
@@ -62,70 +54,62 @@ class LayerRow:
         generated: int,
         dtype: torch.dtype,
     ) -> LayerRow:
-        """Describe layer `index` after `prompt` and `generated` tokens.
+        """Describe layer `index`, one of transformers' own, after `prompt` and `generated` tokens.
 
         Raises
         ------
         ValueError
-            If the kind of layer is not known, or its budget cannot hold the prompt.
+            If the kind of layer is not known.
         """
         heads, size = head_shape(decoder, index)
-        number, seen = dtype.itemsize, prompt + generated
-        token = 2 * heads * size * number
+        token, seen = 2 * heads * size * dtype.itemsize, prompt + generated
         if type(layer) is DynamicLayer:
-            return LayerRow(token, token * seen, seen, concatenates=True)
+            return LayerRow(token, token * seen, seen, token * seen, concatenates=True)
         if type(layer) is DynamicSlidingWindowLayer:
             # What stays is a view of what the last forward attended to, which may be a prompt.
             held = min(seen, layer.sliding_window) if generated else prompt
-            return LayerRow(token, token * held, held, concatenates=True)
-        if not isinstance(layer, CacheLayer):
-            raise ValueError(
-                f"layer {index}: expected an attention layer, got {type(layer).__name__}, whose "
-                "bytes do not follow from a config; run the model once and read cache.report()."
-            )
-        elsewhere = prompt if layer.store.shares else 0
-        slots, tokens = _pool(layer, prompt, generated, elsewhere)
-        own = heads * slots * (2 * size * number + _POSITION * (1 + len(layer.store.statistics)))
-        rest = 0
-        if isinstance(layer, EvictingLayer):
-            query = decoder.num_attention_heads * size * number
-            queries = KeptQueries.of(layer, prompt, slots, elsewhere)
-            kept = queries.after(generated)
-            own, rest = own + kept * query, (queries.most(generated) - kept) * query
+            return LayerRow(token, token * held, held, token * held, concatenates=True)
+        raise ValueError(
+            f"layer {index}: expected an attention layer, got {type(layer).__name__}, whose bytes "
+            "do not follow from a config; run the model once and read cache.report()."
+        )
+
+    @staticmethod
+    def of(
+        layer: CacheLayer,
+        decoder: PretrainedConfig,
+        prompt: int,
+        generated: int,
+        dtype: torch.dtype,
+    ) -> LayerRow:
+        """Describe one of our layers after `prompt` and `generated` tokens.
+
+        Raises
+        ------
+        ValueError
+            If its budget cannot hold the prompt.
+        """
+        heads, size = head_shape(decoder, layer.index)
+        seen, shared = prompt + generated, prompt if layer.store.shares else 0
+        token = 2 * heads * size * dtype.itemsize
+        slot = heads * layer.store.slot_bytes(size, dtype)
+        query = decoder.num_attention_heads * size * dtype.itemsize
+        tokens: float = seen - shared
+        if layer.policy is None:
+            own = peak = slot * layer.store.slots_without_budget(prompt, generated)
+        else:
+            row = counted_row(layer.policy, prompt, shared)
+            tokens = row.at(seen).tokens
+            kept = kept_queries(row, layer.query_columns, prompt, generated)
+            held = {at: slot * row.at(prompt + at).slots + n * query for at, n in kept.items()}
+            own, peak = held[generated], max(held.values())
         return LayerRow(
             token=token,
             own=own,
             tokens=tokens,
-            rest=rest,
+            peak=peak,
             # The positions of a segment are the same for all heads.
-            shared=(token + _POSITION) * elsewhere,
-            shared_tokens=elsewhere,
-            moves=not isinstance(layer, BudgetedLayer) or layer.policy.head_budgets,
+            shared=(token + torch.int32.itemsize) * shared,
+            shared_tokens=shared,
+            moves=layer.policy is None or layer.policy.moves_heads,
         )
-
-
-def _pool(layer: CacheLayer, prompt: int, generated: int, elsewhere: int) -> tuple[int, float]:
-    """Slots and tokens per KV head of a pool; `elsewhere` tokens of the prompt are not in it."""
-    seen = prompt + generated - elsewhere
-    if isinstance(layer, BudgetedLayer):
-        policy = layer.policy
-        protected = prompt if policy.protect_prompt else 0
-        budget = policy.layer_budget(layer.rank, protected) - elsewhere
-        return budget + policy.buffer, min(seen, budget + policy.buffer / 2)
-    if isinstance(layer, WindowedLayer):
-        return window_pool(layer.policy, prompt, generated, elsewhere)
-    if isinstance(layer.store, BranchStore):
-        return _grown(generated, layer.store.reserved), seen
-    slots = prompt + FIRST_ROOM
-    while slots < seen:
-        slots = 2 * slots
-    return slots, seen
-
-
-def _grown(tokens: int, reserved: int) -> int:
-    """Slots of a suffix that was appended to token by token, see `BranchStore`."""
-    slots = 0
-    while slots < tokens:
-        held = slots
-        slots = reserved if held < reserved else held + 1 + max(ROOM, held // GROWTH)
-    return slots

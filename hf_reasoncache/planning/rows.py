@@ -106,13 +106,11 @@ def row_bytes(
     """
     reading = layer_rows(cache, config, prompt=prompt, generated=0, dtype=dtype)
     layers = layer_rows(cache, config, prompt=prompt, generated=generated, dtype=dtype)
-    early = min(generated, max(getattr(each, "query_columns", 1) for each in cache.layers) - 1)
-    soon = layer_rows(cache, config, prompt=prompt, generated=max(0, early), dtype=dtype)
     dense = max(layer.token for layer in layers) * prompt
     return RowBytes(
         shared=sum(layer.shared for layer in layers),
         own=sum(layer.own for layer in layers),
-        peak=max(sum(layer.own + layer.rest for layer in each) for each in (soon, layers)),
+        peak=sum(layer.peak for layer in layers),
         moving=max(layer.own if layer.moves else 0 for layer in layers),
         prompt=sum(layer.shared + layer.own for layer in reading) + dense,
     )
@@ -126,7 +124,11 @@ def layer_rows(
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name}: expected an integer >= {low}, got {shown(value)}.")
     decoder = config.get_text_config(decoder=True)
+    ours = {layer.index: layer for layer in getattr(cache, "own_layers", ())}
+    lengths = (decoder, prompt, generated, dtype)
     return [
-        LayerRow.of(layer, index, decoder, prompt, generated, dtype)
+        LayerRow.of(ours[index], *lengths)
+        if index in ours
+        else LayerRow.of_stock(layer, index, *lengths)
         for index, layer in enumerate(cache.layers)
     ]

@@ -1,23 +1,21 @@
-"""What an eviction costs, as numbers: measured before it, bounded while it happens, probed after.
+"""What an eviction costs, as numbers: measured before it, bounded while it happens.
 
 Every number here is about the output of one attention head under the queries that were seen. None
 of them is about the quality of an answer.
 """
 
 from hf_reasoncache.risk.conformal import conformal_bound, coverage
-from hf_reasoncache.risk.damage import Damage, eviction_damage
+from hf_reasoncache.risk.damage import Damage, DamageScale, eviction_damage
 from hf_reasoncache.risk.guard import Guard
 from hf_reasoncache.risk.log import RiskLog
-from hf_reasoncache.risk.probes import Probes, Shadow
 from hf_reasoncache.risk.settings import Risk
 
 __all__ = [
     "Damage",
+    "DamageScale",
     "Guard",
-    "Probes",
     "Risk",
     "RiskLog",
-    "Shadow",
     "conformal_bound",
     "coverage",
     "eviction_damage",

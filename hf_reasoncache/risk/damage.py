@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -95,6 +96,49 @@ def eviction_damage(
 
 
 _FIELDS = ("mass", "error", "worst")
+
+
+@dataclass(frozen=True, eq=False)
+class DamageScale:
+    """Attention of the newest queries to all that some rows hold, to weigh evictions with.
+
+    Attributes
+    ----------
+    queries, query_positions, keys, values, key_positions
+        See `eviction_damage`.
+    settings : dict
+        `scaling`, `softcap`, `s_aux`.
+    place : LongTensor[R, H, M] or None
+        Where each token that may go lies among all tokens, -1 for filler; None where all may.
+    """
+
+    queries: torch.Tensor
+    query_positions: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_positions: torch.Tensor
+    settings: Mapping[str, Any]
+    place: torch.Tensor | None = None
+
+    def measure(self, keeps: Sequence[torch.Tensor]) -> list[Damage]:
+        """Measure choices among the tokens that may go, BoolTensor[R, H, M]; all others stay."""
+        return eviction_damage(
+            self.queries,
+            self.query_positions,
+            self.keys,
+            self.values,
+            self.key_positions,
+            [self._of_all(keep) for keep in keeps],
+            **self.settings,
+        )
+
+    def _of_all(self, keep: torch.Tensor) -> torch.Tensor:
+        if self.place is None:
+            return keep
+        stays = self.key_positions >= 0
+        row, head, index = (~keep & (self.place >= 0)).nonzero(as_tuple=True)
+        stays[row, head, self.place[row, head, index]] = False
+        return stays
 
 
 class _Attention:

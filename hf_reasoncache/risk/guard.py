@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 
@@ -14,11 +14,45 @@ from hf_reasoncache.risk.damage import Damage
 from hf_reasoncache.shards import ALONE, Shard
 
 Action = Literal["shrink", "abstain", "move"]
-Select = Callable[[torch.Tensor], torch.Tensor]
-Weigh = Callable[[Sequence[torch.Tensor]], list[Damage]]
 
 STEPS = 4
 """Steps between what a head is to keep and the most that it may."""
+
+
+class Choice(Protocol):
+    """What an eviction may keep; see `EvictionPlan`."""
+
+    @property
+    def per_head(self) -> torch.Tensor:
+        """LongTensor[R, H]: tokens that a head is to keep."""
+        ...
+
+    @property
+    def least(self) -> torch.Tensor:
+        """LongTensor[R, H]: fewest that it may keep, on the CPU."""
+        ...
+
+    @property
+    def most(self) -> torch.Tensor:
+        """LongTensor[R, H]: most that it may keep, on the CPU."""
+        ...
+
+    @property
+    def fixed(self) -> bool:
+        """Whether no head may keep another number of tokens."""
+        ...
+
+    def keep(self, per_head: torch.Tensor) -> torch.Tensor:
+        """Return what stays, BoolTensor[R, H, N], of LongTensor[R, H] tokens per head."""
+        ...
+
+
+class Scale(Protocol):
+    """What weighs choices; see `DamageScale`."""
+
+    def measure(self, keeps: Sequence[torch.Tensor]) -> list[Damage]:
+        """Return the damage of each of some choices, BoolTensor[R, H, N]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,24 +95,14 @@ class Guard:
             )
 
     def choose(
-        self,
-        select: Select,
-        weigh: Weigh,
-        budgets: torch.Tensor,
-        least: torch.Tensor,
-        most: torch.Tensor,
-        shard: Shard = ALONE,
+        self, plan: Choice, scale: Scale, shard: Shard = ALONE
     ) -> tuple[torch.Tensor, Damage]:
         """Choose what stays.
 
         Parameters
         ----------
-        select : Callable
-            From LongTensor[R, H], tokens per head, to BoolTensor[R, H, N], what stays.
-        weigh : Callable
-            Measures the damage of several choices.
-        budgets, least, most : LongTensor[R, H]
-            Tokens that a head is to keep, and bounds that hold whatever happens; on the CPU.
+        plan : Choice
+        scale : Scale
         shard : Shard
             Where other processes have heads of the layer, "move" takes those in.
 
@@ -88,10 +112,10 @@ class Guard:
         damage : Damage
             Of that choice.
         """
-        keep = select(budgets)
-        damage = weigh([keep])[0]
+        keep = plan.keep(plan.per_head)
+        damage = scale.measure([keep])[0]
         over = (damage.error > self.limit).cpu()
-        budgets, most = torch.broadcast_tensors(budgets.cpu(), most.cpu())
+        budgets, most = torch.broadcast_tensors(plan.per_head.cpu(), plan.most)
         unit = (most - budgets).clamp_min(0) // STEPS
         down, anywhere, moves = 0, over, self.action == "move"
         if moves:
@@ -103,22 +127,23 @@ class Guard:
         if self.action == "abstain":
             chosen = most.where(over, budgets)
         else:
-            least = torch.minimum(least.cpu(), budgets)
+            least = torch.minimum(plan.least, budgets)
             steps = range(-down, STEPS + 1)
             ladder = [torch.maximum(budgets + step * unit, least) for step in steps]
-            errors = torch.stack([d.error for d in weigh([select(x) for x in ladder])], -1).cpu()
+            errors = [damage.error for damage in scale.measure([plan.keep(x) for x in ladder])]
+            by_step = torch.stack(errors, -1).cpu()
             if moves:
                 lowest = -((budgets - least) // unit.clamp_min(1)).clamp_max(down)
-                told = shard.gather(torch.cat([errors, lowest[..., None].to(errors.dtype)], -1))
+                told = shard.gather(torch.cat([by_step, lowest[..., None].to(by_step.dtype)], -1))
                 level = self._moved(told[..., :-1], told[..., -1].long(), down)
                 level = shard.own(level, lowest.shape[1])
                 chosen = budgets + level * unit
             else:
-                level = self._raised(errors)
+                level = self._raised(by_step)
                 # Where no step is enough: all the room there is, what no step divides too.
                 chosen = most.where(level == STEPS, budgets + level * unit)
-        keep = select(chosen)
-        return keep, weigh([keep])[0]
+        keep = plan.keep(chosen)
+        return keep, scale.measure([keep])[0]
 
     def _raised(self, errors: torch.Tensor) -> torch.Tensor:
         """LongTensor[R, H]: fewest steps up that bring a head's error to the limit, or all."""

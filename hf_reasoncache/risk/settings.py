@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_reasoncache.risk.damage import Damage
-from hf_reasoncache.risk.guard import Guard, Select, Weigh
+from hf_reasoncache.risk.guard import Choice, Guard, Scale
 from hf_reasoncache.shards import ALONE, Shard
 
 
@@ -26,16 +26,10 @@ class Risk:
     guard: Guard | None = None
 
     def choose(
-        self,
-        select: Select,
-        weigh: Weigh,
-        budgets: torch.Tensor,
-        least: torch.Tensor,
-        most: torch.Tensor,
-        shard: Shard = ALONE,
+        self, plan: Choice, scale: Scale, shard: Shard = ALONE
     ) -> tuple[torch.Tensor, Damage]:
         """Choose what stays, and measure it; see `Guard.choose`."""
-        if self.guard is not None:
-            return self.guard.choose(select, weigh, budgets, least, most, shard)
-        keep = select(budgets)
-        return keep, weigh([keep])[0]
+        if self.guard is not None and not plan.fixed:
+            return self.guard.choose(plan, scale, shard)
+        keep = plan.keep(plan.per_head)
+        return keep, scale.measure([keep])[0]

@@ -79,6 +79,7 @@ class BranchStore(PoolStore):
         paths = self.tree.paths
         groups = torch.tensor([paths.index(path) for path in paths], device="cpu")
         columns = torch.arange(end - new.steps, end, device=new.keys.device)
+        keys, values = self.packed(new.keys, new.values)
         made: dict[int, Segment] = {}
         parts: list[Segment | None] = []
         for row, first in enumerate(self.deduplicator.of(new, self.index, groups, shard).tolist()):
@@ -86,8 +87,8 @@ class BranchStore(PoolStore):
                 real = slice(None) if new.valid is None else new.valid[row]
                 made[row] = Segment(
                     # Cloned: a slice would keep the rows of all copies alive.
-                    new.keys[row][:, real].clone(),
-                    new.values[row][:, real].clone(),
+                    keys[row][:, real].clone(),
+                    values[row][:, real].clone(),
                     columns[real].to(torch.int32),
                 )
             parts.append(made[first] if made[first].tokens else None)
@@ -96,11 +97,18 @@ class BranchStore(PoolStore):
     def make_room(self, steps: int) -> None:
         """See `PoolStore.make_room`."""
         pool = self.tokens
-        if steps > pool.least_free:
-            # The same room for all, so that they fill up together.
-            roomy = pool.length + steps + max(ROOM, pool.longest // GROWTH)
-            enough = pool.longest + steps <= self.reserved
-            pool.relayout(torch.full_like(roomy, self.reserved) if enough else roomy)
+        if steps <= pool.least_free:
+            return
+        slots = self._grown(pool.longest, steps)
+        # The same room for all, so that they fill up together.
+        roomy = pool.length + (slots - pool.longest)
+        pool.relayout(torch.full_like(roomy, slots) if slots == self.reserved else roomy)
+
+    def _grown(self, held: int, steps: int = 1) -> int:
+        """Slots of a full suffix of `held` tokens once it has moved."""
+        if held + steps <= self.reserved:
+            return self.reserved
+        return held + steps + max(ROOM, held // GROWTH)
 
     # ------------------------------------------------------------------------------------ attention
 
@@ -175,7 +183,7 @@ class BranchStore(PoolStore):
                 pool.fields["positions"][places[0]],
             )
         self.tree = self.tree.append(parts)
-        pool.length = pool.length.index_fill(0, rows, 0)
+        pool.drop_all(rows)
         pool.relayout(pool.length.clone())
         self._tail = 0
 
@@ -186,7 +194,7 @@ class BranchStore(PoolStore):
         self.select_rows(torch.arange(rows + 1, device="cpu") % rows)
         for pool in (self.pool, self.aside):
             if pool is not None:
-                pool.length = pool.length.index_fill(0, new, 0)
+                pool.drop_all(new)
         self.tree = self.tree.with_last(path)
         self.first[rows] = first
         self._tail = 0
@@ -212,6 +220,13 @@ class BranchStore(PoolStore):
     def dense(self, name: str, columns: int) -> torch.Tensor:
         """See `PoolStore.dense`."""
         return add_shared(super().dense(name, columns), self.tree, name)
+
+    def slots_without_budget(self, prompt: int, generated: int) -> int:
+        """See `PoolStore.slots_without_budget`; the prompt is in no pool."""
+        slots = 0
+        while slots < generated:
+            slots = self._grown(slots)
+        return slots
 
     @property
     def unshared_bytes(self) -> int:

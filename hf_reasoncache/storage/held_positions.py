@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,10 @@ class HeldPositions:
     layout: RaggedLayout
     length: torch.Tensor
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield what grows with the tokens."""
+        yield self.positions
+
     def lists(self) -> list[list[list[int]]]:
         """Sorted positions per row and KV head."""
         return [
@@ -43,14 +48,18 @@ class AllPositions:
 
     Attributes
     ----------
-    shape : tuple of int
+    shape : sequence of int
         `B`, `H_kv` and the columns of the chunk.
     valid : BoolTensor[B, T] or None
         False for padding.
     """
 
-    shape: tuple[int, int, int]
+    shape: Sequence[int]
     valid: torch.Tensor | None
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield what grows with the tokens: nothing that the mask does not hold anyway."""
+        yield from ()
 
     def lists(self) -> list[list[list[int]]]:
         """Sorted positions per row and KV head."""

@@ -40,9 +40,13 @@ class RaggedPool:
         "keys", "values", "positions" (int32 columns of the padded sequence) and the statistics.
         What is done to one is done to all.
     layout : RaggedLayout
+    length : LongTensor[B, H_kv]
+        Tokens held; on the CPU, so that no step has to synchronise.
     shortest, longest, least_free : int
         Extremes over the heads of tokens held and of free slots. Plain numbers, kept up to date,
         because every layer asks for them at every step.
+    is_even : bool
+        Whether all heads have the same capacity and hold equally many tokens.
     """
 
     _device_length: torch.Tensor | None = None
@@ -65,7 +69,7 @@ class RaggedPool:
             Names and types of further numbers to keep per slot.
         """
         self.layout = RaggedLayout(capacity)
-        self.length = torch.zeros_like(capacity)
+        self._set_length(torch.zeros_like(capacity))
         slots, device = self.layout.slots, keys.device
         with ordinary_tensors():
             self.fields = {
@@ -77,16 +81,11 @@ class RaggedPool:
             for name, dtype in (statistics or {}).items():
                 self.fields[name] = torch.zeros(slots, dtype=dtype, device=device)
 
-    @property
-    def length(self) -> torch.Tensor:
-        """LongTensor[B, H_kv]: tokens held; on the CPU, so that no step has to synchronise."""
-        return self._length
-
-    @length.setter
-    def length(self, length: torch.Tensor) -> None:
-        self._length = length
+    def _set_length(self, length: torch.Tensor) -> None:
+        self.length = length
         self.shortest, self.longest = int(length.min()), int(length.max())
         self.least_free = int((self.layout.capacity - length).min())
+        self.is_even = self.shortest == self.longest and self.layout.is_uniform
         if self._device_length is not None:
             if self._device_length.shape == length.shape:
                 self._device_length.copy_(length)
@@ -102,18 +101,13 @@ class RaggedPool:
         """
         if self._device_length is None:
             with ordinary_tensors():
-                self._device_length = self._length.to(self.fields["keys"].device, copy=True)
+                self._device_length = self.length.to(self.fields["keys"].device, copy=True)
         return self._device_length
 
     @property
     def capacity(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: slots owned by each head."""
         return self.layout.capacity
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all heads have the same capacity and hold equally many tokens."""
-        return self.shortest == self.longest and self.layout.is_uniform
 
     def append(
         self,
@@ -161,11 +155,11 @@ class RaggedPool:
             if self._device_length is not None:
                 self._device_length.add_(steps)
         else:
-            self.length = self.length + added
+            self._set_length(self.length + added)
 
     def count_appended(self, steps: int) -> None:
         """Count tokens that every head has got, on the host: a captured graph did so on its own."""
-        self._length = self._length + steps
+        self.length = self.length + steps
         self.shortest, self.longest = self.shortest + steps, self.longest + steps
         self.least_free -= steps
 
@@ -225,7 +219,7 @@ class RaggedPool:
         kept = keep.sum(-1)
         compact(self.fields.values(), slots, offset, keep)
         self._clear(slots[offset >= kept[..., None]])
-        self.length = self.length.index_put((rows,), kept.cpu())
+        self._set_length(self.length.index_put((rows,), kept.cpu()))
 
     def _clear(self, slots: torch.Tensor) -> None:
         """Set the statistics of slots that are no longer used to zero."""
@@ -233,13 +227,17 @@ class RaggedPool:
             if name not in POOL_FIELDS:
                 field.index_fill_(0, slots, 0)
 
+    def drop_all(self, rows: torch.Tensor) -> None:
+        """Let all tokens of some rows (LongTensor[R], CPU) go; statistics stay as they are."""
+        self._set_length(self.length.index_fill(0, rows, 0))
+
     def drop_newest(self, count: int) -> None:
         """Take back the last `count` appended tokens of every head.
 
         Right only when no compaction came in between: a compaction moves the newest tokens.
         """
         slots, offset = self.slots(torch.arange(self.length.shape[0], device="cpu"))
-        self.length = (self.length - count).clamp_min(0)
+        self._set_length((self.length - count).clamp_min(0))
         self._clear(slots[offset >= self.length.to(offset.device)[..., None]])
 
     def relayout(self, capacity: torch.Tensor, rows: torch.Tensor | None = None) -> None:
@@ -264,7 +262,8 @@ class RaggedPool:
                 fill = -1 if name == "positions" else 0
                 self.fields[name] = field.new_full((layout.slots, *field.shape[1:]), fill)
                 self.fields[name].index_copy_(0, target, field.index_select(0, source))
-        self.layout, self.length = layout, self.length[rows]
+        self.layout = layout
+        self._set_length(self.length[rows])
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` is a copy of row `rows[i]`."""
@@ -275,7 +274,8 @@ class RaggedPool:
                     name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
                     for name, field in self.fields.items()
                 }
-            self.layout, self.length = RaggedLayout(self.capacity[rows]), self.length[rows]
+            self.layout = RaggedLayout(self.capacity[rows])
+            self._set_length(self.length[rows])
         else:
             self.relayout(self.capacity[rows], rows)
 
@@ -288,7 +288,8 @@ class RaggedPool:
             True shares no storage and survives compactions too; False copies the statistics only.
         """
         twin = object.__new__(RaggedPool)
-        twin.layout, twin.length = self.layout, self.length
+        twin.layout = self.layout
+        twin._set_length(self.length)
         shared = () if deep else POOL_FIELDS
         with ordinary_tensors():
             twin.fields = {

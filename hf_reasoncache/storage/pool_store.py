@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from hf_reasoncache.shards import Shard
@@ -13,11 +15,19 @@ from hf_reasoncache.storage.aside import exchange, gathered
 from hf_reasoncache.storage.dense import dense_tokens
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.storage.pool import RaggedPool
+from hf_reasoncache.storage.stored_tokens import StoredTokens
 from triton_ops.backend import uses_triton
 from triton_ops.decode_attention import decode_attention, even_attention
 
 FIRST_ROOM = 256
 """Slots allocated beyond the prompt when no budget says how long the text may become."""
+
+MASS, NOTES = "mass", "notes"
+"""Statistics of a token: the attention it has received, and what a scorer has noted about it."""
+
+_STATISTICS = {MASS: torch.float32, NOTES: torch.int32}
+_MASS_BLOCK = 64
+"""Queries of a prompt per pass while the attention that its tokens receive is summed up."""
 
 
 def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -26,20 +36,31 @@ def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+class _NoTokens:
+    """Stands for the pool before the first forward: whoever uses it gets an error."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError("expected stored tokens, got an empty layer of a cache.")
+
+
+_NO_TOKENS = _NoTokens()
+
+
 class PoolStore:
     """The tokens of one layer, every row and KV head in a stretch of one `RaggedPool`.
 
-    It knows neither the model nor a policy: tokens come in with `append`, are read by `attend`, and
-    go when somebody compacts the pool. Padding never enters it.
+    It knows neither the model nor a policy: tokens come in with `append`, are read by `attend` and
+    `read`, and go with `evict`. Padding never enters it. A store that holds keys and values in
+    another form overrides `packed`, `take`, `attend` and `slot_bytes`.
 
     Attributes
     ----------
     shares : bool
         Whether rows share what they have in common.
     statistics : mapping from str to dtype
-        Numbers that are kept per token; set before the first one comes.
-    pool : RaggedPool or None
-        None until the first forward is stored.
+        Numbers that are kept per token; see `keep_statistics`.
+    tokens : RaggedPool
+        There is none until the first forward is stored; using it earlier is a ValueError.
     first : LongTensor[B]
         Column of each row's first real token, on the CPU; -1 while a row has only seen padding.
     clock : LongTensor[1] or None
@@ -53,11 +74,12 @@ class PoolStore:
 
     def __init__(self) -> None:
         self.statistics: Mapping[str, torch.dtype] = {}
+        self._decay = 1.0
         self.clear()
 
     def clear(self) -> None:
         """Forget all tokens and free their storage."""
-        self.pool: RaggedPool | None = None
+        self.tokens = cast(RaggedPool, _NO_TOKENS)
         self.first = torch.zeros(0, dtype=torch.long, device="cpu")
         self.clock: torch.Tensor | None = None
         self.aside: RaggedPool | None = None
@@ -66,23 +88,31 @@ class PoolStore:
         # them.
         self._tail = 0
 
+    def keep_statistics(self, *, mass: bool, decay: float, notes: bool) -> None:
+        """Say what is kept about every token, before the first one comes.
+
+        Parameters
+        ----------
+        mass : bool
+            Whether the attention that a token receives is summed up, over queries and query heads.
+        decay : float
+            Factor on these sums at every new query.
+        notes : bool
+            Whether a scorer may keep a number per token.
+        """
+        wanted = {MASS: mass, NOTES: notes}
+        self.statistics = {name: kind for name, kind in _STATISTICS.items() if wanted[name]}
+        self._decay = decay
+
+    @property
+    def pool(self) -> RaggedPool | None:
+        """The pool; None until the first forward is stored."""
+        return None if self.tokens is _NO_TOKENS else self.tokens
+
     @property
     def rows(self) -> int | None:
         """Batch rows stored; None before the first forward."""
-        return None if self.pool is None else self.pool.length.shape[0]
-
-    @property
-    def tokens(self) -> RaggedPool:
-        """The pool, which there must be.
-
-        Raises
-        ------
-        ValueError
-            Before the first forward.
-        """
-        if self.pool is None:
-            raise ValueError("expected stored tokens, got an empty layer of a cache.")
-        return self.pool
+        return None if self.pool is None else len(self.first)
 
     # ----------------------------------------------------------------------------------- new tokens
 
@@ -94,9 +124,9 @@ class PoolStore:
 
     def allocate(self, capacity: torch.Tensor, new: NewTokens) -> RaggedPool:
         """Make an empty pool with `capacity` slots, LongTensor[B, H_kv], in place of any other."""
-        self.pool = RaggedPool(capacity, new.keys, new.values, self.statistics)
+        self.tokens = RaggedPool(capacity, *self.packed(new.keys, new.values), self.statistics)
         self._tail = 0
-        return self.pool
+        return self.tokens
 
     def store_first(self, new: NewTokens, end: int, shard: Shard) -> None:
         """Store the tokens of the first forward, with room for more.
@@ -135,7 +165,8 @@ class PoolStore:
         **statistics : Tensor[B, H_kv, T]
         """
         columns = torch.arange(end - new.steps, end, device=new.keys.device)
-        self.allocate(capacity, new).append(new.keys, new.values, columns, keep, **statistics)
+        packed = self.packed(new.keys, new.values)
+        self.allocate(capacity, new).append(*packed, columns, keep, **statistics)
         self._tail = new.steps if keep is None else 0
 
     def extend_prompt(self, new: NewTokens, end: int, shard: Shard) -> None:
@@ -143,14 +174,16 @@ class PoolStore:
 
     def _place_first(self, begin: int, valid: torch.Tensor | None) -> None:
         """Note where rows begin that had no real token before column `begin`."""
-        if self._placed:
-            return
         if valid is None:
             found = torch.full_like(self.first, begin)
         else:
             found = (begin + valid.int().argmax(-1)).where(valid.any(-1), -1).cpu()
         self.first = self.first.where(self.first >= 0, found)
         self._placed = bool((self.first >= 0).all())
+
+    def packed(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn keys and values `[..., D]` into what the pool holds; as they are by default."""
+        return keys, values
 
     def make_room(self, steps: int) -> None:
         """Make sure that every head has room for `steps` more tokens, and for many after them."""
@@ -169,14 +202,17 @@ class PoolStore:
         elif columns is None:
             columns = torch.arange(end - steps, end, device=new.keys.device)
         keep = None if new.valid is None else new.valid[:, None].expand(batch, heads, steps)
-        self._place_first(end - steps, new.valid)
-        self.tokens.append(new.keys, new.values, columns, keep)
+        if not self._placed:
+            self._place_first(end - steps, new.valid)
+        self.tokens.append(*self.packed(new.keys, new.values), columns, keep)
         self._tail = self._tail + steps if new.valid is None else 0
 
     # ------------------------------------------------------------------------------------ attention
 
-    def attend(self, new: NewTokens, end: int, **accumulate: Any) -> torch.Tensor:
+    def attend(self, new: NewTokens, end: int) -> torch.Tensor:
         """Attend to all that is held with queries whose last one is at column `end - 1`.
+
+        Statistics of attention change, nothing else.
 
         Returns
         -------
@@ -184,8 +220,8 @@ class PoolStore:
         """
         pool = self.tokens
         batch, query_heads, steps, head_size = new.query.shape
-        heads, attention = pool.length.shape[1], self._attention(new)
-        if attention is decode_attention and not accumulate and self._is_even(new):
+        heads = pool.length.shape[1]
+        if self._is_even(new):
             held = (pool.fields["keys"], pool.fields["values"], pool.layout, pool.longest)
             return even_attention(new.query, *held, new.settings["scaling"])
         asking = None
@@ -194,7 +230,7 @@ class PoolStore:
             asking = asking.expand(batch, steps)
             if new.valid is not None:
                 asking = asking.masked_fill(~new.valid, -1)
-        return attention(
+        return self._attention(new)(
             query=new.query.reshape(batch, heads, query_heads // heads, steps, head_size),
             keys=pool.fields["keys"],
             values=pool.fields["values"],
@@ -204,16 +240,37 @@ class PoolStore:
             device_length=pool.device_length if uses_triton(pool.fields["keys"]) else None,
             query_positions=asking,
             **new.settings,
-            **accumulate,
+            **self._summing(new.query),
         )
+
+    def _summing(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What makes `decode_attention` add to the attention that tokens have received."""
+        if MASS not in self.statistics:
+            return {}
+        mass, steps = self.tokens.fields[MASS], query.shape[2]
+        if self._decay == 1.0:
+            return {"mass": mass}
+        mass.mul_(self._decay**steps)
+        age = torch.arange(steps - 1, -1, -1, device=query.device)
+        return {"mass": mass, "mass_weight": self._decay**age}
+
+    def sum_attention(self, new: NewTokens, end: int) -> None:
+        """Change the statistics as `attend` would, for tokens whose output is known already."""
+        if MASS not in self.statistics:
+            return
+        for start in range(0, new.steps, _MASS_BLOCK):
+            block = new.columns(start, start + _MASS_BLOCK)
+            self.attend(block, end - new.steps + start + block.steps)
 
     def _is_even(self, new: NewTokens) -> bool:
         """Whether one token asks heads that hold equally many, and no kernel is to answer."""
         pool, settings = self.tokens, new.settings
         return (
-            new.steps == 1
-            and pool.is_even
+            pool.is_even
             and pool.longest > 0
+            and new.steps == 1
+            and not self.shares
+            and MASS not in self.statistics
             and settings["softcap"] is None
             and settings["s_aux"] is None
             and not uses_triton(pool.fields["keys"])
@@ -222,6 +279,110 @@ class PoolStore:
     def _attention(self, new: NewTokens) -> Callable[..., torch.Tensor]:
         """Return what attends to the pool; called with the arguments of `decode_attention`."""
         return decode_attention
+
+    # ------------------------------------------------------------------------------------ evictions
+
+    @property
+    def length(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: tokens in the pool, on the CPU."""
+        return self.tokens.length
+
+    @property
+    def capacity(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: slots that the pool has for each head, on the CPU."""
+        return self.tokens.capacity
+
+    @property
+    def least_free(self) -> int:
+        """Fewest free slots of a head in the pool."""
+        return self.tokens.least_free
+
+    def before(self, rows: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Count tokens in the pool.
+
+        Parameters
+        ----------
+        rows : LongTensor[R]
+            On the CPU.
+        column : LongTensor[R]
+
+        Returns
+        -------
+        LongTensor[R, H_kv]
+            Tokens before that column of each row, on the CPU.
+        """
+        slots, offset = self.tokens.slots(rows)
+        at = self.tokens.take("positions", slots)
+        return ((at < column.to(at.device)[:, None, None]) & (offset >= 0)).sum(-1).cpu()
+
+    def read(
+        self, rows: torch.Tensor, columns: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> StoredTokens:
+        """Find what some rows hold in the pool; changes nothing.
+
+        Parameters
+        ----------
+        rows : LongTensor[R]
+            On the CPU.
+        columns : two of LongTensor[R], optional
+            First column of each row to read, and first one after it not to; all by default.
+        """
+        pool = self.tokens
+        slots, offset = pool.slots(rows)
+        at = pool.take("positions", slots).long().masked_fill(offset < 0, -1)
+        last = torch.iinfo(torch.long).max
+        if columns is None:
+            order = _lowest_first(at.masked_fill(offset < 0, last))
+        else:
+            low, high = columns
+            inside = at >= low.to(at.device)[:, None, None]
+            inside &= at < high.to(at.device)[:, None, None]
+            offset, at = offset.masked_fill(~inside, -1), at.masked_fill(~inside, -1)
+            # Selection, not a sort of everything: a span is short and the past may be long.
+            far = at.masked_fill(~inside, last)
+            order = far.topk(int(inside.sum(-1).max()), largest=False).indices
+        place, offset = slots.gather(-1, order), offset.gather(-1, order)
+
+        take = partial(self.take, place)
+        return StoredTokens(rows, at.gather(-1, order), place, take, offset, columns is None)
+
+    def take(self, slots: torch.Tensor, name: str) -> torch.Tensor:
+        """Copy a field of some slots, as a scorer is to see it: Tensor[*slots.shape, ...]."""
+        return self.tokens.take(name, slots)
+
+    def evict(self, tokens: StoredTokens, keep: torch.Tensor) -> None:
+        """Let tokens go that `read` has found and nothing has moved since.
+
+        Parameters
+        ----------
+        tokens : StoredTokens
+        keep : BoolTensor[R, H_kv, N]
+            What stays of them; everything else that the rows hold stays anyway.
+        """
+        pool, slots, offset = self.tokens, tokens.place, tokens.offset
+        if offset is None:
+            raise ValueError("evict: expected tokens of the pool, got some that are not stored.")
+        if not tokens.whole:
+            gone = (tokens.valid & ~keep).nonzero(as_tuple=True)
+            place = offset[gone]
+            slots, offset = pool.slots(tokens.rows)
+            keep = offset >= 0
+            keep[gone[0], gone[1], place] = False
+        pool.compact(tokens.rows, slots, offset, keep)
+        self._tail = 0
+
+    def write_notes(self, tokens: StoredTokens, notes: torch.Tensor) -> None:
+        """Store what a scorer has noted about tokens, IntTensor[R, H_kv, N]."""
+        self.tokens.fields[NOTES].index_copy_(0, *tokens.only_real(notes))
+
+    def clear_notes(self) -> None:
+        """Forget what a scorer has noted: it may be about positions that other tokens will take."""
+        if NOTES in self.statistics:
+            self.tokens.fields[NOTES].zero_()
+
+    def relayout(self, capacity: torch.Tensor) -> None:
+        """Move the pool into a storage with `capacity` slots, LongTensor[B, H_kv]."""
+        self.tokens.relayout(capacity)
 
     # ------------------------------------------------------------------------------- captured steps
 
@@ -294,7 +455,7 @@ class PoolStore:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` copies row `rows[i]` (LongTensor, CPU)."""
         if self.pool is not None:
-            self.pool.select_rows(rows)
+            self.tokens.select_rows(rows)
             self.first = self.first[rows]
         if self.aside is not None:
             self.aside = self.aside.snapshot(deep=False)
@@ -309,7 +470,7 @@ class PoolStore:
     def snapshot(self, *, deep: bool) -> PoolStore:
         """Copy, so that later appends leave the copy as it is; see `RaggedPool.snapshot`."""
         twin = copy.copy(self)
-        twin.pool = self.tokens.snapshot(deep=deep)
+        twin.tokens = self.tokens.snapshot(deep=deep)
         return twin
 
     # --------------------------------------------------------------------------------------- report
@@ -321,11 +482,11 @@ class PoolStore:
 
     def held(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: tokens held, on the CPU."""
-        return torch.zeros(0, 0, device="cpu") if self.pool is None else self.pool.length
+        return torch.zeros(0, 0, device="cpu") if self.pool is None else self.tokens.length
 
     def held_positions(self) -> list[list[list[int]]]:
         """Sorted columns that are held, per row and KV head; padding is never listed."""
-        return [] if self.pool is None else self.with_shared(self.pool.held().lists())
+        return [] if self.pool is None else self.with_shared(self.tokens.held().lists())
 
     def with_shared(self, own: list[list[list[int]]]) -> list[list[list[int]]]:
         """Add the columns that rows hold outside of the pool to those of each head in it."""
@@ -347,3 +508,25 @@ class PoolStore:
         for pool in (self.pool, self.aside):
             if pool is not None:
                 yield from pool.fields.values()
+
+    # -------------------------------------------------------------------------------- what it takes
+
+    def slot_bytes(self, size: int, dtype: torch.dtype) -> int:
+        """Bytes of one slot for keys and values of `size` numbers each."""
+        kept = sum(kind.itemsize for kind in self.statistics.values())
+        return 2 * size * dtype.itemsize + torch.int32.itemsize + kept
+
+    def slots_without_budget(self, prompt: int, generated: int) -> int:
+        """Slots per head where every token is kept, after single tokens behind a prompt."""
+        slots = prompt + FIRST_ROOM
+        while slots < prompt + generated:
+            slots = 2 * slots
+        return slots
+
+
+def _lowest_first(columns: torch.Tensor) -> torch.Tensor:
+    """Return the order that sorts each row, LongTensor[..., N]; equal numbers in any order."""
+    if columns.device.type != "cpu":
+        return columns.argsort(dim=-1)
+    # Faster than torch's on a CPU.
+    return torch.from_numpy(np.argsort(columns.numpy(), axis=-1))

@@ -29,6 +29,11 @@ class QueryWindow:
         self._ring: torch.Tensor | None = None
         self._end = self._held = 0
 
+    @property
+    def columns(self) -> int:
+        """Columns kept, of which the newest `size` are ever returned."""
+        return self._held if self._ring is not None else self._columns
+
     def append(self, query: torch.Tensor, clock: torch.Tensor | None = None) -> None:
         """Add the queries `[B, H_q, T, D]` of one forward.
 

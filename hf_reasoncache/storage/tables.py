@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_ELSEWHERE = frozenset({"policy", "settings", "_settings", "shadow", "deduplicator"})
+_ELSEWHERE = frozenset({"policy", "settings", "_settings", "observers", "deduplicator"})
 """Attributes that other layers share, that are the model's, or that a report counts apart."""
 
 

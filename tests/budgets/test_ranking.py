@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_reasoncache.budgets.ranking import kth_largest, lowest_first
+from hf_reasoncache.budgets.ranking import kth_largest
 
 
 @given(
@@ -25,11 +25,3 @@ def test_kth_largest_is_what_sorting_finds(dtype, ranks, shared, seed):
     found = kth_largest(scores.requires_grad_(), wanted)
     assert found.dtype == dtype
     assert torch.equal(found, expected)
-
-
-def test_lowest_first_sorts_every_row():
-    numbers = torch.stack([torch.randperm(50) for _ in range(6)]).view(2, 3, 50)
-    numbers[1, 2, 20:] = 99
-    order = lowest_first(numbers)
-    assert torch.equal(numbers.gather(-1, order), numbers.sort(-1).values)
-    assert torch.equal(order.sort(-1).values, torch.arange(50).expand(2, 3, -1))

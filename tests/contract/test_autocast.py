@@ -5,8 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from hf_reasoncache import SharedBranchCache, branch_generate
+from hf_reasoncache.observers import Probes
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk import Probes, damage
+from hf_reasoncache.risk import damage
 from hf_reasoncache.scorers import H2O, RKV, SCORERS
 from tests.support.caches import CLASSES, KINDS, exact_cache, make_cache
 from tests.support.driver import Driver
@@ -58,9 +59,9 @@ def test_exact_caches_are_dynamic_cache(name, attention, dtype):
 
 def test_float64_is_left_alone():
     model = build("llama").double()
-    with autocast():
-        cache = exact_cache("reason_alloc", model)
-        cache.update(*(torch.ones(1, 2, 3, 16, dtype=torch.float64) for _ in range(2)), 0)
+    cache = exact_cache("reason_alloc", model)
+    with autocast(), torch.no_grad():
+        model(**prompt(), **cache_kwarg(cache))
     assert cache.layers[0].dtype == torch.float64
 
 

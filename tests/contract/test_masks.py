@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.layer import CacheLayer
+from hf_reasoncache.observers import Probes
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk import Probes
 from hf_reasoncache.scorers import H2O, RKV, Random
 from tests.support.caches import KINDS, exact_cache, make_cache
 from tests.support.models import VOCABULARY, build, prompt

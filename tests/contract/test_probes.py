@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hf_reasoncache.observers import Observer, Probes
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk import Probes
 from tests.support.attention_reference import outputs
 from tests.support.caches import CLASSES, exact_cache, make_cache
 from tests.support.driver import Driver, now_held
@@ -13,19 +13,18 @@ from tests.support.models import LAYERS, build, prompt
 ALL = Probes(heads=1.0, interval=5)
 
 
-class Spy:
+class Spy(Observer):
     """All queries, keys and values that a model hands to one layer."""
 
     def __init__(self, layer):
-        self.layer, self.take = layer, layer._remember
-        layer._remember = self
         self.queries, self.keys, self.values = [], [], []
+        (self.shadow,) = layer.observers
+        layer.observers += (self,)
 
-    def __call__(self, chunk):
-        self.queries.append(chunk.query)
-        self.keys.append(chunk.keys)
-        self.values.append(chunk.values)
-        self.take(chunk)
+    def attended(self, layer, new):
+        self.queries.append(new.query)
+        self.keys.append(new.keys)
+        self.values.append(new.values)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
@@ -38,9 +37,9 @@ def test_a_probe_is_the_difference_to_all_tokens(name, kind):
     driver = Driver(model, cache, inputs["attention_mask"])
     logits, checked = driver(inputs["input_ids"]), 0
     for _ in range(40):
-        known = len(spy.layer.shadow.log)
+        known = len(spy.shadow.log)
         logits = driver(logits[:, -1:].argmax(-1))
-        log = spy.layer.shadow.log
+        log = spy.shadow.log
         if len(log) == known:
             continue
         keys, values = (torch.cat(x, 2) for x in (spy.keys, spy.values))
@@ -109,7 +108,7 @@ def test_a_shadow_follows_rows_and_drafts(mode):
     if "num_beams" not in mode:
         assert torch.equal(out, run()[0])
     for layer in cache.layers:
-        shadow, pool = layer.shadow, layer.store.pool
+        shadow, pool = layer.observers[0], layer.store.pool
         assert shadow.columns == layer.seen == int(layer.store.pool.fields["positions"].max()) + 1
         keys = torch.cat([chunk[0] for chunk in shadow._chunks], 2)
         slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
@@ -124,26 +123,27 @@ def test_crop_and_rows():
     cache = make_cache("reason_alloc", model, probes=ALL)
     driver = Driver(model, cache, inputs["attention_mask"])
     driver.greedy(driver(inputs["input_ids"]), 30)
-    log = cache.layers[0].shadow.log
+    log = cache.layers[0].observers[0].log
     cache.crop(-6)
     driver.seen -= 6
-    assert cache.layers[0].shadow.columns == driver.seen
-    assert int(cache.layers[0].shadow.log.columns.max()) <= driver.seen < int(log.columns.max())
+    assert cache.layers[0].observers[0].columns == driver.seen
+    assert (
+        int(cache.layers[0].observers[0].log.columns.max()) <= driver.seen < int(log.columns.max())
+    )
     cache.batch_select_indices(torch.tensor([1]))
     driver.rows([1])
     driver.greedy(driver(torch.full((1, 1), 5)), 10)
-    assert set(cache.layers[0].shadow.log.rows.tolist()) == {0}
+    assert set(cache.layers[0].observers[0].log.rows.tolist()) == {0}
     cache.reset()
-    assert cache.layers[0].shadow is None
+    assert cache.layers[0].observers[0].log is None
 
 
 def test_heads_are_drawn_by_seed():
-    drawn = [[Probes(0.3, seed=s).shadow(layer, 8) for layer in range(40)] for s in (0, 0, 1)]
-    heads = [[[] if x is None else x.heads.tolist() for x in each] for each in drawn]
+    heads = [[Probes(0.3, seed=s).draw(layer, 8)[0] for layer in range(40)] for s in (0, 0, 1)]
     assert heads[0] == heads[1] != heads[2]
     share = sum(map(len, heads[0])) / 320
     assert 0.2 < share < 0.4
-    assert Probes(1.0).shadow(0, 4).heads.tolist() == [0, 1, 2, 3]
+    assert Probes(1.0).draw(0, 4)[0] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_bad_settings(arguments, said):
 
 def test_captured_steps_and_other_objects_are_refused():
     model = build("llama")
-    with pytest.raises(ValueError, match=r"probes: expected a risk.Probes, got True"):
+    with pytest.raises(ValueError, match=r"probes: expected an observers.Probes, got True"):
         make_cache("reason_alloc", model, probes=True)
     cache = make_cache("reason_alloc", model, probes=ALL)
     model(**prompt(), **cache_kwarg(cache))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.layers.budgeted import BudgetedLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.storage.pool_store import PoolStore
 from tests.support.driver import Driver
@@ -28,7 +28,7 @@ class Witness:
     def __init__(self, patch):
         self.known, self.checked, self.skipped = {}, 0, 0
         self.cache = None
-        append, occasion = PoolStore.append, BudgetedLayer._occasion
+        append, asked = PoolStore.append, CacheLayer._queries_before
 
         def watched_append(store, chunk, end):
             append(store, chunk, end)
@@ -38,15 +38,16 @@ class Witness:
                 column = end - chunk.steps + index
                 self.known[layer.index, column] = chunk.query[:, :, index].clone()
 
-        def watched_occasion(layer, rows, columns):
-            found = occasion(layer, rows, columns)
-            newest = [self.known[layer.index, columns - QUERIES + i] for i in range(QUERIES)]
-            assert torch.equal(found.queries, torch.stack(newest, dim=2))
+        def watched_asked(layer, wanted, span, heads):
+            found = asked(layer, wanted, span, heads)
+            columns = range(span.columns - QUERIES, span.columns)
+            newest = torch.stack([self.known[layer.index, at] for at in columns], dim=2)
+            assert torch.equal(found[0].flatten(1, 2), newest[span.rows])
             self.checked += 1
             return found
 
         patch.setattr(PoolStore, "append", watched_append)
-        patch.setattr(BudgetedLayer, "_occasion", watched_occasion)
+        patch.setattr(CacheLayer, "_queries_before", watched_asked)
 
     def rows(self, rows):
         self.known = {place: query[rows] for place, query in self.known.items()}

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.observers import Probes
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk import Guard, Probes
+from hf_reasoncache.risk import Guard
 from hf_reasoncache.scorers import RKV, Random
 from tests.support.attention_reference import outputs
 from tests.support.caches import BRANCHED, CLASSES, exact_cache, make_cache

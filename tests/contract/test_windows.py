@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_reasoncache import SlidingWindowCompressCache
-from hf_reasoncache.layers.windowed import WindowedLayer
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.scorers import H2O, RKV, Random, Scorer
 from tests.support.driver import Driver, now_held, tokens
 from tests.support.models import LAYERS, VOCABULARY, build, prompt
@@ -156,7 +156,7 @@ def test_bound_holds_after_every_compaction(changes):
         before = driver.cache.report()
         logits = driver(logits[:, -1:].argmax(-1))
         report = driver.cache.report()
-        limits = [layer.budgets.limit for layer in driver.cache.layers]
+        limits = [layer.state.limit for layer in driver.cache.layers]
         assert torch.stack(limits).sum(0).tolist() == [bound * LAYERS] * 2
         for layer, limit in enumerate(limits):
             for row in range(2):
@@ -257,7 +257,7 @@ def test_a_window_is_scored_by_its_own_queries(turn, monkeypatch):
     model, paddings = build("llama"), (0, 5)
     inputs, scorer = prompt(padding=paddings), Witness(seen=[])
     recorded = {layer: [] for layer in range(LAYERS)}
-    store, attend = WindowedLayer.store_first, WindowedLayer.attend
+    store, attend = CacheLayer.store_first, CacheLayer.attend
 
     def spy(function):
         def call(self, chunk):
@@ -266,8 +266,8 @@ def test_a_window_is_scored_by_its_own_queries(turn, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(WindowedLayer, "store_first", spy(store))
-    monkeypatch.setattr(WindowedLayer, "attend", spy(attend))
+    monkeypatch.setattr(CacheLayer, "store_first", spy(store))
+    monkeypatch.setattr(CacheLayer, "attend", spy(attend))
     driver, logits = start(model, inputs, scorer=scorer)
     logits = driver.greedy(logits, 20)
     driver(logits[:, -1:].argmax(-1).expand(-1, turn))

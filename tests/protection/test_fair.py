@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_reasoncache.layers.selection import keep_top
+from hf_reasoncache.policies.keep_top import keep_top
 from hf_reasoncache.protection import Fair, Protection, Spans
 from hf_reasoncache.protection.fair import share_fairly
 

@@ -17,19 +17,20 @@ class Heads:
         self.rates = torch.tensor(rates)
         self.weighed = 0
 
-    def select(self, per_head):
+    fixed = False
+
+    def keep(self, per_head):
         return torch.arange(BUDGETS + BUFFER) < per_head[..., None]
 
-    def weigh(self, keeps):
+    def measure(self, keeps):
         self.weighed += len(keeps)
         errors = [(-self.rates * keep.sum(-1)).exp() for keep in keeps]
         return [Damage(mass=e, error=e, worst=e) for e in errors]
 
     def run(self, guard, spare=6):
-        budgets = torch.full(self.rates.shape, BUDGETS)
-        keep, damage = guard.choose(
-            self.select, self.weigh, budgets, torch.full_like(budgets, 4), budgets + spare
-        )
+        self.per_head = torch.full(self.rates.shape, BUDGETS)
+        self.least, self.most = torch.full_like(self.per_head, 4), self.per_head + spare
+        keep, damage = guard.choose(self, self)
         return keep.sum(-1), damage.error
 
 

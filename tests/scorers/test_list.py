@@ -13,7 +13,7 @@ from hf_reasoncache.arguments import require_scorer
 from hf_reasoncache.cli.options import Caches
 from hf_reasoncache.evaluation import parse_spec
 from hf_reasoncache.scorers import RKV, SCORERS, LagKV, Random, Scorer, SnapKV, make_scorer
-from tests.models import build
+from tests.support.models import build
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 

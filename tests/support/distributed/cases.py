@@ -12,10 +12,10 @@ from hf_reasoncache import (
     branch_generate,
 )
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.layers.budgeted import BudgetedLayer
+from hf_reasoncache.observers import Probes
 from hf_reasoncache.protection import Fair
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk import Guard, Probes
+from hf_reasoncache.risk import Guard
 from hf_reasoncache.scorers import H2O, Random
 
 ALLOC = dict(budget=44, buffer=8, window=4)
@@ -50,7 +50,7 @@ def branches(suffix=None):
 def often(cache):
     """Re-allocate heads every 12 tokens, not every 128."""
     for layer in cache.layers:
-        if isinstance(layer, BudgetedLayer):
+        if hasattr(getattr(layer, "policy", None), "head_interval"):
             layer.policy = replace(layer.policy, head_interval=12)
     return cache
 

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import torch
 
-from hf_reasoncache.layers.row_budgets import RowBudgets
+from hf_reasoncache.policies.base import Counts, EvictionSpan
+from hf_reasoncache.policies.row_budgets import RowBudgets
 from hf_reasoncache.shards import Shard
 
 
@@ -33,34 +34,37 @@ class AgreedBudgets(RowBudgets):
     behind: torch.Tensor
 
     @staticmethod
-    def of(budgets: RowBudgets, shard: Shard, before: RowBudgets | None) -> AgreedBudgets:
+    def of(budgets: RowBudgets, shard: Shard, before: AgreedBudgets | None) -> AgreedBudgets:
         """Give the budget that all heads here have to all heads of the layer.
 
         Parameters
         ----------
         budgets : RowBudgets
         shard : Shard
-        before : RowBudgets or None
+        before : AgreedBudgets or None
             What it replaces; without any, all heads hold the same number of tokens.
         """
         everyone = budgets.heads[:, :1].repeat(1, shard.total or 1)
-        behind = torch.zeros_like(everyone)
-        if isinstance(before, AgreedBudgets):
-            behind = before.behind
+        behind = torch.zeros_like(everyone) if before is None else before.behind
         return AgreedBudgets(**vars(budgets), shard=shard, everyone=everyone, behind=behind)
 
+    def room(self, counts: Counts, columns: int) -> int:
+        """See `RowState.room`."""
+        return counts.least_free - self._lead
+
     @cached_property
-    def lead(self) -> int:
-        """See `RowBudgets.lead`; rows apart, of which the largest."""
+    def _lead(self) -> int:
+        """How many more free slots heads here have than the fullest head elsewhere, rows apart; of
+        which the largest.
+        """
         free = self.everyone + self.behind
         own = self.shard.own(free, self.heads.shape[1])
         return int((own.amin(-1) - free.amin(-1)).max())
 
-    def full(self, length: torch.Tensor, steps: int) -> torch.Tensor:
-        """See `RowBudgets.full`; a head in another process counts like one here."""
+    def _full(self, length: torch.Tensor, steps: int) -> torch.Tensor:
+        """See `RowBudgets._full`; a head in another process counts like one here."""
         everyone = length[:, :1] - self.behind
-        over = everyone + steps > self.everyone + self.policy.buffer
-        return over.any(-1).nonzero()[:, 0]
+        return (everyone + steps > self.everyone + self.policy.buffer).any(-1)
 
     def without(self, tokens: torch.Tensor) -> AgreedBudgets:
         """See `RowBudgets.without`."""
@@ -71,19 +75,20 @@ class AgreedBudgets(RowBudgets):
         chosen: AgreedBudgets = super().select_rows(rows)  # type: ignore[assignment]
         return replace(chosen, everyone=self.everyone[rows], behind=self.behind[rows])
 
-    def after(self, rows: torch.Tensor, valid: torch.Tensor, keep: torch.Tensor) -> AgreedBudgets:
-        """See `RowBudgets.after`."""
-        own = keep.sum(-1).cpu()
-        risk = self.policy.risk
+    def after(self, span: EvictionSpan, count: torch.Tensor, kept: torch.Tensor) -> AgreedBudgets:
+        """See `RowState.after`."""
+        own, risk = kept.cpu(), self.policy.risk
         if risk is None or risk.guard is None:
-            held = valid.sum(-1).cpu()[:, :1] - self.behind[rows]
-            kept = torch.minimum(held, self.everyone[rows])
+            held = count.cpu()[:, :1] - self.behind[span.rows]
+            everyone = torch.minimum(held, self.everyone[span.rows])
         else:
-            kept = self.shard.gather(own)
-        return replace(self, behind=self.behind.index_put((rows,), own[:, :1] - kept))
+            everyone = self.shard.gather(own)
+        behind = self.behind.index_put((span.rows,), own[:, :1] - everyone)
+        return replace(self, behind=behind)
 
-    def recount(self, length: torch.Tensor) -> AgreedBudgets:
-        """See `RowBudgets.recount`; the processes tell each other."""
+    def recount(self, counts: Counts) -> AgreedBudgets:
+        """See `RowState.recount`; the processes tell each other."""
+        length = counts.length
         return replace(self, behind=length[:, :1] - self.shard.gather(length))
 
     def _split(
@@ -95,9 +100,11 @@ class AgreedBudgets(RowBudgets):
         spare = int(held.max()) - scores.shape[-1]
         own = scores.masked_fill(~valid, -torch.inf)
         found = self.shard.gather(torch.nn.functional.pad(own, (0, spare), value=-torch.inf))
-        whole = RowBudgets(self.policy, self.everyone, self.floor, self.last_split)
-        split = whole._split(rows, found, found > -torch.inf, columns)
-        return replace(self._sharing(split.heads), last_split=split.last_split)
+        split = self._shares(self.everyone, rows, found, found > -torch.inf)
+        everyone = self.everyone.index_put((rows,), split)
+        return replace(
+            self._sharing(everyone), last_split=self.last_split.index_fill(0, rows, columns)
+        )
 
     def _sharing(self, everyone: torch.Tensor) -> AgreedBudgets:
         """The same with other budgets for all heads of the layer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_reasoncache.layers.selection import keep_top
+from hf_reasoncache.policies.keep_top import keep_top
 
 
 def token2chunk(
@@ -43,14 +43,15 @@ def token2chunk(
     BoolTensor[R, H, N]
         As many marks as the budget says, or all tokens of a head that has fewer.
     """
-    budgets, ranks = budgets.to(scores.device), scores.masked_fill(~valid, -torch.inf)
-    free = budgets
+    ranks = scores.masked_fill(~valid, -torch.inf)
     if forced is not None:
-        ranks, free = ranks.masked_fill(forced, torch.inf), budgets - forced.sum(-1)
+        ranks = ranks.masked_fill(forced, torch.inf)
+    if share == 0:
+        return keep_top(ranks, budgets) & valid
+    budgets = budgets.to(scores.device)
+    free = budgets if forced is None else budgets - forced.sum(-1)
     best = budgets - free + (free - (free * share).long()).clamp_min(free.clamp_max(1))
     keep = keep_top(ranks, best) & valid
-    if share == 0:
-        return keep
     rest = torch.minimum(budgets, valid.sum(-1)) - keep.sum(-1)
     return keep | (_filling_order(scores.where(valid, 0), valid, keep) < rest[..., None])
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_reasoncache.layers.token2chunk import token2chunk
+from hf_reasoncache.policies.token2chunk import token2chunk
 
 # Few different values, so that ties are common; binary fractions, so that means are exact.
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=14)

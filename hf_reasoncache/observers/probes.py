@@ -7,6 +7,7 @@ attends to them as well.
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
 from numbers import Real
@@ -14,9 +15,11 @@ from typing import Any
 
 import torch
 
+from hf_reasoncache.observers.base import Observed, Observer
 from hf_reasoncache.risk.damage import eviction_damage
 from hf_reasoncache.risk.log import RiskLog
 from hf_reasoncache.shards import ALONE, Shard
+from hf_reasoncache.storage.new_tokens import NewTokens
 
 
 @dataclass(frozen=True)
@@ -51,39 +54,74 @@ class Probes:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"probes: expected {name} as an integer >= {low}, got {value!r}.")
 
-    def shadow(self, layer: int, heads: int, shard: Shard = ALONE) -> Shadow | None:
-        """Begin the shadow of a layer of which `heads` KV heads are here, or None.
+    def draw(self, layer: int, heads: int, shard: Shard = ALONE) -> tuple[list[int], int]:
+        """Draw which of a layer's KV heads have a shadow, of which `heads` are here, and a step.
 
-        None where none of them was drawn. Which ones are does not depend on where heads are.
+        Which ones are does not depend on where heads are.
+
+        Returns
+        -------
+        heads : list of int
+            Counted among those that are here.
+        phase : int
+            Remainder of the steps that are probed, divided by `interval`.
         """
         drawn = random.Random(f"{self.seed}/{layer}")
         total = shard.total or heads
         chosen = [head for head in range(total) if drawn.random() < self.heads]
         phase = drawn.randrange(self.interval)
-        here = [head - shard.first for head in chosen if 0 <= head - shard.first < heads]
-        return Shadow(self.interval, phase, torch.tensor(here, device="cpu")) if here else None
+        return [head - shard.first for head in chosen if 0 <= head - shard.first < heads], phase
 
 
-class Shadow:
+class Shadow(Observer):
     """All keys and values of some heads of one layer, on the CPU, and what probes have found.
+
+    Parameters
+    ----------
+    settings : Probes
 
     Attributes
     ----------
     heads : LongTensor[H']
-    log : RiskLog
-        One entry per probe and row; heads in the order of `heads`.
+        Those that are probed, drawn with the first tokens.
+    log : RiskLog or None
+        One entry per probe and row; heads in the order of `heads`. None where no head was drawn.
     """
 
-    def __init__(self, interval: int, phase: int, heads: torch.Tensor) -> None:
-        self.interval, self.phase, self.heads = interval, phase, heads
-        self.log = RiskLog()
+    def __init__(self, settings: Probes) -> None:
+        self.settings = settings
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Observer.reset`."""
+        self.heads: torch.Tensor | None = None
+        self._phase = 0
+        self.log = None
         self._chunks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._hidden: torch.Tensor | None = None
+
+    def attended(self, layer: Observed, new: NewTokens) -> None:
+        """See `Observer.attended`: keeps the tokens, and probes where a single one is due."""
+        if self.heads is None:
+            heads, self._phase = self.settings.draw(layer.index, new.keys.shape[1], layer.shard)
+            self.heads = torch.tensor(heads, dtype=torch.long, device="cpu")
+            self.log = RiskLog() if heads else None
+        if self.log is None:
+            return
+        self.append(new.keys, new.values, new.valid)
+        if new.steps == 1 and self.columns % self.settings.interval == self._phase:
+            rows = torch.arange(new.keys.shape[0], device="cpu")
+            self.probe(new.query, layer.store.read(rows).columns, new.settings)
 
     @property
     def columns(self) -> int:
         """Columns stored."""
         return sum(valid.shape[1] for *_, valid in self._chunks)
+
+    def _drawn(self) -> torch.Tensor:
+        if self.heads is None:
+            raise ValueError("expected heads that are probed, got none before the first tokens.")
+        return self.heads
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Store new tokens.
@@ -96,17 +134,13 @@ class Shadow:
         """
         if valid is None:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device="cpu")
-        own = self.heads.to(keys.device)
+        own = self._drawn().to(keys.device)
         keys, values = (x.index_select(1, own).cpu() for x in (keys, values))
         self._chunks.append((keys, values, valid.cpu()))
 
     def hide(self, hidden: torch.Tensor) -> None:
-        """Leave the columns that an attention mask hides out of the truth, BoolTensor[B, T]."""
+        """See `Observer.hide`; what is hidden is no part of the truth."""
         self._hidden = hidden.cpu()
-
-    def is_due(self) -> bool:
-        """Whether the newest column is one to probe."""
-        return self.columns % self.interval == self.phase
 
     def probe(self, query: torch.Tensor, columns: torch.Tensor, settings: dict[str, Any]) -> None:
         """Compare the newest token's attention to what is held with that to everything.
@@ -130,20 +164,17 @@ class Shadow:
         if self._hidden is not None:
             missing = total - self._hidden.shape[1]
             valid = valid & ~torch.nn.functional.pad(self._hidden, (0, missing))
-        own = columns.cpu()[:, self.heads]
-        held = torch.zeros(rows, len(self.heads), total + 1, dtype=torch.bool, device="cpu")
+        heads = self._drawn()
+        own = columns.cpu()[:, heads]
+        held = torch.zeros(rows, len(heads), total + 1, dtype=torch.bool, device="cpu")
         held.scatter_(-1, own.where(own >= 0, total), True)
-        at = (
-            torch.arange(total, device="cpu")
-            .where(valid, -1)[:, None]
-            .expand(-1, len(self.heads), -1)
-        )
+        at = torch.arange(total, device="cpu").where(valid, -1)[:, None].expand(-1, len(heads), -1)
         grouped = query.cpu().unflatten(1, (columns.shape[1], -1))
         sinks = settings.get("s_aux")
         if sinks is not None:
-            sinks = sinks.detach().cpu().view(columns.shape[1], -1)[self.heads].flatten()
+            sinks = sinks.detach().cpu().view(columns.shape[1], -1)[heads].flatten()
         [damage] = eviction_damage(
-            grouped[:, self.heads],
+            grouped[:, heads],
             torch.full((rows, 1), total - 1, device="cpu"),
             keys,
             values,
@@ -151,10 +182,11 @@ class Shadow:
             [held[..., :total]],
             **(settings | {"s_aux": sinks}),
         )
-        self.log = self.log.add(torch.arange(rows, device="cpu"), total, damage)
+        log = RiskLog() if self.log is None else self.log
+        self.log = log.add(torch.arange(rows, device="cpu"), total, damage)
 
     def crop(self, columns: int) -> None:
-        """Forget all after the first `columns` columns, their probes too."""
+        """See `Observer.crop`; what was found later is forgotten too."""
         kept, begin = [], 0
         for keys, values, valid in self._chunks:
             left = max(0, min(valid.shape[1], columns - begin))
@@ -164,25 +196,25 @@ class Shadow:
         self._chunks = kept
         if self._hidden is not None:
             self._hidden = self._hidden[:, :columns]
-        self.log = self.log.until(columns)
+        self.log = None if self.log is None else self.log.until(columns)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Keep, repeat or reorder rows."""
+        """See `Observer.select_rows`."""
         self._chunks = [
             (keys[rows], values[rows], valid[rows]) for keys, values, valid in self._chunks
         ]
         if self._hidden is not None:
             self._hidden = self._hidden[rows]
-        self.log = self.log.select_rows(rows)
+        self.log = None if self.log is None else self.log.select_rows(rows)
 
     def clone(self) -> Shadow:
-        """Return a shadow that changes independently; stored tensors are never written to."""
-        twin = Shadow(self.interval, self.phase, self.heads)
-        twin.log, twin._chunks, twin._hidden = self.log, list(self._chunks), self._hidden
+        """See `Observer.clone`; stored tensors are never written to."""
+        twin = copy.copy(self)
+        twin._chunks = list(self._chunks)
         return twin
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of CPU memory."""
         stored = sum(x.untyped_storage().nbytes() for chunk in self._chunks for x in chunk)
-        return stored + self.log.nbytes
+        return stored + (0 if self.log is None else self.log.nbytes)

@@ -1,16 +1,19 @@
-"""The settings by which a layer compresses windows."""
+"""Windows of generated text, each compressed once, when it has been written."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
+from hf_reasoncache.policies.base import PromptRows, grown_protection
+from hf_reasoncache.policies.row_windows import RowWindows
 from hf_reasoncache.protection import Protection
-from hf_reasoncache.risk import Probes, Risk
+from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers.base import Scorer
+from hf_reasoncache.scorers.key_norm import KeyNorm
 
 _SPARE = 16  # 1/16 of a long pool is free for growth, so that it moves every few windows
 
@@ -20,6 +23,10 @@ Slots = TypeVar("Slots", int, torch.Tensor)
 @dataclass(frozen=True)
 class WindowPolicy:
     """The settings by which one layer compresses its windows.
+
+    Between two forwards all tokens from a row's next window on are held; of the windows before it
+    each head holds what `RowWindows.kept` said, or less after a second pass; with a bound, no row
+    held more than that per head when its last compaction ended.
 
     Attributes
     ----------
@@ -57,8 +64,6 @@ class WindowPolicy:
         Whitelist and fair eviction; None costs nothing.
     risk : Risk or None
         What is measured of an eviction's cost; None costs nothing.
-    probes : Probes or None
-        Which heads have a shadow; None costs nothing.
     """
 
     window: int
@@ -78,7 +83,55 @@ class WindowPolicy:
     rank: int = 0
     protection: Protection | None = None
     risk: Risk | None = None
-    probes: Probes | None = None
+
+    cuts_incoming: ClassVar[bool] = False
+    moves_heads: ClassVar[bool] = True
+
+    @property
+    def queries(self) -> int:
+        """See `Policy.queries`: none is older than the window."""
+        return min(self.scorer.queries, self.window)
+
+    @property
+    def query_columns(self) -> int:
+        """See `Policy.query_columns`: back to the oldest query that a complete window needs."""
+        return self.queries + self.recent if self.queries else 0
+
+    def open_columns(self, state: RowWindows | None, columns: int) -> int:
+        """See `Policy.open_columns`: several windows may become complete at once."""
+        if not self.query_columns:
+            return 0
+        if state is None:
+            return 0 if self.protect_prompt else columns
+        return state.open_columns(columns)
+
+    def begin(self, prompt: PromptRows, before: Any) -> RowWindows:
+        """See `Policy.begin`."""
+        known = None if before is None else before.protection
+        protection = grown_protection(self.protection, prompt, known)
+        length = prompt.length
+        protected = length if self.protect_prompt else torch.zeros_like(length)
+        kept = protected if protection is None else torch.maximum(protected, protection.count)
+        limits = [self.limit(tokens) for tokens in kept.tolist()]
+        carried = None if self.protect_prompt else before
+        return RowWindows(
+            policy=self,
+            first=prompt.first,
+            prompt=length,
+            start=protected if carried is None else carried.start,
+            sweep=protected if carried is None else carried.sweep,
+            # What branches share counts against the bound of each.
+            limit=None
+            if self.max_budget is None
+            else torch.tensor(limits, device="cpu") - prompt.shared,
+            shard=prompt.shard,
+            protection=protection,
+        )
+
+    def counted(self) -> WindowPolicy:
+        """See `Policy.counted`: neither scores nor what watches evictions changes their number."""
+        rank = 0 if self.demand is None else self.rank
+        return replace(self, scorer=KeyNorm(), protection=None, risk=None, rank=rank)
 
     @property
     def may_evict(self) -> bool:

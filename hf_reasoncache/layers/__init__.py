@@ -1,1 +1,0 @@
-"""Storage and life of one layer of a cache."""

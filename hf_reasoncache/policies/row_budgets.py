@@ -1,0 +1,196 @@
+"""How many tokens every head of every row keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_reasoncache.budgets.heads import head_budgets
+from hf_reasoncache.policies.base import Counts, EvictionSpan, Positions, RowState
+from hf_reasoncache.policies.plan import EvictionPlan
+from hf_reasoncache.protection import RowProtection
+
+if TYPE_CHECKING:
+    from hf_reasoncache.policies.budget import BudgetPolicy
+
+
+@dataclass(frozen=True, eq=False)
+class RowBudgets(RowState):
+    """Budgets of one layer; rows are independent, and changes give a new object.
+
+    Invariant: a row's head budgets add up to `H_kv` times the budget of its layer.
+
+    Attributes
+    ----------
+    policy : BudgetPolicy
+    first : LongTensor[B]
+        See `RowState.first`.
+    prompt_columns : int
+        Columns of the prompt.
+    heads : LongTensor[B, H_kv]
+        Tokens per head after a compaction, on the CPU.
+    floor : LongTensor[B]
+        Protected prompt tokens and the window: what no head may go below.
+    last_split : LongTensor[B]
+        Columns stored when the row's heads were last re-allocated.
+    protection : RowProtection or None
+    """
+
+    policy: BudgetPolicy
+    first: torch.Tensor
+    prompt_columns: int
+    heads: torch.Tensor
+    floor: torch.Tensor
+    last_split: torch.Tensor
+    protection: RowProtection | None = None
+
+    def check_prompt(self) -> None:
+        """See `RowState.check_prompt`."""
+        if self.protection is not None:
+            self.protection.check()
+
+    # --------------------------------------------------------------------------------- what is due
+
+    def room(self, counts: Counts, columns: int) -> int:
+        """See `RowState.room`: between two forwards every head has the capacity it should have."""
+        return counts.least_free
+
+    def due(self, counts: Counts, columns: int, steps: int) -> torch.Tensor:
+        """See `RowState.due`: rows with a head that has no room for so many tokens."""
+        return self._full(counts.length, steps).nonzero()[:, 0]
+
+    def _full(self, length: torch.Tensor, steps: int) -> torch.Tensor:
+        """BoolTensor[B]: rows with a head that has no room for `steps` more than `length`."""
+        return (length + steps > self.heads + self.policy.buffer).any(-1)
+
+    def next_span(
+        self, rows: torch.Tensor, columns: int, counts: Counts
+    ) -> tuple[RowBudgets, EvictionSpan | None]:
+        """See `RowState.next_span`: all that a full row holds, once."""
+        rows = rows[self._full(counts.length, 1)[rows]]
+        if not rows.numel():
+            return self, None
+        first = self.first[rows]
+        return self, EvictionSpan(rows, columns, first, columns - first)
+
+    # ----------------------------------------------------------------------------- how much stays
+
+    def quota(self, span: EvictionSpan, count: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
+        """See `RowState.quota`: the budget of each head."""
+        return self.heads[span.rows]
+
+    def plan(
+        self, span: EvictionSpan, tokens: Positions, scores: torch.Tensor
+    ) -> tuple[RowBudgets, EvictionPlan]:
+        """See `RowState.plan`; heads are re-allocated where that is due.
+
+        Of the buffer a quarter stays free at least, or evictions would come at every step.
+        """
+        forced = self._protected(span, tokens)
+        state, buffer = self._resplit(span, tokens, scores, forced), self.policy.buffer
+        heads = state.heads[span.rows]
+        plan = EvictionPlan(
+            rows=span.rows,
+            positions=tokens.positions,
+            valid=tokens.valid,
+            scores=scores,
+            forced=forced,
+            per_head=heads,
+            least=self.floor[span.rows, None].expand_as(heads),
+            most=heads + buffer - max(1, buffer // 4),
+            protection=self.protection,
+        )
+        return state, plan
+
+    def _protected(self, span: EvictionSpan, tokens: Positions) -> torch.Tensor:
+        """Tokens that stay whatever their score: window, prompt and whitelist."""
+        at, device = tokens.positions, tokens.positions.device
+        window = (span.now - self.policy.window).to(device)[:, None, None]
+        protected = at >= window
+        if self.policy.protect_prompt:
+            prompt = (self.prompt_columns - span.first).to(device)[:, None, None]
+            protected |= at < prompt
+        if self.protection is not None:
+            protected |= self.protection.covers(span.rows, at)
+        return protected & tokens.valid
+
+    def without(self, tokens: torch.Tensor) -> RowBudgets:
+        """Leave out what every head holds elsewhere, LongTensor[B]."""
+        return replace(self, heads=self.heads - tokens[:, None], floor=self.floor - tokens)
+
+    def _resplit(
+        self, span: EvictionSpan, tokens: Positions, scores: torch.Tensor, forced: torch.Tensor
+    ) -> RowBudgets:
+        """Re-allocate the heads of those rows whose last allocation is old enough."""
+        if not self.policy.head_budgets:
+            return self
+        old_enough = span.columns - self.last_split[span.rows] >= self.policy.head_interval
+        stale = old_enough.nonzero()[:, 0]
+        if not stale.numel():
+            return self
+        ranked = tokens.blank(scores.masked_fill(forced, torch.inf), -torch.inf)
+        at = stale.to(scores.device)
+        return self._split(span.rows[stale], ranked[at], tokens.valid[at], span.columns)
+
+    def _split(
+        self, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor, columns: int
+    ) -> RowBudgets:
+        """Re-allocate the heads of `rows`.
+
+        Parameters
+        ----------
+        rows : LongTensor[R]
+        scores : Tensor[R, H_kv, N]
+            +inf for protected tokens.
+        valid : BoolTensor[R, H_kv, N]
+        columns : int
+            Columns stored so far.
+        """
+        split = self._shares(self.heads, rows, scores, valid)
+        return replace(
+            self,
+            heads=self.heads.index_put((rows,), split),
+            last_split=self.last_split.index_fill(0, rows, columns),
+        )
+
+    def _shares(
+        self, heads: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """LongTensor[R, H]: the tokens that some heads have together, shared out by demand."""
+        return head_budgets(
+            scores,
+            valid,
+            heads[rows].sum(-1),
+            floor=self.floor[rows],
+            comparable=self.policy.scorer.comparable,
+        ).cpu()
+
+    # -------------------------------------------------------------------------------------- slots
+
+    def capacity(self, length: torch.Tensor, columns: int) -> torch.Tensor:
+        """See `RowState.capacity`: room for budget and buffer."""
+        return torch.maximum(self.heads + self.policy.buffer, length)
+
+    def fitted(self, counts: Counts, columns: int) -> torch.Tensor | None:
+        """See `RowState.fitted`."""
+        target = self.capacity(counts.length, columns)
+        return None if torch.equal(target, counts.capacity) else target
+
+    # ---------------------------------------------------------------------------- drafts and rows
+
+    def crop(self, columns: int) -> RowBudgets:
+        """See `RowState.crop`."""
+        return replace(self, prompt_columns=min(self.prompt_columns, columns))
+
+    def select_rows(self, rows: torch.Tensor) -> RowBudgets:
+        """See `RowState.select_rows`."""
+        return replace(
+            self,
+            first=self.first[rows],
+            heads=self.heads[rows],
+            floor=self.floor[rows],
+            last_split=self.last_split[rows],
+            protection=None if self.protection is None else self.protection.select_rows(rows),
+        )

@@ -1,0 +1,148 @@
+"""What some rows hold, or are about to store, in order of column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from hf_reasoncache.storage.new_tokens import NewTokens
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTokens:
+    """Tokens of some rows, those of a head in order of column, then filler.
+
+    Fields are copied when they are asked for.
+
+    Attributes
+    ----------
+    rows : LongTensor[R]
+        On the CPU.
+    columns : LongTensor[R, H_kv, N]
+        -1 for filler.
+    place : LongTensor[R, H_kv, N]
+        Where each token lies: its slot in a pool, or its place among new tokens. That of filler is
+        a place of the head, whatever lies there.
+    take : Callable[[str], Tensor[R, H_kv, N, ...]]
+        Copies a field by its name, with anything where there is filler.
+    offset : LongTensor[R, H_kv, N] or None
+        Slot counted from the head's first one, -1 for filler; None outside of a pool.
+    whole : bool
+        Whether these are all tokens that the rows hold.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    place: torch.Tensor
+    take: Callable[[str], torch.Tensor]
+    offset: torch.Tensor | None = None
+    whole: bool = True
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """BoolTensor[R, H_kv, N]: False for filler."""
+        return self.columns >= 0
+
+    @cached_property
+    def _filler(self) -> torch.Tensor:
+        return (~self.valid).flatten().nonzero()[:, 0]
+
+    def positions(self, first: torch.Tensor) -> torch.Tensor:
+        """Count from each row's first real token, in column `first` (LongTensor[R]); filler is -1.
+
+        Returns
+        -------
+        LongTensor[R, H_kv, N]
+        """
+        positions = self.columns - first.to(self.columns.device)[:, None, None]
+        return positions.masked_fill_(~self.valid, -1) if self._filler.numel() else positions
+
+    def field(self, name: str) -> torch.Tensor:
+        """Copy a field, zero where there is filler: Tensor[R, H_kv, N, ...]."""
+        copied = self.take(name)
+        if self._filler.numel():
+            copied.view(-1, *copied.shape[3:]).index_fill_(0, self._filler, 0)
+        return copied
+
+    def only_real(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the places of all tokens but filler, and their `numbers` (of the shape of
+        `columns`), both flat.
+        """
+        place, numbers = self.place.flatten(), numbers.flatten()
+        if self._filler.numel():
+            real = self.valid.flatten().nonzero()[:, 0]
+            place, numbers = place.index_select(0, real), numbers.index_select(0, real)
+        return place, numbers
+
+
+def incoming_tokens(new: NewTokens, rows: torch.Tensor) -> StoredTokens:
+    """Describe what a first forward brings for some rows, before it is stored.
+
+    Without padding, and if all rows are asked for, keys and values are not copied.
+
+    Parameters
+    ----------
+    new : NewTokens
+    rows : LongTensor[R]
+        On the CPU.
+    """
+    device, heads = new.keys.device, new.keys.shape[1]
+    on_device = rows.to(device)
+    if new.valid is None:
+        place = torch.arange(new.steps, device=device).expand(len(rows), -1)
+        columns = place
+    else:
+        real = new.valid[on_device]
+        count = real.sum(-1, keepdim=True)
+        place = (~real).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(count.max())]
+        columns = place.where(torch.arange(place.shape[1], device=device) < count, -1)
+    place, columns = (x[:, None].expand(-1, heads, -1) for x in (place, columns))
+
+    def take(name: str) -> torch.Tensor:
+        if name not in ("keys", "values"):
+            # Statistics begin at zero; only whole numbers are kept of tokens not stored yet.
+            return torch.zeros(columns.shape, dtype=torch.int32, device=device)
+        source = new.keys if name == "keys" else new.values
+        source = source if len(rows) == len(source) else source[on_device]
+        if new.valid is None:
+            return source
+        return source.gather(2, place[..., None].expand(-1, -1, -1, source.shape[-1]))
+
+    return StoredTokens(rows, columns, place, take)
+
+
+@dataclass(frozen=True, eq=False)
+class IncomingCounts:
+    """How much every head would hold if it stored all that a first forward brings.
+
+    Attributes
+    ----------
+    real : BoolTensor[B, H_kv, T]
+        False for padding.
+    """
+
+    real: torch.Tensor
+
+    @cached_property
+    def length(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: real tokens, on the CPU."""
+        return self.real.sum(-1).cpu()
+
+    @property
+    def capacity(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: as many slots as tokens."""
+        return self.length
+
+    @property
+    def least_free(self) -> int:
+        """None is free."""
+        return 0
+
+    def before(self, rows: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """LongTensor[R, H_kv]: tokens of some rows before a column of each, LongTensor[R]."""
+        columns = torch.arange(self.real.shape[-1], device=self.real.device)
+        older = columns < column.to(columns.device)[:, None, None]
+        return (self.real[rows.to(columns.device)] & older).sum(-1).cpu()
