@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_reasoncache import ReasonAllocCache
@@ -89,6 +89,7 @@ def run(actions, witness):
                 ids = driver(ids[:, -1:].expand(-1, many))[:, -1:].argmax(-1)
 
 
+@settings(max_examples=40)
 @given(actions=st.lists(ACTIONS, min_size=1, max_size=6))
 def test_every_eviction_gets_the_newest_queries(actions):
     with pytest.MonkeyPatch.context() as patch:
