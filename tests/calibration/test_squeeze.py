@@ -16,6 +16,7 @@ from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
 from tests.support.models import build
+from tests.support.pairs import in_turn
 from tests.support.traces import make_trace, token_ids
 
 BUDGETS = (10, 14, 21, 27, 44)  # below the prompt, above it, and with every phase of the buffer
@@ -54,9 +55,11 @@ def one_by_one(name: str, trace: Trace, eviction: Eviction, budget: int) -> floa
     return float((full.exp() * (full - other)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_sliding", "gpt_oss"])
-@pytest.mark.parametrize("scorer", [RKV(queries=4), H2O()], ids=["rkv", "h2o"])
-@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(
+    ("name", "scorer", "heads"),
+    in_turn(["llama", "qwen2_sliding", "gpt_oss"], [RKV(queries=4), H2O()], [False, True]),
+    ids=str,
+)
 def test_chunks_and_rows_measure_what_single_tokens_do(
     name: str, scorer: RKV | H2O, heads: bool
 ) -> None:

@@ -12,6 +12,7 @@ from hf_reasoncache.scorers import H2O, RKV, SCORERS
 from tests.support.caches import CLASSES, KINDS, exact_cache, make_cache
 from tests.support.driver import Driver
 from tests.support.models import build, prompt
+from tests.support.pairs import in_turn
 
 TOLERANCE = {torch.bfloat16: 0.15, torch.float16: 0.03}
 """Largest difference of logits whose standard deviation is 1.4: 8 units in the last place of 4."""
@@ -39,9 +40,15 @@ def logits_of(model, cache, dtype, feed=None):
     return torch.stack(logits).float(), fed
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("attention", ["reasoncache", "reasoncache_eager"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "attention", "dtype"),
+    in_turn(
+        ["llama", "qwen3", "gemma3", "gpt_oss"],
+        ["reasoncache", "reasoncache_eager"],
+        [*TOLERANCE],
+    ),
+    ids=str,
+)
 def test_exact_caches_are_dynamic_cache(name, attention, dtype):
     model = build(name, attention)
     expected, fed = logits_of(model, DynamicCache(config=model.config), dtype)
@@ -92,7 +99,7 @@ def test_every_scorer_works_and_is_not_lowered(name, kind):
     model, scorer = build("llama"), lowered(name)
     protect = {} if kind == "branched" else {"protect_prompt": False}
     cache = make_cache(kind, model, scorer=scorer(), **protect)
-    assert generate(model, cache).shape == (2, 81)
+    assert generate(model, cache, max_new_tokens=40).shape == (2, 61)
     assert cache.report().evicted > 0 and scorer.calls > 0
 
 

@@ -22,6 +22,7 @@ from hf_reasoncache.scorers import H2O, RKV, SnapKV
 from tests.support.caches import make_cache, make_policy
 from tests.support.models import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, build, prompt
 from tests.support.oracle import Recorder
+from tests.support.pairs import in_turn
 
 TOKEN_BYTES = LAYERS * HEADS * HEAD_SIZE * 2 * 4
 """Keys and values of one token in the Llama of the tests."""
@@ -293,9 +294,9 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-@pytest.mark.parametrize("chunks", [21, 8])
+@pytest.mark.parametrize(
+    ("policy", "name", "chunks"), in_turn(POLICIES, ["llama", "gpt_oss"], [21, 8]), ids=str
+)
 def test_compressed_branches_equal_oracle(name, policy, chunks):
     model, inputs = build(name), repeated(prompt(), 3)
     cache = SharedBranchCache(model.config, suffix=policy)

@@ -120,7 +120,7 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
     def run(ids, mask):
         cache = make_cache(kind, model, profile=[1.0, 9.0, 4.0], **changes)
         out = model.generate(
-            input_ids=ids, attention_mask=mask, **cache_kwarg(cache), max_new_tokens=60
+            input_ids=ids, attention_mask=mask, **cache_kwarg(cache), max_new_tokens=48
         )
         return out[:, ids.shape[1] :], [cache.held_positions(i) for i in range(3)]
 
@@ -147,20 +147,18 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mode", ["assistant", "same_model", "prompt_lookup"])
-def test_assisted_equals_plain(mode, kind, changes):
+def test_assisted_equals_plain(kind, changes):
     model = build("llama")
     inputs = {key: value[:1] for key, value in prompt().items()}
     length = inputs["input_ids"].shape[1]
-    arguments = {}
-    if mode == "prompt_lookup":
-        arguments["prompt_lookup_num_tokens"] = 6
-    else:
-        assistant = build("llama")
-        if mode == "assistant":
-            with torch.no_grad():
-                assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight) * 0.02)
-        arguments["assistant_model"] = assistant
+    similar = build("llama")
+    with torch.no_grad():
+        similar.lm_head.weight.add_(torch.randn_like(similar.lm_head.weight) * 0.02)
+    drafts = {
+        "assistant": {"assistant_model": similar},
+        "same_model": {"assistant_model": build("llama")},
+        "prompt_lookup": {"prompt_lookup_num_tokens": 6},
+    }
 
     def run(**more):
         cache = make_cache(kind, model, profile=[1, 9, 4], prompt_length=length, **changes)
@@ -169,4 +167,5 @@ def test_assisted_equals_plain(mode, kind, changes):
 
     plain, evictions = run()
     assert evictions > 20
-    assert torch.equal(plain, run(**arguments)[0])
+    for way, arguments in drafts.items():
+        assert torch.equal(plain, run(**arguments)[0]), way

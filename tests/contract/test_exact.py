@@ -36,7 +36,7 @@ def test_tokens_equal_dynamic_cache(name, mode):
     def run(cache):
         torch.manual_seed(7)
         return model.generate(
-            **inputs, **arguments, **cache_kwarg(cache), max_new_tokens=40, use_cache=True
+            **inputs, **arguments, **cache_kwarg(cache), max_new_tokens=24, use_cache=True
         )
 
     expected = run(DynamicCache(config=model.config))

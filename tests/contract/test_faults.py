@@ -21,6 +21,7 @@ from hf_reasoncache.scorers import RKV
 from tests.support.caches import CLASSES, KINDS, SETTINGS, exact_cache, make_cache
 from tests.support.driver import Driver
 from tests.support.models import SHAPE, build, prompt, sliding_first
+from tests.support.pairs import in_turn
 
 HUGE = 10**30
 
@@ -424,12 +425,18 @@ def test_a_cache_for_another_number_of_layers(llama, layers, kind, make):
     generate(other(layers), cache)
 
 
-@pytest.mark.parametrize("make", [exact_cache, make_cache])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_another_dtype_in_mid_cache(name, dtype, kind, make):
+@pytest.mark.parametrize(
+    ("kind", "dtype", "what"),
+    in_turn(
+        KINDS,
+        [torch.float16, torch.bfloat16, torch.float64],
+        [("llama", exact_cache), ("gemma3", make_cache), ("llama", make_cache)],
+    ),
+    ids=str,
+)
+def test_another_dtype_in_mid_cache(kind, dtype, what):
     """As after `model.half()` between two turns; going back goes on."""
+    name, make = what
     model = sliding_first(name) if name == "gemma3" else build(name)
     cache, fresh = make(kind, model), make(kind, model)
     for each in (cache, fresh):

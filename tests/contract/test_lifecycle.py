@@ -15,6 +15,7 @@ from tests.support.caches import CLASSES, KINDS, exact_cache
 from tests.support.caches import SETTINGS as BY_KIND
 from tests.support.driver import Driver, new_cache, now_held, start, tokens
 from tests.support.models import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, build, prompt
+from tests.support.pairs import in_turn
 from tests.support.reachable import tensors_reachable_from
 
 SETTINGS = BY_KIND["reason_alloc"]
@@ -154,7 +155,7 @@ def test_long_turn_gives_its_memory_back():
 def test_no_tensor_escapes_the_report(kind, changes, mode):
     model = build("llama")
     cache = new_cache(model, kind, **changes)
-    tokens(model, cache, **mode)
+    tokens(model, cache, max_new_tokens=40, **mode)
     cache.report()  # It asks for some tables for the first time.
     report, found = cache.report(), {}
     for layer in cache.layers:
@@ -230,8 +231,10 @@ def test_report_of_a_long_run_on_a_large_model_fits_80_columns():
 # ----------------------------------------------------------------------------- reset and deepcopy
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+ON_TWO = [(*case, name) for case, name in zip(VARIANTS, ["llama", "gpt_oss"] * 2, strict=True)]
+
+
+@pytest.mark.parametrize(("kind", "changes", "name"), ON_TWO, ids=str)
 def test_reset_cache_equals_a_new_one(name, kind, changes):
     model = build(name)
     used, fresh = (new_cache(model, kind, profile=None, **changes) for _ in range(2))
@@ -255,8 +258,7 @@ def test_reset_after_assisted_decoding_forgets_the_drafts(kind):
     assert used.report() == fresh.report()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
+@pytest.mark.parametrize(("kind", "changes", "name"), ON_TWO, ids=str)
 def test_copy_and_original_continue_alike_and_apart(name, kind, changes):
     model = build(name)
     driver, logits = start(model, kind=kind, profile=None, **changes)
@@ -322,27 +324,27 @@ def test_second_turn_on_an_evicting_cache_sees_every_token_once(kind):
 # -------------------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+CHANGES = {
+    "select": (lambda c: c.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+    "select_mask": (lambda c: c.batch_select_indices(torch.tensor([False, True, False])), [1]),
+    "repeat": (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    "reorder": (lambda c: c.reorder_cache(torch.tensor([1, 2, 0])), [1, 2, 0]),
+    "copies": (lambda c: c.reorder_cache(torch.tensor([1, 1, 1])), [1, 1, 1]),
+}
+
+
 @pytest.mark.parametrize(
-    ("change", "rows"),
-    [
-        (lambda c: c.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
-        (lambda c: c.batch_select_indices(torch.tensor([False, True, False])), [1]),
-        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-        (lambda c: c.reorder_cache(torch.tensor([1, 2, 0])), [1, 2, 0]),
-        (lambda c: c.reorder_cache(torch.tensor([1, 1, 1])), [1, 1, 1]),
-    ],
-    ids=["select", "select_mask", "repeat", "reorder", "copies"],
+    ("variant", "way", "name"), in_turn(VARIANTS, [*CHANGES], ["llama", "gpt_oss"]), ids=str
 )
-def test_every_row_continues_as_it_would_have(change, rows, name, kind, changes):
+def test_every_row_continues_as_it_would_have(variant, way, name):
+    (kind, changes), (change, rows) = variant, CHANGES[way]
     model, inputs = build(name), prompt(batch=3, padding=(0, 7, 16))
     stay, logits = start(model, inputs, kind=kind, profile=None, **changes)
     logits = stay.greedy(logits, 30)
     moved = Driver(model, copy.deepcopy(stay.cache), stay.mask[rows])
     moved.seen = stay.seen
     change(moved.cache)
-    expected, found = stay.greedy(logits, 40), moved.greedy(logits[rows], 40)
+    expected, found = stay.greedy(logits, 30), moved.greedy(logits[rows], 30)
     torch.testing.assert_close(found, expected[rows], atol=1e-4, rtol=1e-4)
     for layer in stay.cache.report().layers:
         held = stay.cache.held_positions(layer.index)
