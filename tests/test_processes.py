@@ -31,8 +31,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for each in make_problems("walk", 7, DEVELOPMENT_SEEDS[850], "llama")
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    suite = (MODELS["llama"] / "audit.jsonl").read_text("utf-8").split("\n")[0]
-    (folder / "suite.jsonl").write_text(suite + "\n")
+    suite = json.loads((MODELS["llama"] / "audit.jsonl").read_text("utf-8").split("\n")[0])
+    (folder / "suite.jsonl").write_text(json.dumps(suite | {"max_new_tokens": 24}) + "\n")
     return folder
 
 

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from tests.support.distributed.cases import CASES, LOCAL, outcome
 from tests.support.distributed.launch import MODEL, RANKS, start
-from tests.support.distributed.worker import load
+from tests.support.distributed.worker import SHALLOW, load
 from tests.support.models import build
 
 LIMIT = 240  # seconds that all cases together may take on a busy machine
@@ -20,7 +20,7 @@ UNTOLD = ("exact", "exact kara", "alloc equal heads", "kara")
 
 @pytest.fixture(scope="module")
 def one():
-    return load(MODEL)
+    return load(MODEL, **SHALLOW)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,12 @@ def ended(folder):
         if not known.exists():
             build("gemma3").save_pretrained(folder / "hybrid")
             processes = start("cases", MODEL, folder, 120)
-            for process in processes:
-                process.wait(LIMIT)
+            try:
+                for process in processes:
+                    process.wait(LIMIT)
+            finally:
+                for process in processes:
+                    process.kill()
             printed = [process.stdout + process.stderr for process in processes]
             files = [folder / f"{rank}.json" for rank in range(RANKS)]
             assert all(file.exists() for file in files), "\n".join(printed)
@@ -135,4 +139,5 @@ def test_the_others_end_when_a_process_hangs(tmp_path):
         assert "Timed out waiting 15000ms" in waiting.stderr
         assert 14 < ended - (tmp_path / "paused").stat().st_mtime < 45
     finally:
+        waiting.kill()
         paused.kill()

@@ -22,7 +22,7 @@ ALLOC = dict(budget=44, buffer=8, window=4)
 KARA = dict(window=16, ratio=0.4, recent=4)
 LOOSE = dict(protect_prompt=False)
 SAMPLED = dict(do_sample=True, temperature=1.5)
-DEMAND = (3.0, 1.0, 1.0, 2.0)
+DEMAND = (3.0, 1.0)
 
 
 def inputs(rows=2, tokens=32):
@@ -61,7 +61,7 @@ def generate(make, rows=2, **arguments):
     def run(model):
         cache = make(model)
         set_seed(0)
-        settings = dict(do_sample=False, max_new_tokens=44) | arguments
+        settings = dict(do_sample=False, max_new_tokens=36) | arguments
         out = model.generate(**inputs(rows), **cache_kwarg(cache), **settings)
         return out, cache
 
