@@ -25,8 +25,15 @@ def stock(name, base="sdpa"):
 # ------------------------------------------------------------------------------- keys and values
 
 
-@pytest.mark.parametrize("mode", [{}, dict(num_beams=3), dict(prefill_chunk_size=5)], ids=str)
-@pytest.mark.parametrize("name", BUILDERS)
+BEAMS, CHUNKS = dict(num_beams=3), dict(prefill_chunk_size=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, {}) for name in BUILDERS]
+    + [(n, m) for n in ("llama", "gpt_oss") for m in (BEAMS, CHUNKS)],
+    ids=str,
+)
 def test_layers_show_the_keys_and_values_of_stock_layers(name, mode):
     model, inputs = stock(name), prompt()
     expected = generate(model, dynamic(model), inputs, **mode)
