@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from hf_reasoncache import outputs
 from hf_reasoncache.outputs import naming, new_directory, sole_writer, write_bytes, write_text
 from tests.support.copies import Copy
 
@@ -71,15 +70,16 @@ def test_a_lock_that_was_deleted_meanwhile_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one before deletes its file between our opening and our locking it."""
-    path, lock, calls = tmp_path / ".x.lock", outputs._lock, []
+    fcntl = pytest.importorskip("fcntl", reason="Windows deletes no open file")
+    path, lock, calls = tmp_path / ".x.lock", fcntl.flock, []
 
-    def deleted_first(descriptor: int) -> None:
+    def deleted_first(descriptor: int, how: int) -> None:
         if not calls:
             path.unlink()
         calls.append(descriptor)
-        lock(descriptor)
+        lock(descriptor, how)
 
-    monkeypatch.setattr(outputs, "_lock", deleted_first)
+    monkeypatch.setattr(fcntl, "flock", deleted_first)
     with sole_writer(tmp_path / "x"):
         assert len(calls) == 2 and path.exists()
 
@@ -92,10 +92,12 @@ def test_processes_that_are_not_the_main_one_lock_nothing(tmp_path: Path) -> Non
 
 
 def test_without_locks_one_is_warned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(descriptor: int) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="Windows has locks everywhere")
+
+    def unsupported(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(outputs, "_lock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     without = pytest.warns(UserWarning, match="expected a file system with locks")
     with without, sole_writer(tmp_path / "x"):
         pass

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from hf_reasoncache import (
     ReasonAllocCache,
@@ -15,7 +15,6 @@ from hf_reasoncache import (
     branch_generate,
     prefill_once,
 )
-from hf_reasoncache.branching.prefill_once import _check
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, SnapKV
@@ -462,10 +461,14 @@ def test_inputs_that_are_no_prompts(llama):
         with refused("num_branches: expected an integer >= 1"):
             branch_generate(llama, prompt(), num_branches=count)
     with refused("prefill_once", "token_type_ids as well"):
-        _check(
+        prefill_once(
+            llama,
+            prompt()["input_ids"],
+            LogitsProcessorList(),
+            StoppingCriteriaList(),
             llama.generation_config,
-            SharedBranchCache(llama.config),
-            {"token_type_ids": torch.zeros(1)},
+            token_type_ids=torch.zeros(1),
+            **cache_kwarg(SharedBranchCache(llama.config)),
         )
     with refused("assistant_model: expected None"):
         branch_generate(llama, prompt(), num_branches=2, assistant_model=llama)
