@@ -508,14 +508,14 @@ class CacheLayer(CacheLayerMixin):
 
     def _as_scored(self, policy: Policy, span: EvictionSpan, tokens: StoredTokens) -> HeldTokens:
         """Describe tokens to a scorer."""
-        device, heads = tokens.columns.device, tokens.columns.shape[1]
-        queries, asked = self._queries_before(policy.queries, span, heads)
+        first, now = torch.stack([span.first, span.now]).to(tokens.columns.device)
+        queries, asked = self._queries_before(policy.queries, span, first, tokens.columns.shape[1])
         statistics = {name: tokens.field(name) for name in self.store.statistics}
         return HeldTokens(
             keys=tokens.field("keys"),
-            positions=tokens.positions(span.first),
+            positions=tokens.positions(first),
             valid=tokens.valid,
-            length=span.now.to(device),
+            length=now,
             scaling=self._settings["scaling"],
             layer=self.index,
             first_head=self.shard.first,
@@ -526,7 +526,7 @@ class CacheLayer(CacheLayerMixin):
         )
 
     def _queries_before(
-        self, wanted: int, span: EvictionSpan, heads: int
+        self, wanted: int, span: EvictionSpan, first: torch.Tensor, heads: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the last `wanted` queries that a scorer is to know of, and their positions.
 
@@ -543,7 +543,7 @@ class CacheLayer(CacheLayerMixin):
         if span.low is None or span.high is None:
             log = log[:, :, -wanted:]
             asked = torch.arange(span.columns - log.shape[2], span.columns, device=device)
-            asked = (asked - span.first.to(device)[:, None]).clamp_min(-1)
+            asked = (asked - first[:, None]).clamp_min(-1)
             return log.unflatten(1, (heads, -1)), asked
         asked = span.now[:, None] + torch.arange(-wanted, 0, device="cpu")
         place = span.first[:, None] + asked - (span.columns - log.shape[2])
@@ -559,8 +559,9 @@ class CacheLayer(CacheLayerMixin):
             raise ValueError(f"layer {self.index}: expected queries to measure with, got none.")
         queries = queries[:, :, -wanted:]
         device = queries.device
+        first = span.first.to(device)
         asked = torch.arange(span.columns - queries.shape[2], span.columns, device=device)
-        asked = (asked - span.first.to(device)[:, None]).clamp_min(-1)
+        asked = (asked - first[:, None]).clamp_min(-1)
         every, place = tokens, None
         if span.low is not None and not tokens.whole:
             every = self.store.read(span.rows)
@@ -574,7 +575,7 @@ class CacheLayer(CacheLayerMixin):
             query_positions=asked,
             keys=every.field("keys"),
             values=every.field("values"),
-            key_positions=every.positions(span.first),
+            key_positions=every.positions(first),
             settings=self._settings,
             place=place,
         )

@@ -70,7 +70,7 @@ def test_a_lock_that_was_deleted_meanwhile_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one before deletes its file between our opening and our locking it."""
-    fcntl = pytest.importorskip("fcntl", reason="Windows deletes no open file")
+    fcntl = pytest.importorskip("fcntl", reason="the lock of POSIX")
     path, lock, calls = tmp_path / ".x.lock", fcntl.flock, []
 
     def deleted_first(descriptor: int, how: int) -> None:
@@ -92,7 +92,7 @@ def test_processes_that_are_not_the_main_one_lock_nothing(tmp_path: Path) -> Non
 
 
 def test_without_locks_one_is_warned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fcntl = pytest.importorskip("fcntl", reason="Windows has locks everywhere")
+    fcntl = pytest.importorskip("fcntl", reason="the lock of POSIX")
 
     def unsupported(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -191,15 +191,15 @@ class CoverageSums(Observer):
 
 def _as_asked(layer: Observed, queries: torch.Tensor, scaling: float) -> HeldTokens:
     """All tokens that a layer holds, beside the newest queries `[B, H_q, A, D]`."""
-    first, device = layer.store.first, queries.device
-    tokens = layer.store.read(torch.arange(len(first), device="cpu"))
-    columns = torch.arange(layer.seen - queries.shape[2], layer.seen, device=device)
-    asked = columns - first.to(device)[:, None]
+    tokens = layer.store.read(torch.arange(len(queries), device="cpu"))
+    first = layer.store.first.to(queries.device)
+    columns = torch.arange(layer.seen - queries.shape[2], layer.seen, device=queries.device)
+    asked = columns - first[:, None]
     return HeldTokens(
         keys=tokens.field("keys"),
         positions=tokens.positions(first),
         valid=tokens.valid,
-        length=(layer.seen - first).to(device),
+        length=layer.seen - first,
         scaling=scaling,
         layer=layer.index,
         load_values=lambda: tokens.field("values"),

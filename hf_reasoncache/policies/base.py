@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from hf_reasoncache.policies.plan import EvictionPlan
+from hf_reasoncache.policies.plan import EvictionPlan, Positions
 from hf_reasoncache.protection import Protection, RowProtection
 from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers.base import Scorer
@@ -40,29 +40,6 @@ class Counts(Protocol):
 
     def before(self, rows: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """LongTensor[R, H_kv]: tokens of some rows before a column of each, LongTensor[R]."""
-        ...
-
-
-class Positions(Protocol):
-    """Where tokens stand that a scorer has scored; `HeldTokens` without keys and values."""
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """LongTensor[R, H_kv, N]: ascending, from a row's first real token on; filler is -1."""
-        ...
-
-    @property
-    def valid(self) -> torch.Tensor:
-        """BoolTensor[R, H_kv, N]: False for filler."""
-        ...
-
-    @property
-    def count(self) -> torch.Tensor:
-        """LongTensor[R, H_kv]: tokens that are no filler."""
-        ...
-
-    def blank(self, numbers: torch.Tensor, value: float) -> torch.Tensor:
-        """Return numbers with `value` for filler."""
         ...
 
 

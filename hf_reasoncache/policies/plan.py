@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from hf_reasoncache.policies.keep_top import keep_top
 from hf_reasoncache.policies.token2chunk import token2chunk
 from hf_reasoncache.protection import RowProtection
+
+
+class Positions(Protocol):
+    """Where tokens stand that a scorer has scored; `HeldTokens` without keys and values."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """LongTensor[R, H_kv, N]: ascending, from a row's first real token on; filler is -1."""
+        ...
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """BoolTensor[R, H_kv, N]: False for filler, which comes last."""
+        ...
+
+    @property
+    def length(self) -> torch.Tensor:
+        """LongTensor[R]: tokens that the row has seen, by `EvictionSpan.now`."""
+        ...
+
+    @property
+    def count(self) -> torch.Tensor:
+        """LongTensor[R, H_kv]: tokens that are no filler."""
+        ...
+
+    def blank(self, numbers: torch.Tensor, value: float) -> torch.Tensor:
+        """Return numbers with `value` for filler."""
+        ...
+
+
+def ranked(tokens: Positions, scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
+    """Return scores with +inf for tokens that are forced to stay and -inf for filler."""
+    return tokens.blank(scores.masked_fill(forced, torch.inf), -torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,19 +53,16 @@ class EvictionPlan:
     ----------
     rows : LongTensor[R]
         On the CPU.
-    positions : LongTensor[R, H_kv, N]
-        Ascending; -1 for filler, which comes last.
-    valid : BoolTensor[R, H_kv, N]
-        False for filler.
+    tokens : Positions
     scores : Tensor[R, H_kv, N]
+    ranks : Tensor[R, H_kv, N]
+        The same as `ranked` returns them.
     forced : BoolTensor[R, H_kv, N]
         Tokens that stay whatever their score.
     per_head : LongTensor[R, H_kv]
         Tokens to keep, on any device.
-    least, most : LongTensor[R, H_kv]
-        Bounds within which another number may be kept; on the CPU.
-    fixed : bool
-        Whether every head is to keep `per_head` tokens, no more and no less.
+    bounds : two of LongTensor[R, H_kv], or None
+        Least and most that a guard may keep instead, on the CPU; None where it may not.
     chunk_share : float
         Share of the tokens to keep that joins the best ones to contiguous text.
     protection : RowProtection or None
@@ -38,14 +70,12 @@ class EvictionPlan:
     """
 
     rows: torch.Tensor
-    positions: torch.Tensor
-    valid: torch.Tensor
+    tokens: Positions
     scores: torch.Tensor
+    ranks: torch.Tensor
     forced: torch.Tensor
     per_head: torch.Tensor
-    least: torch.Tensor
-    most: torch.Tensor
-    fixed: bool = False
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None
     chunk_share: float = 0.0
     protection: RowProtection | None = None
 
@@ -61,9 +91,13 @@ class EvictionPlan:
         -------
         BoolTensor[R, H_kv, N]
         """
-        keep = token2chunk(self.scores, self.valid, per_head, self.chunk_share, self.forced)
+        valid, forced = self.tokens.valid, self.forced
+        if self.chunk_share:
+            keep = token2chunk(self.scores, valid, per_head, self.chunk_share, forced)
+        else:
+            keep = keep_top(self.ranks, per_head) & valid
         if self.protection is None:
             return keep
         return self.protection.rebalance(
-            self.rows, self.positions, keep, self.scores, self.valid, self.forced
+            self.rows, self.tokens.positions, keep, self.scores, valid, forced
         )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_reasoncache.budgets.heads import head_budgets
-from hf_reasoncache.policies.base import Counts, EvictionSpan, Positions, RowState
-from hf_reasoncache.policies.plan import EvictionPlan
+from hf_reasoncache.policies.base import Counts, EvictionSpan, RowState
+from hf_reasoncache.policies.plan import EvictionPlan, Positions, ranked
 from hf_reasoncache.protection import RowProtection
 
 if TYPE_CHECKING:
@@ -88,30 +88,29 @@ class RowBudgets(RowState):
 
         Of the buffer a quarter stays free at least, or evictions would come at every step.
         """
-        forced = self._protected(span, tokens)
-        state, buffer = self._resplit(span, tokens, scores, forced), self.policy.buffer
+        forced, buffer = self._protected(span, tokens), self.policy.buffer
+        ranks = ranked(tokens, scores, forced)
+        state = self._resplit(span, ranks, tokens.valid)
         heads = state.heads[span.rows]
+        floor = self.floor[span.rows, None].expand_as(heads)
         plan = EvictionPlan(
             rows=span.rows,
-            positions=tokens.positions,
-            valid=tokens.valid,
+            tokens=tokens,
             scores=scores,
+            ranks=ranks,
             forced=forced,
             per_head=heads,
-            least=self.floor[span.rows, None].expand_as(heads),
-            most=heads + buffer - max(1, buffer // 4),
+            bounds=(floor, heads + buffer - max(1, buffer // 4)),
             protection=self.protection,
         )
         return state, plan
 
     def _protected(self, span: EvictionSpan, tokens: Positions) -> torch.Tensor:
         """Tokens that stay whatever their score: window, prompt and whitelist."""
-        at, device = tokens.positions, tokens.positions.device
-        window = (span.now - self.policy.window).to(device)[:, None, None]
-        protected = at >= window
+        at, seen = tokens.positions, tokens.length[:, None, None]
+        protected = at >= seen - self.policy.window
         if self.policy.protect_prompt:
-            prompt = (self.prompt_columns - span.first).to(device)[:, None, None]
-            protected |= at < prompt
+            protected |= at < seen - (span.columns - self.prompt_columns)
         if self.protection is not None:
             protected |= self.protection.covers(span.rows, at)
         return protected & tokens.valid
@@ -120,9 +119,7 @@ class RowBudgets(RowState):
         """Leave out what every head holds elsewhere, LongTensor[B]."""
         return replace(self, heads=self.heads - tokens[:, None], floor=self.floor - tokens)
 
-    def _resplit(
-        self, span: EvictionSpan, tokens: Positions, scores: torch.Tensor, forced: torch.Tensor
-    ) -> RowBudgets:
+    def _resplit(self, span: EvictionSpan, ranks: torch.Tensor, valid: torch.Tensor) -> RowBudgets:
         """Re-allocate the heads of those rows whose last allocation is old enough."""
         if not self.policy.head_budgets:
             return self
@@ -130,9 +127,8 @@ class RowBudgets(RowState):
         stale = old_enough.nonzero()[:, 0]
         if not stale.numel():
             return self
-        ranked = tokens.blank(scores.masked_fill(forced, torch.inf), -torch.inf)
-        at = stale.to(scores.device)
-        return self._split(span.rows[stale], ranked[at], tokens.valid[at], span.columns)
+        at = stale.to(ranks.device)
+        return self._split(span.rows[stale], ranks[at], valid[at], span.columns)
 
     def _split(
         self, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor, columns: int

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_reasoncache.budgets.heads import head_budgets
-from hf_reasoncache.policies.base import Counts, EvictionSpan, Positions, RowState
-from hf_reasoncache.policies.plan import EvictionPlan
+from hf_reasoncache.policies.base import Counts, EvictionSpan, RowState
+from hf_reasoncache.policies.plan import EvictionPlan, Positions, ranked
 from hf_reasoncache.protection import RowProtection
 from hf_reasoncache.shards import Shard
 
@@ -221,36 +221,38 @@ class RowWindows(RowState):
         forced = torch.zeros_like(tokens.valid)
         if self.protection is not None:
             forced = self.protection.covers(span.rows, tokens.positions) & tokens.valid
+        ranks = ranked(tokens, scores, forced)
         if self.policy.head_budgets and span.kept is not None:
-            per_head = self._by_demand(span.kept, tokens, scores, forced)
+            per_head = self._by_demand(span.kept, tokens, ranks, forced)
         else:
             per_head = self.quota(span, tokens.count, forced.sum(-1))
-        spare = (tokens.count - per_head.to(scores.device)).clamp_min(0) * 3 // 4
+        bounds = None
+        if span.kept is not None and self.policy.guarded:
+            kept = per_head.cpu()
+            spare = (tokens.count.cpu() - kept).clamp_min(0) * 3 // 4
+            bounds = forced.sum(-1).cpu(), kept + spare
         plan = EvictionPlan(
             rows=span.rows,
-            positions=tokens.positions,
-            valid=tokens.valid,
+            tokens=tokens,
             scores=scores,
+            ranks=ranks,
             forced=forced,
             per_head=per_head,
-            least=forced.sum(-1).cpu(),
-            most=(per_head.to(scores.device) + spare).cpu(),
-            fixed=span.kept is None,
+            bounds=bounds,
             chunk_share=self.policy.chunk_share,
             protection=self.protection,
         )
         return self, plan
 
     def _by_demand(
-        self, kept: torch.Tensor, tokens: Positions, scores: torch.Tensor, forced: torch.Tensor
+        self, kept: torch.Tensor, tokens: Positions, ranks: torch.Tensor, forced: torch.Tensor
     ) -> torch.Tensor:
         """Give heads by demand as many tokens as if every one kept `kept`, LongTensor[R].
 
         Only for a window that has not lost a token yet, so that all heads of a row hold the same.
         """
         count, floor = tokens.count.amin(-1).tolist(), forced.sum(-1).amax(-1).tolist()
-        ranked = scores.masked_fill(forced, torch.inf).masked_fill(~tokens.valid, -torch.inf)
-        everyone = self.shard.gather(ranked)
+        everyone = self.shard.gather(ranks)
         split = [
             # No head can keep more than it holds.
             head_budgets(
@@ -263,7 +265,7 @@ class RowWindows(RowState):
             )
             for row, each in enumerate(kept.tolist())
         ]
-        return self.shard.own(torch.cat(split), scores.shape[1])
+        return self.shard.own(torch.cat(split), ranks.shape[1])
 
     # -------------------------------------------------------------------------------------- slots
 

@@ -43,15 +43,14 @@ def token2chunk(
     BoolTensor[R, H, N]
         As many marks as the budget says, or all tokens of a head that has fewer.
     """
-    ranks = scores.masked_fill(~valid, -torch.inf)
+    budgets, ranks = budgets.to(scores.device), scores.masked_fill(~valid, -torch.inf)
+    free = budgets
     if forced is not None:
-        ranks = ranks.masked_fill(forced, torch.inf)
-    if share == 0:
-        return keep_top(ranks, budgets) & valid
-    budgets = budgets.to(scores.device)
-    free = budgets if forced is None else budgets - forced.sum(-1)
+        ranks, free = ranks.masked_fill(forced, torch.inf), budgets - forced.sum(-1)
     best = budgets - free + (free - (free * share).long()).clamp_min(free.clamp_max(1))
     keep = keep_top(ranks, best) & valid
+    if share == 0:
+        return keep
     rest = torch.minimum(budgets, valid.sum(-1)) - keep.sum(-1)
     return keep | (_filling_order(scores.where(valid, 0), valid, keep) < rest[..., None])
 

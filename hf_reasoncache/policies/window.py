@@ -139,9 +139,14 @@ class WindowPolicy:
         return self.kept < self.window or self.prompt_kept < self.window
 
     @property
+    def guarded(self) -> bool:
+        """Whether a head may keep more than it is to because of what that would cost."""
+        return self.risk is not None and self.risk.guard is not None
+
+    @property
     def keeps_unevenly(self) -> bool:
         """Whether the heads of a row may keep different numbers of tokens."""
-        return self.head_budgets or (self.risk is not None and self.risk.guard is not None)
+        return self.head_budgets or self.guarded
 
     @property
     def remedy(self) -> str:

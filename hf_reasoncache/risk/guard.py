@@ -28,18 +28,8 @@ class Choice(Protocol):
         ...
 
     @property
-    def least(self) -> torch.Tensor:
-        """LongTensor[R, H]: fewest that it may keep, on the CPU."""
-        ...
-
-    @property
-    def most(self) -> torch.Tensor:
-        """LongTensor[R, H]: most that it may keep, on the CPU."""
-        ...
-
-    @property
-    def fixed(self) -> bool:
-        """Whether no head may keep another number of tokens."""
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Fewest and most that it may keep, LongTensor[R, H] on the CPU; None for no other."""
         ...
 
     def keep(self, per_head: torch.Tensor) -> torch.Tensor:
@@ -114,8 +104,10 @@ class Guard:
         """
         keep = plan.keep(plan.per_head)
         damage = scale.measure([keep])[0]
+        if plan.bounds is None:
+            return keep, damage
         over = (damage.error > self.limit).cpu()
-        budgets, most = torch.broadcast_tensors(plan.per_head.cpu(), plan.most)
+        budgets, most = torch.broadcast_tensors(plan.per_head.cpu(), plan.bounds[1])
         unit = (most - budgets).clamp_min(0) // STEPS
         down, anywhere, moves = 0, over, self.action == "move"
         if moves:
@@ -127,7 +119,7 @@ class Guard:
         if self.action == "abstain":
             chosen = most.where(over, budgets)
         else:
-            least = torch.minimum(plan.least, budgets)
+            least = torch.minimum(plan.bounds[0], budgets)
             steps = range(-down, STEPS + 1)
             ladder = [torch.maximum(budgets + step * unit, least) for step in steps]
             errors = [damage.error for damage in scale.measure([plan.keep(x) for x in ladder])]

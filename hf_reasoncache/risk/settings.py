@@ -29,7 +29,7 @@ class Risk:
         self, plan: Choice, scale: Scale, shard: Shard = ALONE
     ) -> tuple[torch.Tensor, Damage]:
         """Choose what stays, and measure it; see `Guard.choose`."""
-        if self.guard is not None and not plan.fixed:
+        if self.guard is not None:
             return self.guard.choose(plan, scale, shard)
         keep = plan.keep(plan.per_head)
         return keep, scale.measure([keep])[0]

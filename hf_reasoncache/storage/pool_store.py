@@ -329,10 +329,10 @@ class PoolStore:
         """
         pool = self.tokens
         slots, offset = pool.slots(rows)
-        at = pool.take("positions", slots).long().masked_fill(offset < 0, -1)
-        last = torch.iinfo(torch.long).max
+        filler, last = offset < 0, torch.iinfo(torch.long).max
+        at = pool.take("positions", slots).long().masked_fill_(filler, -1)
         if columns is None:
-            order = _lowest_first(at.masked_fill(offset < 0, last))
+            order = _lowest_first(at.masked_fill(filler, last))
         else:
             low, high = columns
             inside = at >= low.to(at.device)[:, None, None]

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
+_FEW = 32
+"""Columns up to which to copy those of all rows is cheaper than to choose rows chunk by chunk."""
+
 
 class QueryWindow:
     """Post-RoPE queries of the newest columns.
@@ -86,7 +89,7 @@ class QueryWindow:
         Parameters
         ----------
         rows : LongTensor[R], optional
-            Batch rows to return, which saves copying the others; all by default.
+            Batch rows to return, in ascending order; all by default.
         """
         if self._ring is not None:
             columns = torch.arange(self._end - self._held, self._end, device=self._ring.device)
@@ -95,10 +98,12 @@ class QueryWindow:
         if not self._chunks:
             return None
         chunks = list(self._chunks)
-        if rows is not None:
-            rows = rows.to(chunks[0].device)
-            chunks = [chunk.index_select(0, rows) for chunk in chunks]
-        return torch.cat(chunks, dim=2)[:, :, -self.size :]
+        if rows is None or len(rows) == chunks[0].shape[0]:
+            return torch.cat(chunks, dim=2)[:, :, -self.size :]
+        rows = rows.to(chunks[0].device)
+        if self.size <= _FEW:
+            return torch.cat(chunks, dim=2)[:, :, -self.size :].index_select(0, rows)
+        return torch.cat([chunk.index_select(0, rows) for chunk in chunks], 2)[:, :, -self.size :]
 
     def make_ring(self, end: int) -> None:
         """Go on as a ring, `end` columns having been seen."""

@@ -51,13 +51,18 @@ class StoredTokens:
         return (~self.valid).flatten().nonzero()[:, 0]
 
     def positions(self, first: torch.Tensor) -> torch.Tensor:
-        """Count from each row's first real token, in column `first` (LongTensor[R]); filler is -1.
+        """Count from each row's first real token; filler is -1.
+
+        Parameters
+        ----------
+        first : LongTensor[R]
+            Column of that token, on the device of the columns.
 
         Returns
         -------
         LongTensor[R, H_kv, N]
         """
-        positions = self.columns - first.to(self.columns.device)[:, None, None]
+        positions = self.columns - first[:, None, None]
         return positions.masked_fill_(~self.valid, -1) if self._filler.numel() else positions
 
     def field(self, name: str) -> torch.Tensor:

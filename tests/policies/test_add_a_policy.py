@@ -11,7 +11,7 @@ from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.planning import row_bytes
 from hf_reasoncache.policies.base import EvictionSpan, Policy, RowState
-from hf_reasoncache.policies.plan import EvictionPlan
+from hf_reasoncache.policies.plan import EvictionPlan, ranked
 from hf_reasoncache.scorers import KeyDiff, Scorer, SnapKV
 from tests.support.driver import Driver, tokens
 from tests.support.models import VOCABULARY, build, prompt
@@ -86,9 +86,8 @@ class HalvingRows(RowState):
         """See `RowState.plan`."""
         half = self.quota(span, tokens.count, tokens.count).cpu()
         forced = torch.zeros_like(tokens.valid)
-        plan = EvictionPlan(
-            span.rows, tokens.positions, tokens.valid, scores, forced, half, half, half, fixed=True
-        )
+        ranks = ranked(tokens, scores, forced)
+        plan = EvictionPlan(span.rows, tokens, scores, ranks, forced, half)
         return self, plan
 
     def capacity(self, length, columns):

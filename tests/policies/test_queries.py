@@ -38,8 +38,8 @@ class Witness:
                 column = end - chunk.steps + index
                 self.known[layer.index, column] = chunk.query[:, :, index].clone()
 
-        def watched_asked(layer, wanted, span, heads):
-            found = asked(layer, wanted, span, heads)
+        def watched_asked(layer, wanted, span, first, heads):
+            found = asked(layer, wanted, span, first, heads)
             columns = range(span.columns - QUERIES, span.columns)
             newest = torch.stack([self.known[layer.index, at] for at in columns], dim=2)
             assert torch.equal(found[0].flatten(1, 2), newest[span.rows])

@@ -17,8 +17,6 @@ class Heads:
         self.rates = torch.tensor(rates)
         self.weighed = 0
 
-    fixed = False
-
     def keep(self, per_head):
         return torch.arange(BUDGETS + BUFFER) < per_head[..., None]
 
@@ -29,7 +27,7 @@ class Heads:
 
     def run(self, guard, spare=6):
         self.per_head = torch.full(self.rates.shape, BUDGETS)
-        self.least, self.most = torch.full_like(self.per_head, 4), self.per_head + spare
+        self.bounds = torch.full_like(self.per_head, 4), self.per_head + spare
         keep, damage = guard.choose(self, self)
         return keep.sum(-1), damage.error
 
