@@ -22,7 +22,7 @@ def main() -> None:
 
     # A profile gives more of the budget to the layers that need it: docs/calibration.md.
     cache = ReasonAllocCache(
-        model.config, budget=112, buffer=16, window=16, protect_prompt=False, profile=name / "tuned"
+        model.config, budget=112, buffer=16, window=16, protect=False, profile=name / "tuned"
     )
     out = model.generate(**inputs, past_key_values=cache, max_new_tokens=512)
 

@@ -36,7 +36,7 @@ def main() -> None:
 
     for scorer in (MeanAttention(), Random()):
         cache = ReasonAllocCache(
-            model.config, budget=96, buffer=16, window=16, protect_prompt=False, scorer=scorer
+            model.config, budget=96, buffer=16, window=16, protect=False, scorer=scorer
         )
         out = model.generate(**inputs, past_key_values=cache, max_new_tokens=512)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :])

@@ -22,7 +22,7 @@ def main() -> None:
     instructions = [f"DO {when} {word} ." for when, word in problem.instructions.items()]
     keep = spans(tokenizer, problem.prompt, substrings=instructions)  # of a chat: roles="system"
 
-    for title, protect in (("instructions may go", None), ("instructions stay", keep)):
+    for title, protect in (("instructions may go", False), ("instructions stay", keep)):
         cache = ReasonAllocCache(
             model.config,
             budget=80,
@@ -30,7 +30,6 @@ def main() -> None:
             window=16,
             scorer=SnapKV(queries=16),
             profile=name / "tuned",
-            protect_prompt=False,
             protect=protect,
         )
         out = model.generate(**inputs, past_key_values=cache, max_new_tokens=512)

@@ -12,16 +12,12 @@ from transformers import PretrainedConfig
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.messages import shown
-from hf_reasoncache.observers import Observer, Probes, Shadow
-from hf_reasoncache.protection import Fair, Protection, Spans
-from hf_reasoncache.risk import Guard, Risk
+from hf_reasoncache.observers import Observer, Shadow
+from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import Scorer, make_scorer
 
 Profile = BudgetProfile | str | os.PathLike[str] | Sequence[float]
 """A calibrated profile, its directory, its repository on the Hub, or one demand per layer."""
-
-Protected = Spans | Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]
-"""Spans of the prompt, token ranges of every row, or token ranges of each row."""
 
 LARGEST = 2**31 - 1
 """Largest count of tokens: positions are stored as 32-bit integers."""
@@ -80,44 +76,14 @@ def require_demand_of(layers: int, demand: Sequence[float] | None) -> None:
         )
 
 
-def require_protection(
-    protect: Protected | None, fair: float | Fair | None, protect_prompt: bool
-) -> Protection | None:
-    """Return what is to be protected besides a whole prompt, None if nothing is.
-
-    Raises
-    ------
-    ValueError
-        If spans or a strength are not valid, or spans are given beside a whole prompt.
-    """
-    if protect is None and fair is None:
-        return None
-    if not isinstance(fair, Fair | None):
-        fair = Fair(fair)
-    keep = None if protect is None else Spans.of(protect)
-    if protect_prompt and (keep is not None or (fair is not None and fair.spans is not None)):
-        raise ValueError(
-            "protect_prompt: expected False beside spans of the prompt, got True, which keeps the "
-            "whole prompt; pass protect_prompt=False to keep the spans alone."
-        )
-    return Protection(keep, fair)
+def what_to_measure(risk: Risk | None) -> Risk | None:
+    """Return what a policy measures of its evictions; None costs nothing."""
+    return risk if risk is not None and risk.measure else None
 
 
-def require_risk(measure_risk: bool, max_risk: float | Guard | None) -> Risk | None:
-    """Return what is to be measured of an eviction's cost, None if nothing is."""
-    require_bool("measure_risk", measure_risk)
-    if max_risk is None:
-        return Risk() if measure_risk else None
-    return Risk(guard=max_risk if isinstance(max_risk, Guard) else Guard(max_risk))
-
-
-def make_observers(probes: object) -> list[Observer]:
-    """Return what watches a layer; raise ValueError unless `probes` are `Probes` or None."""
-    if probes is None:
-        return []
-    if isinstance(probes, Probes):
-        return [Shadow(probes)]
-    raise ValueError(f"probes: expected an observers.Probes, got {shown(probes)}; pass Probes().")
+def make_observers(risk: Risk | None) -> list[Observer]:
+    """Return what watches a layer."""
+    return [] if risk is None or risk.probes is None else [Shadow(risk.probes)]
 
 
 def demand_and_rule(

@@ -36,8 +36,6 @@ class ReasonCache(Cache):
     tensor_parallel : {"agree", "local"}
         Whether processes that hold other KV heads of a layer decide together with this one what is
         evicted, or each for its own heads.
-    offloading : bool
-        Must be False.
 
     Attributes
     ----------
@@ -56,14 +54,8 @@ class ReasonCache(Cache):
         make_layer: Callable[[int, int, int], CacheLayer],
         *,
         tensor_parallel: Agreement = "agree",
-        offloading: bool = False,
     ) -> None:
         self.tensor_parallel = require_agreement(tensor_parallel)
-        if offloading:
-            raise ValueError(
-                "offloading=True: expected the pools to stay on their layers' devices, got a "
-                "request to move them; use a smaller budget instead of offloading."
-            )
         layers = supported_layers(config)
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         # Known once, because every forward asks for them several times.

@@ -6,22 +6,19 @@ from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
     Profile,
-    Protected,
     demand_and_rule,
     make_observers,
     require_bool,
     require_demand_of,
     require_int,
-    require_protection,
-    require_risk,
     require_scorer,
+    what_to_measure,
 )
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.observers import Probes
 from hf_reasoncache.policies.budget import BudgetPolicy
-from hf_reasoncache.protection import Fair
-from hf_reasoncache.risk import Guard
+from hf_reasoncache.protection import Protect, Ranges, Spans
+from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 from hf_reasoncache.shards import Agreement
@@ -44,44 +41,26 @@ class ReasonAllocCache(ReasonCache):
         Demand of each full-attention layer (the paper's Reasoning Wave), and the rule that makes
         budgets of it: a calibrated profile, its directory, its repository ORG/NAME on the Hub, or
         bare demands under the paper's rule. By default all layers get `budget`.
-    scorer : Scorer
-        Decides which tokens a head keeps; R-KV by default, as in the paper.
+    scorer : Scorer or str, optional
+        Decides which tokens a head keeps, or its name; R-KV by default, as in the paper.
     head_budgets : bool
         Whether the heads of a layer share its budget by demand, re-allocated every 128 tokens.
     buffer : int
         Tokens between two compactions.
     window : int
         Newest tokens that are never evicted (the observation window); counted inside the budget.
-    protect_prompt : bool
-        Never evict the prompt, which is all that comes before the first single-token forward.
-    protect : Spans, or token ranges, optional
-        With `protect_prompt=False`: parts of the prompt that are never evicted, counted inside the
-        budget. `hf_reasoncache.protection.spans` finds them in texts and chats; bare ranges
-        `(start, stop)`, for all rows or a list for each, count from a row's first real token.
-    fair : float or Fair, optional
-        From 0 to 1: how far spans of the text keep tokens by their length instead of by score, so
-        that none is forgotten whole; a `protection.Fair` says which spans.
-    measure_risk : bool
-        Measure, before each eviction, how far it moves the output of each head for the newest 8
-        queries; in `report()`. It certifies these outputs, not the quality of the answer.
-    max_risk : float or Guard, optional
-        Largest relative error of a head's output, measured so, that an eviction may cause: beyond
-        it fewer tokens go, within `budget + buffer`. A `risk.Guard` says what else to do.
-    probes : Probes, optional
-        Keep all tokens of some heads in CPU memory, and now and then measure the true error.
-    prompt_length : int, optional
-        Columns of the prompt, padding included. generate does not tell a cache where a prompt ends,
-        so that this is needed where it does not show. Assisted decoding brings the first draft
-        together with the prompt: without it, the accepted part of that draft is protected as well.
-        A last chunk of `prefill_chunk_size` that has one token looks like the first token
-        generated: without it, that token is not protected, and `protect` finds the prompt too
-        short.
+    protect : bool, Spans, token ranges or Protect
+        What is never evicted of the prompt, counted inside the budget: all of it (True), nothing
+        (False), or parts of it. A `Protect` says more: fair eviction, and where the prompt ends.
+    risk : float, bool or Risk, optional
+        Measure, before each eviction, how far it moves the output of each head (True; see
+        `report()`), and evict less where the relative error would exceed a limit (a number), within
+        `budget + buffer`. A `Risk` says more: what else to do then, and probes of the true error.
+        By default nothing is measured.
     tensor_parallel : {"agree", "local"}
         Under tensor parallelism, where each process has some KV heads of a layer: whether they
         decide together what is evicted, by a small message at an eviction, and get the tokens of
         one process; or each by itself, its heads sharing their part of the layer's budget.
-    offloading : bool
-        Not supported.
 
     Raises
     ------
@@ -89,7 +68,7 @@ class ReasonAllocCache(ReasonCache):
         If an argument is out of range, the profile is not valid or of another geometry than the
         model, or the model is not supported; and in the first forward, before any token is
         generated, if the budget cannot hold what is protected of the prompt; when the prompt is
-        complete, if `protect` was made for another one.
+        complete, if spans were made for another one.
     OSError
         If a profile cannot be read or downloaded.
 
@@ -121,31 +100,21 @@ class ReasonAllocCache(ReasonCache):
         *,
         budget: int | None,
         profile: Profile | None = None,
-        scorer: Scorer | None = None,
+        scorer: Scorer | str | None = None,
         head_budgets: bool = True,
         buffer: int = 128,
         window: int = 8,
-        protect_prompt: bool = True,
-        protect: Protected | None = None,
-        fair: float | Fair | None = None,
-        measure_risk: bool = False,
-        max_risk: float | Guard | None = None,
-        probes: Probes | None = None,
-        prompt_length: int | None = None,
+        protect: Protect | bool | Spans | Ranges = True,
+        risk: Risk | float | bool | None = None,
         tensor_parallel: Agreement = "agree",
-        offloading: bool = False,
     ) -> None:
         scorer = require_scorer(RKV() if scorer is None else scorer)
         require_int("window", window, low=1)
         require_int("buffer", buffer, low=1)
         if budget is not None:
             require_int("budget", budget, low=window + 1)
-        if prompt_length is not None:
-            require_int("prompt_length", prompt_length, low=1)
         require_bool("head_budgets", head_budgets)
-        require_bool("protect_prompt", protect_prompt)
-        protection = require_protection(protect, fair, protect_prompt)
-        risk = require_risk(measure_risk, max_risk)
+        protected, watched = Protect.of(protect), Risk.of(risk)
         demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
@@ -158,14 +127,14 @@ class ReasonAllocCache(ReasonCache):
                 window=window,
                 scorer=scorer,
                 head_budgets=head_budgets,
-                protect_prompt=protect_prompt,
-                prompt_length=prompt_length,
+                protect_prompt=protected.prompt,
+                prompt_length=protected.prompt_length,
                 demand=demand,
                 rule=rule,
-                protection=protection,
-                risk=risk,
+                protection=protected.protection,
+                risk=what_to_measure(watched),
                 rank=rank,
             )
-            return CacheLayer(index, policy, observers=make_observers(probes))
+            return CacheLayer(index, policy, observers=make_observers(watched))
 
-        super().__init__(config, make_layer, tensor_parallel=tensor_parallel, offloading=offloading)
+        super().__init__(config, make_layer, tensor_parallel=tensor_parallel)

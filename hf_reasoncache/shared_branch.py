@@ -46,8 +46,6 @@ class SharedBranchCache(ReasonCache):
         Bound on the bytes of keys and values in the full-attention layers. When it is reached,
         blocks of parked branches go (see `park`); what the branches in the batch need stays, and
         `report()` says in how many steps that was more than the bound.
-    offloading : bool
-        Not supported.
 
     Raises
     ------
@@ -75,7 +73,6 @@ class SharedBranchCache(ReasonCache):
         *,
         suffix: SuffixPolicy | None = None,
         max_bytes: int | None = None,
-        offloading: bool = False,
     ) -> None:
         if suffix is not None and not isinstance(suffix, SuffixPolicy):
             raise ValueError(
@@ -107,7 +104,7 @@ class SharedBranchCache(ReasonCache):
             return CacheLayer(index, alone.policy, store)
 
         agreement: Agreement = "agree" if compressed is None else compressed.tensor_parallel
-        super().__init__(config, make_layer, tensor_parallel=agreement, offloading=offloading)
+        super().__init__(config, make_layer, tensor_parallel=agreement)
 
     def reserve(self, tokens: int) -> None:
         """Allocate room for so many own tokens of each branch at once, where all are kept.

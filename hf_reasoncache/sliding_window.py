@@ -8,24 +8,21 @@ from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
     Profile,
-    Protected,
     demand_and_rule,
     make_observers,
     require_bool,
     require_demand_of,
     require_int,
-    require_protection,
-    require_risk,
     require_scorer,
     require_share,
+    what_to_measure,
 )
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.observers import Probes
 from hf_reasoncache.policies.window import WindowPolicy
-from hf_reasoncache.protection import Fair
-from hf_reasoncache.risk import Guard
+from hf_reasoncache.protection import Protect, Ranges, Spans
+from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import Bidirectional
 from hf_reasoncache.scorers.base import Scorer
 from hf_reasoncache.shards import Agreement
@@ -58,34 +55,26 @@ class SlidingWindowCompressCache(ReasonCache):
         Resident tokens per KV head on average over the model, prompt and recent ones included,
         after a compaction; between two, up to `window` more. Where it is exceeded, the oldest
         windows are compressed again. By default there is no bound.
-    protect_prompt : bool
-        Never evict the prompt, which is all that comes before the first single-token forward. If
-        False, it is compressed in windows like the rest, but none reaches across its end.
     prompt_ratio : float, optional
         `ratio` of the prompt, if it is not protected; `ratio` by default.
-    protect : Spans, or token ranges, optional
-        With `protect_prompt=False`: parts of the prompt that are never evicted, counted inside what
-        stays of it; see `ReasonAllocCache`.
-    fair : float or Fair, optional
-        See `ReasonAllocCache`. Windows of generated text have equal shares anyway; this is for the
-        spans of a prompt, as far as they lie in one window.
-    measure_risk, max_risk, probes
-        See `ReasonAllocCache`; a guard keeps at most three quarters of what a window would lose.
-    scorer : Scorer, optional
-        Ranks the tokens of a window; `Bidirectional(queries=window)` by default. A scorer sees the
-        window alone, as if the text ended there.
+    protect, risk
+        As for `ReasonAllocCache`, with these differences. What is not protected of a prompt is
+        compressed in windows like the rest, but none reaches across the prompt's end; parts of it
+        that are protected count inside what stays of it. Fair eviction is for the spans of a
+        prompt, as far as they lie in one window: windows of generated text have equal shares
+        anyway. To hold an eviction to a limit, at most three quarters of what a window would lose
+        stay.
+    scorer : Scorer or str, optional
+        Ranks the tokens of a window, or its name; `Bidirectional(queries=window)` by default. A
+        scorer sees the window alone, as if the text ended there.
     profile : BudgetProfile, str, path or sequence of float, optional
         Demand of each full-attention layer, as for `ReasonAllocCache`: layers that need more keep
         more of a window (and of `max_budget`), `ratio` on average. A layer may keep all of it: the
         profile's upper bound holds for `max_budget` only.
     head_budgets : bool
         Whether the heads of a layer share what stays of a window by demand instead of equally.
-    prompt_length : int, optional
-        Columns of the prompt, padding included; see `ReasonAllocCache`.
     tensor_parallel : {"agree", "local"}
         See `ReasonAllocCache`.
-    offloading : bool
-        Not supported.
 
     Raises
     ------
@@ -121,31 +110,22 @@ class SlidingWindowCompressCache(ReasonCache):
         recent: int = 32,
         chunk_share: float = 0.5,
         max_budget: int | None = None,
-        protect_prompt: bool = True,
         prompt_ratio: float | None = None,
-        protect: Protected | None = None,
-        fair: float | Fair | None = None,
-        measure_risk: bool = False,
-        max_risk: float | Guard | None = None,
-        probes: Probes | None = None,
-        scorer: Scorer | None = None,
+        protect: Protect | bool | Spans | Ranges = True,
+        risk: Risk | float | bool | None = None,
+        scorer: Scorer | str | None = None,
         profile: Profile | None = None,
         head_budgets: bool = False,
-        prompt_length: int | None = None,
         tensor_parallel: Agreement = "agree",
-        offloading: bool = False,
     ) -> None:
         require_int("window", window, low=2)
         require_int("recent", recent, low=1)
         require_share("ratio", ratio, low=1 / window)
         require_share("chunk_share", chunk_share)
-        require_bool("protect_prompt", protect_prompt)
         require_bool("head_budgets", head_budgets)
         prompt_ratio = ratio if prompt_ratio is None else prompt_ratio
         require_share("prompt_ratio", prompt_ratio, low=1 / window)
         scorer = require_scorer(Bidirectional(queries=window) if scorer is None else scorer)
-        if prompt_length is not None:
-            require_int("prompt_length", prompt_length, low=1)
         kept = round(ratio * window)
         if max_budget is not None:
             require_int("max_budget", max_budget, low=recent + kept)
@@ -154,8 +134,7 @@ class SlidingWindowCompressCache(ReasonCache):
                     f"max_budget: expected a ratio below 1 to compress by, got ratio={ratio!r}; "
                     "use a smaller ratio, or ReasonAllocCache."
                 )
-        protection = require_protection(protect, fair, protect_prompt)
-        risk = require_risk(measure_risk, max_risk)
+        protected, watched = Protect.of(protect), Risk.of(risk)
         demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
@@ -169,19 +148,19 @@ class SlidingWindowCompressCache(ReasonCache):
                 chunk_share=chunk_share,
                 scorer=scorer,
                 head_budgets=head_budgets,
-                protect_prompt=protect_prompt,
-                prompt_length=prompt_length,
+                protect_prompt=protected.prompt,
+                prompt_length=protected.prompt_length,
                 phase=rank * window // layers,
                 max_budget=max_budget,
                 demand=demand,
                 rule=rule,
                 rank=rank,
-                protection=protection,
-                risk=risk,
+                protection=protected.protection,
+                risk=what_to_measure(watched),
             )
-            return CacheLayer(index, policy, observers=make_observers(probes))
+            return CacheLayer(index, policy, observers=make_observers(watched))
 
-        super().__init__(config, make_layer, tensor_parallel=tensor_parallel, offloading=offloading)
+        super().__init__(config, make_layer, tensor_parallel=tensor_parallel)
 
 
 def _of_layer(

@@ -62,7 +62,7 @@ PARTS: dict[str, set[str]] = {
     "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "layer"}
     | {"precision", "shards", "storage"},
     "report": {"layer", "risk", "storage", "triton_ops"},
-    "arguments": {"scorers", "budgets", "observers", "protection", "risk", "calibration.profile"},
+    "arguments": {"scorers", "budgets", "observers", "risk", "calibration.profile"},
     "graphs": CACHES | {"releases", "triton_ops"},
     "warm_up": CACHES | LAYERS | {"geometry", "scorers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry", "releases"},
@@ -484,7 +484,7 @@ def test_nobody_asks_which_store_policy_or_observer_it_is() -> None:
         node.name
         for module in composed
         for node in ast.walk(ast.parse(sources[module]))
-        if isinstance(node, ast.ClassDef) and node.name != "Probes"  # settings, which users pass
+        if isinstance(node, ast.ClassDef)
     }
     assert {"CacheLayer", "PoolStore", "BudgetPolicy", "RowWindows", "Shadow"} <= roles
     assert [each for m in sources for each in role_violations(m, sources[m], roles)] == []

@@ -192,7 +192,7 @@ class Compressed(Decoder):
             budget=self.work.budget,
             buffer=self.work.buffer,
             scorer=self._scorer(),
-            protect_prompt=False,
+            protect=False,
         )
         for layer in cache.layers:
             # Every eviction shares the heads out anew, as it does with the default buffer.

@@ -87,7 +87,7 @@ def measure_prefill(model: LlamaForCausalLM, work: Work) -> list[PrefillMemory]:
     bound = shape.layers * shape.kv_bytes(work.budget + work.buffer, work.batch, work.dtype)
     bound += shape.kv_bytes(work.context, work.batch, work.dtype)
     compressed = ReasonAllocCache(
-        model.config, budget=work.budget, buffer=work.buffer, protect_prompt=False
+        model.config, budget=work.budget, buffer=work.buffer, protect=False
     )
     return [
         _measure("DynamicCache", "sdpa", DynamicCache(config=model.config), None, model, work),

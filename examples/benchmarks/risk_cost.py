@@ -16,8 +16,8 @@ from examples.benchmarks.machine import Machine
 from examples.benchmarks.options import CLOCKS, add_common, new_parser, read_options
 from examples.benchmarks.step_latency import Maker, measure
 from examples.benchmarks.workload import DTYPES, Shape, Work
-from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.observers import Probes
+from hf_reasoncache import Protect, ReasonAllocCache
+from hf_reasoncache.risk import Probes, Risk
 
 
 def caches(budget: int, buffer: int) -> dict[str, Maker]:
@@ -25,15 +25,15 @@ def caches(budget: int, buffer: int) -> dict[str, Maker]:
     settings: dict[str, dict[str, Any]] = {
         "nothing": {},
         "protect": {"protect": [(0, budget // 8)]},
-        "fair=0.5": {"fair": 0.5},
-        "measure_risk": {"measure_risk": True},
-        # Every eviction is above this limit: what a guard costs at worst.
-        "max_risk=0": {"max_risk": 0.0},
-        "probes": {"probes": Probes()},
+        "fair=0.5": {"protect": Protect(prompt=False, fair=0.5)},
+        "risk=True": {"risk": True},
+        # Every eviction is above this limit: what holding it costs at worst.
+        "risk=0": {"risk": 0.0},
+        "Probes()": {"risk": Risk(measure=False, probes=Probes())},
     }
-    common = {"budget": budget, "buffer": buffer, "protect_prompt": False}
+    common = {"budget": budget, "buffer": buffer, "protect": False}
     return {
-        name: partial(ReasonAllocCache, **common, **changes) for name, changes in settings.items()
+        name: partial(ReasonAllocCache, **common | changes) for name, changes in settings.items()
     }
 
 

@@ -43,8 +43,8 @@ class Step:
 
 def caches(budget: int, period: int, ratio: float) -> dict[str, Maker]:
     """Makers of the caches that are compared, by name."""
-    threshold = {"budget": budget, "buffer": period, "protect_prompt": False}
-    windows = {"window": period, "ratio": ratio, "recent": period // 4, "protect_prompt": False}
+    threshold = {"budget": budget, "buffer": period, "protect": False}
+    windows = {"window": period, "ratio": ratio, "recent": period // 4, "protect": False}
     return {
         "threshold, R-KV + heads": lambda config: ReasonAllocCache(config, **threshold),
         "threshold, SnapKV": lambda config: ReasonAllocCache(

@@ -46,11 +46,11 @@ def caches(budget: int) -> dict[str, Any]:
         "budget": budget,
         "buffer": BUFFER,
         "window": WINDOW,
-        "protect_prompt": False,
+        "protect": False,
     }
     # Attention mass differs much more from head to head than the default scorer's scores.
     alloc["scorer"] = H2O(recent_ratio=0.0)
-    bound = {"window": 32, "ratio": 0.4, "max_budget": budget, "protect_prompt": False}
+    bound = {"window": 32, "ratio": 0.4, "max_budget": budget, "protect": False}
     both = ("agree", "local")
     return {
         "full": lambda config: DynamicCache(config=config),
@@ -65,9 +65,7 @@ def caches(budget: int) -> dict[str, Any]:
             for way in both
         },
         **{
-            f"max_risk, {way}": partial(
-                ReasonAllocCache, **alloc, max_risk=0.05, tensor_parallel=way
-            )
+            f"risk, {way}": partial(ReasonAllocCache, **alloc, risk=0.05, tensor_parallel=way)
             for way in both
         },
     }

@@ -39,7 +39,7 @@ TREATMENTS = ("default", "whitelist", "fair")
 
 def methods(family: str) -> list[CacheSpec]:
     """The methods as they are, the prompt evictable."""
-    common = {"window": WINDOW, "buffer": BUFFER, "protect_prompt": False, "head_budgets": False}
+    common = {"window": WINDOW, "buffer": BUFFER, "protect": False, "head_budgets": False}
     scorers = {
         "random": "random",
         "StreamingLLM": "streaming-llm",
@@ -52,7 +52,7 @@ def methods(family: str) -> list[CacheSpec]:
     specs = [CacheSpec(name, ReasonAllocCache, common, scorer) for name, scorer in scorers.items()]
     profile = wave(family, "sensitivity")
     with_budgets = common | {"head_budgets": True, "profile": profile}
-    windows = {"window": 2 * WINDOW, "recent": WINDOW, "ratio": 0.5, "protect_prompt": False}
+    windows = {"window": 2 * WINDOW, "recent": WINDOW, "ratio": 0.5, "protect": False}
     specs.append(CacheSpec("ReasonAlloc", ReasonAllocCache, with_budgets, "rkv"))
     return [*specs, CacheSpec("Kara", SlidingWindowCompressCache, windows)]
 

@@ -113,4 +113,4 @@ TABLES = {"policies": policies, "ablation": ablation, "sweep": lambda family: sw
 
 def make_spec(name: str, settings: Mapping[str, Any], protect: bool) -> CacheSpec:
     """Turn a policy into the description of a cache."""
-    return CacheSpec(name, ReasonAllocCache, {**COMMON, "protect_prompt": protect, **settings})
+    return CacheSpec(name, ReasonAllocCache, {**COMMON, "protect": protect, **settings})

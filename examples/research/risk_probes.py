@@ -24,8 +24,7 @@ from examples.research.tables import publish, versions
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, TEST_SEEDS, make_problems
 from examples.tiny_reasoner.evaluate import load
 from examples.tiny_reasoner.tasks import Problem
-from hf_reasoncache.observers import Probes
-from hf_reasoncache.risk import conformal_bound, coverage
+from hf_reasoncache.risk import Probes, Risk, conformal_bound, coverage
 
 SPECS = {
     "llama": [("R-KV", 160, True), ("R-KV + wave", 96, False)],
@@ -129,7 +128,8 @@ def main() -> None:
     with tqdm(total=3 * len(specs) * len(sides[0]), unit="problem") as progress:
 
         def answer(side: list[Problem], probes: Probes | None) -> Probed:
-            spec = make_spec(name, policies(arguments.family)[name] | {"probes": probes}, kept)
+            risk = {"risk": Risk(measure=False, probes=probes)}
+            spec = make_spec(name, policies(arguments.family)[name] | risk, kept)
             return Probed.of(answer_batches(model, tokenizer, side, spec, budget, 50, progress))
 
         for name, budget, kept in specs:

@@ -56,7 +56,7 @@ def signals_of(report: CacheReport, row: int, end: int, length: int) -> tuple[fl
     error, mass = [], []
     for layer in report.layers:
         if layer.risk is None:
-            raise ValueError("expected a cache with measure_risk=True, got one without.")
+            raise ValueError("expected a cache with risk=True, got one without.")
         own = layer.risk.of_row(row)
         before = own.columns <= end
         error.append(own.error[before].flatten())
@@ -147,7 +147,7 @@ def main() -> None:
     specs = SPECS[arguments.family]
     with tqdm(total=len(specs) * len(problems), unit="problem") as progress:
         for name, budget, kept in specs:
-            settings = policies(arguments.family)[name] | {"measure_risk": True}
+            settings = policies(arguments.family)[name] | {"risk": True}
             spec = make_spec(name, settings, kept)
             progress.set_description(f"{name} {budget}")
             batches = answer_batches(model, tokenizer, problems, spec, budget, 100, progress)

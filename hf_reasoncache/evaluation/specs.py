@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from hf_reasoncache.arguments import LARGEST
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.messages import shown
-from hf_reasoncache.protection import Fair, Spans
+from hf_reasoncache.protection import Fair, Protect, Spans
 from hf_reasoncache.reason_alloc import ReasonAllocCache
 from hf_reasoncache.scorers import SCORERS, make_scorer
 from hf_reasoncache.shared_branch import SharedBranchCache
@@ -44,10 +44,9 @@ class CacheSpec:
     scorer : str or None
         One of `SCORERS`, made with the window and the seed of a run; by default the cache's own.
     whitelist : bool
-        Whether the spans of a question are protected (`protect=`), and the rest of the prompt not.
+        Whether the spans of a question are protected, and the rest of the prompt not.
     fair : float or None
-        Strength of fair eviction over the spans of a question (`fair=`), which are not protected by
-        that.
+        Strength of fair eviction over the spans of a question, which are not protected by that.
     fair_window : int
         Tokens of a span wherever a question names none.
     """
@@ -74,7 +73,12 @@ class CacheSpec:
     def keeps_prompt(self) -> bool:
         """Whether no token of a prompt is ever evicted, so that branches may share it."""
         partly = self.whitelist or self.fair is not None
-        return not partly and bool(self.settings.get("protect_prompt", True))
+        return not partly and self._protect.prompt
+
+    @property
+    def _protect(self) -> Protect:
+        """What is protected besides the spans of questions."""
+        return Protect.of(self.settings.get("protect", True))
 
     def make(
         self, config: PretrainedConfig, budget: Budget | None, spans: Spans | None, seed: int
@@ -136,12 +140,9 @@ class CacheSpec:
                 f"{self.name}: expected questions with spans to protect, got none; name them "
                 "in the file ('spans'), or leave out protect and fair."
             )
-        settings: dict[str, Any] = {"protect_prompt": False}
-        if self.whitelist:
-            settings["protect"] = spans
-        if self.fair is not None:
-            settings["fair"] = Fair(self.fair, spans, self.fair_window)
-        return settings
+        keep = spans if self.whitelist else None
+        fair = None if self.fair is None else Fair(self.fair, spans, self.fair_window)
+        return {"protect": replace(self._protect, prompt=False, spans=keep, fair=fair)}
 
     def _arguments(
         self,
@@ -186,7 +187,7 @@ def _profile(text: str) -> str:
 _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "profile": ("profile", _profile),
     "heads": ("head_budgets", {"on": True, "off": False}.__getitem__),
-    "prompt": ("protect_prompt", {"keep": True, "evict": False}.__getitem__),
+    "prompt": ("protect", {"keep": True, "evict": False}.__getitem__),
     "window": ("window", int),
     "buffer": ("buffer", int),
     "ratio": ("ratio", float),

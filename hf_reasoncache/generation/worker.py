@@ -115,7 +115,7 @@ class Worker:
         spec = self.spec
         if not spec.keeps_prompt:
             # What is protected of a prompt lies inside the budget and changes no size.
-            settings = spec.settings | {"protect_prompt": False}
+            settings = spec.settings | {"protect": False}
             spec = replace(spec, whitelist=False, fair=None, settings=settings)
         cache = self._cache(spec, new)
         config, dtype = self.model.config, self.model.dtype

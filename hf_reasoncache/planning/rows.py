@@ -99,10 +99,10 @@ def row_bytes(
     -----
     Exact but for these: `head_budgets=True` of a `SlidingWindowCompressCache` gives heads of one
     layer different lengths, and a second pass under its `max_budget` finds an estimated number of
-    tokens (within 2% where the bound has room for 40 tokens beyond the least). `max_risk` may keep
-    more than the windows' share. Left out are probes' shadows (CPU memory), the few bytes that only
-    Triton's kernels and recorded steps need, and, until the first token is fed, the positions that
-    `held_positions` reports of a prompt that was cut.
+    tokens (within 2% where the bound has room for 40 tokens beyond the least). A limit of `risk`
+    may keep more than the windows' share. Left out are probes' shadows (CPU memory), the few bytes
+    that only Triton's kernels and recorded steps need, and, until the first token is fed, the
+    positions that `held_positions` reports of a prompt that was cut.
     """
     reading = layer_rows(cache, config, prompt=prompt, generated=0, dtype=dtype)
     layers = layer_rows(cache, config, prompt=prompt, generated=generated, dtype=dtype)

@@ -318,8 +318,8 @@ def require_suffix(policy: Policy, *, probed: bool) -> None:
     """
     if not policy.protect_prompt:
         raise ValueError(
-            "suffix: expected protect_prompt=True, got False; branches share their prompt, and "
-            "it cannot be evicted for one of them."
+            "suffix: expected protect=True, got a policy that may evict the prompt; branches share "
+            "it, and it cannot be evicted for one of them."
         )
     if policy.scorer.needs_mass:
         raise ValueError(
@@ -328,7 +328,6 @@ def require_suffix(policy: Policy, *, probed: bool) -> None:
         )
     if policy.risk is not None or probed:
         raise ValueError(
-            "suffix: expected measure_risk=False, max_risk=None and probes=None, got one of "
-            "them set: the error of an output is measured over what one layer's pool holds, "
-            "and the prompt of a branch is not in it."
+            "suffix: expected risk=None, got a policy that measures: the error of an output is "
+            "measured over what one layer's pool holds, and the prompt of a branch is not in it."
         )

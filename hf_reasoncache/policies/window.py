@@ -151,7 +151,7 @@ class WindowPolicy:
     @property
     def remedy(self) -> str:
         """How to protect less."""
-        return "pass protect_prompt=False" if self.protect_prompt else "protect fewer of its tokens"
+        return "pass protect=False" if self.protect_prompt else "protect fewer of its tokens"
 
     def require_room(self, prompt: int, listed: int) -> None:
         """See `Policy.require_room`."""

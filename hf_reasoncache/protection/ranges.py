@@ -11,6 +11,9 @@ from hf_reasoncache.messages import shown
 
 Range = tuple[int, int]
 
+Ranges = Sequence[Range] | Sequence[Sequence[Range]]
+"""Token ranges of every row, or those of each row."""
+
 
 @dataclass(frozen=True)
 class Spans:

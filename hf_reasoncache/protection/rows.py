@@ -82,8 +82,8 @@ class RowProtection:
                     raise ValueError(
                         f"spans: expected a prompt of {spans.tokens[source]} tokens in row {row}, "
                         f"got {prompt}; find the spans in the very prompts that generate is given "
-                        "(same order, special tokens and chat template), and pass prompt_length "
-                        "with assisted decoding or prefill_chunk_size."
+                        "(same order, special tokens and chat template), and pass "
+                        "Protect(prompt_length=...) with assisted decoding or prefill_chunk_size."
                     )
                 expect_inside(row, spans.rows[source], prompt)
 

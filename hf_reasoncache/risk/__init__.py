@@ -6,14 +6,14 @@ of them is about the quality of an answer.
 
 from hf_reasoncache.risk.conformal import conformal_bound, coverage
 from hf_reasoncache.risk.damage import Damage, DamageScale, eviction_damage
-from hf_reasoncache.risk.guard import Guard
 from hf_reasoncache.risk.log import RiskLog
+from hf_reasoncache.risk.probes import Probes
 from hf_reasoncache.risk.settings import Risk
 
 __all__ = [
     "Damage",
     "DamageScale",
-    "Guard",
+    "Probes",
     "Risk",
     "RiskLog",
     "conformal_bound",

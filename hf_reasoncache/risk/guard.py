@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 
@@ -47,42 +45,18 @@ class Scale(Protocol):
 
 @dataclass(frozen=True)
 class Guard:
-    """What to do when an eviction's error is too large; ours.
-
-    The guard spends the room that would stay free until the next eviction, never more: a head of a
-    `ReasonAllocCache` holds `budget + buffer` tokens at most with or without it, and after an
-    eviction at least a quarter of `buffer` is free. So evictions come up to four times as often,
-    and after one a head may hold more than its budget. A head of a `SlidingWindowCompressCache`
-    keeps at most three quarters of what a window would lose, and `max_budget` holds as without.
+    """What holds an eviction's error to a limit; ours. See `Risk`, which makes it.
 
     Attributes
     ----------
     limit : float
         Largest `Damage.error` of a head that is accepted.
     action : {"shrink", "abstain", "move"}
-        "shrink" keeps as many more tokens of the head as bring its error to the limit, or the most
-        there is room for. "abstain" keeps the most at once. "move" lets heads of the same row and
-        layer pay for it, as long as their own error stays the smaller one: the row keeps as many
-        tokens as without a guard.
-
-    Raises
-    ------
-    ValueError
-        If the limit is not a finite number >= 0, or the action is unknown.
+        What to do beyond it.
     """
 
     limit: float
     action: Action = "shrink"
-
-    def __post_init__(self) -> None:
-        """Check."""
-        number = isinstance(self.limit, Real) and not isinstance(self.limit, bool)
-        if not number or not 0 <= self.limit < math.inf:
-            raise ValueError(f"max_risk: expected a finite number >= 0, got {self.limit!r}.")
-        if self.action not in get_args(Action):
-            raise ValueError(
-                f"max_risk: expected an action in {get_args(Action)}, got {self.action!r}."
-            )
 
     def choose(
         self, plan: Choice, scale: Scale, shard: Shard = ALONE

@@ -89,7 +89,7 @@ def test_greedy_answers_are_those_of_each_prompt_alone(
         *((f"p{n}", n) for n in range(5)),
         ("6", 5),
     ]
-    snapkv = {"scorer": SnapKV(queries=16), "window": 16, "buffer": 16, "protect_prompt": False}
+    snapkv = {"scorer": SnapKV(queries=16), "window": 16, "buffer": 16, "protect": False}
 
     def make(config: Any) -> ReasonAllocCache:
         return ReasonAllocCache(config, budget=48, head_budgets=False, **snapkv)

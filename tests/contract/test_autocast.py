@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_reasoncache import SharedBranchCache, branch_generate
-from hf_reasoncache.observers import Probes
+from hf_reasoncache import Protect, SharedBranchCache, branch_generate
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk import damage
+from hf_reasoncache.risk import Probes, Risk, damage
 from hf_reasoncache.scorers import H2O, RKV, SCORERS
 from tests.support.caches import CLASSES, KINDS, exact_cache, make_cache
 from tests.support.driver import Driver
@@ -97,7 +96,7 @@ def fitting(name, kind):
 )
 def test_every_scorer_works_and_is_not_lowered(name, kind):
     model, scorer = build("llama"), lowered(name)
-    protect = {} if kind == "branched" else {"protect_prompt": False}
+    protect = {} if kind == "branched" else {"protect": False}
     cache = make_cache(kind, model, scorer=scorer(), **protect)
     assert generate(model, cache, max_new_tokens=40).shape == (2, 61)
     assert cache.report().evicted > 0 and scorer.calls > 0
@@ -115,7 +114,7 @@ def test_risk_and_probes_are_not_lowered(kind, monkeypatch):
     monkeypatch.setattr(damage, "_Attention", Watched)
     model = build("llama")
     cache = make_cache(
-        kind, model, max_risk=0.01, head_budgets=True, probes=Probes(heads=1.0, interval=5)
+        kind, model, risk=Risk(0.01, probes=Probes(heads=1.0, interval=5)), head_budgets=True
     )
     generate(model, cache)
     report = cache.report()
@@ -128,7 +127,7 @@ def test_risk_and_probes_are_not_lowered(kind, monkeypatch):
 def test_a_rejected_draft_is_taken_back(kind, scorer):
     """Drafts are cropped, and accepted tokens stored again, outside of any forward."""
     model, inputs = build("llama"), {key: x[:1] for key, x in prompt().items()}
-    changes = dict(scorer=scorer, prompt_length=21)
+    changes = dict(scorer=scorer, protect=Protect(prompt_length=21))
     cache = make_cache(kind, model, **changes)
     out = generate(model, cache, inputs, prompt_lookup_num_tokens=4)
     assert out.shape == (1, 81) and cache.report().evicted > 0

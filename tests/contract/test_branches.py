@@ -366,7 +366,7 @@ def refused(*words):
     ("suffix", "words"),
     [
         (ReasonAllocCache, ["suffix: expected", "policy", "got"]),
-        (make_policy("reason_alloc", protect_prompt=False), ["protect_prompt=True, got False"]),
+        (make_policy("reason_alloc", protect=False), ["protect=True, got"]),
         (make_policy("sliding_window", scorer=H2O()), ["attention mass", "RKV"]),
         (make_policy("reason_alloc", budget=-1), ["budget", "-1"]),
         (SharedBranchCache.policy(), ["expected the policy of", "SharedBranchCache"]),

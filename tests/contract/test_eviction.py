@@ -4,6 +4,7 @@ plain."""
 import pytest
 import torch
 
+from hf_reasoncache import Protect
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV, StreamingLLM
 from tests.support.caches import BRANCHED, KINDS, make_cache
@@ -72,7 +73,7 @@ def test_logits_equal_oracle_in_hybrid_models(name, kind):
 )
 def test_logits_equal_oracle_when_the_prompt_is_cut(kind, changes):
     model, inputs = build("llama"), prompt(tokens=90, padding=(0, 33))
-    cache = make_cache(kind, model, protect_prompt=False, **changes)
+    cache = make_cache(kind, model, protect=False, **changes)
     recorder = Recorder(model, cache, inputs["attention_mask"])
     logits = recorder.forward(inputs["input_ids"])
     assert (
@@ -92,7 +93,7 @@ def test_logits_equal_oracle_in_chunked_prompts(kind):
     for protect in (True, False):
         if kind == BRANCHED and not protect:
             continue  # refused: see test_branches
-        cache = make_cache(kind, model, profile=[1, 9, 4], protect_prompt=protect)
+        cache = make_cache(kind, model, profile=[1, 9, 4], protect=protect)
         recorder = Recorder(model, cache, inputs["attention_mask"])
         for chunk in inputs["input_ids"].split(12, dim=1):
             logits = recorder.forward(chunk)
@@ -110,7 +111,7 @@ def test_logits_equal_oracle_in_chunked_prompts(kind):
         ),
         ("sliding_window", {"head_budgets": True}),
         ("sliding_window", {"max_budget": 40, "scorer": RKV()}),
-        ("sliding_window", {"protect_prompt": False, "scorer": H2O()}),
+        ("sliding_window", {"protect": False, "scorer": H2O()}),
     ],
     ids=str,
 )
@@ -161,7 +162,9 @@ def test_assisted_equals_plain(kind, changes):
     }
 
     def run(**more):
-        cache = make_cache(kind, model, profile=[1, 9, 4], prompt_length=length, **changes)
+        cache = make_cache(
+            kind, model, profile=[1, 9, 4], protect=Protect(prompt_length=length), **changes
+        )
         out = model.generate(**inputs, **more, **cache_kwarg(cache), max_new_tokens=70)
         return out, cache.report().evictions
 

@@ -1,5 +1,6 @@
 """Bad input: a ValueError that says what was expected, what came and what to do about it."""
 
+import inspect
 import re
 
 import pytest
@@ -15,7 +16,13 @@ from transformers import (
     T5Config,
 )
 
-from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
+import hf_reasoncache
+from hf_reasoncache import (
+    Protect,
+    ReasonAllocCache,
+    SlidingWindowCompressCache,
+    experimental,
+)
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import RKV
 from tests.support.caches import CLASSES, KINDS, SETTINGS, exact_cache, make_cache
@@ -49,13 +56,32 @@ class Counter(transformers.StoppingCriteria):
 # --------------------------------------------------------------------------------------- arguments
 
 
+def test_constructors_have_at_most_twelve_settings():
+    public = [
+        each
+        for package in (hf_reasoncache, experimental)
+        for each in map(vars(package).get, package.__all__)
+        if isinstance(each, type) and issubclass(each, transformers.Cache)
+    ]
+    assert {ReasonAllocCache, SlidingWindowCompressCache} < set(public)
+    for cache in public:
+        assert len(inspect.signature(cache).parameters.keys() - {"config"}) <= 12, cache
+
+
 @pytest.mark.parametrize("value", [0, -1, -HUGE, True, 64.0, float("nan"), "64", [64]], ids=repr)
-@pytest.mark.parametrize("name", ["budget", "buffer", "window", "prompt_length"])
+@pytest.mark.parametrize("name", ["budget", "buffer", "window"])
 def test_number_out_of_range_or_of_another_type(llama, name, value):
     settings = {"budget": 64} | {name: value}
     said = rf"{name}: expected an integer >= \d+, got {re.escape(repr(value))}"
     with pytest.raises(ValueError, match=said):
         ReasonAllocCache(llama.config, **settings)
+
+
+@pytest.mark.parametrize("value", [0, -1, -HUGE, True, 64.0, float("nan"), "64", [64]], ids=repr)
+def test_prompt_length_out_of_range_or_of_another_type(value):
+    said = f"protect: expected prompt_length as an integer >= 1, got {re.escape(repr(value))}"
+    with pytest.raises(ValueError, match=said):
+        Protect(prompt_length=value)
 
 
 @pytest.mark.parametrize("name", ["buffer", "window"])
@@ -109,16 +135,8 @@ def test_scorer_that_is_none(llama, scorer, kind):
         CLASSES[kind](llama.config, **SETTINGS[kind], scorer=scorer)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_offloading(llama, kind):
-    with pytest.raises(
-        ValueError, match=r"offloading=True: expected .*got .*; use a smaller budget"
-    ):
-        CLASSES[kind](llama.config, **SETTINGS[kind], offloading=True)
-
-
 @pytest.mark.parametrize("value", [0, -1, -HUGE, HUGE, True, 64.0, "64", [64]], ids=repr)
-@pytest.mark.parametrize("name", ["window", "recent", "max_budget", "prompt_length"])
+@pytest.mark.parametrize("name", ["window", "recent", "max_budget"])
 def test_windows_refuse_numbers_out_of_range_or_of_another_type(llama, name, value):
     said = rf"{name}: expected an integer [><]= \d+, got {re.escape(repr(value))}"
     with pytest.raises(ValueError, match=said):
@@ -142,7 +160,7 @@ def test_windows_refuse_what_does_not_fit_together(llama):
         SlidingWindowCompressCache(llama.config, ratio=1.0, max_budget=4096)
 
 
-@pytest.mark.parametrize("name", ["protect_prompt", "head_budgets"])
+@pytest.mark.parametrize("name", ["protect", "head_budgets"])
 @pytest.mark.parametrize("value", ["no", None, 2])
 def test_windows_refuse_a_flag_that_is_no_bool(llama, name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -215,7 +233,7 @@ def test_budget_below_the_protected_prompt_and_the_window(name, arguments):
     cache = ReasonAllocCache(model.config, budget=24, window=4)
     said = (
         r"expected budget >= 25 \(21 protected prompt tokens and a window of 4\), got budget=24\. "
-        r"Raise the budget, shorten the prompt, or pass protect_prompt=False"
+        r"Raise the budget, shorten the prompt, or pass protect=False"
     )
     if "prefill_chunk_size" in arguments:
         said = r"expected budget >= \d+ \(\d+ protected prompt tokens.*got budget=24\. Raise"
@@ -230,7 +248,7 @@ def test_budget_that_just_holds_the_prompt_and_the_window(llama):
         assert generate(llama, cache).shape == (2, 51)
         for head in cache.held_positions(0)[0]:
             assert head[:21] == list(range(21)), "the prompt"
-    free = ReasonAllocCache(llama.config, budget=8, window=4, buffer=4, protect_prompt=False)
+    free = ReasonAllocCache(llama.config, budget=8, window=4, buffer=4, protect=False)
     assert generate(llama, free).shape == (2, 51)
 
 
@@ -502,7 +520,9 @@ def test_default_settings_are_accepted(llama):
     """The other side of this file: what is right raises nothing."""
     ReasonAllocCache(llama.config, budget=None)
     ReasonAllocCache(llama.config, budget=9)
-    ReasonAllocCache(llama.config, budget=64, scorer=RKV(), profile=(0, 1, 2), prompt_length=21)
+    ReasonAllocCache(
+        llama.config, budget=64, scorer=RKV(), profile=(0, 1, 2), protect=Protect(prompt_length=21)
+    )
     ReasonAllocCache(llama.config, budget=64, profile=torch.ones(3), buffer=1, window=1)
     for name in ("qwen3", "mistral", "gemma3", "gpt_oss"):
         cache = ReasonAllocCache(build(name).config, budget=64)

@@ -124,7 +124,7 @@ def kv_storages(cache):
 )
 def test_memory_is_what_the_budget_says(length, protect, dtype):
     model = build("llama").to(dtype)
-    cache = new_cache(model, protect_prompt=protect)
+    cache = new_cache(model, protect=protect)
     driver = Driver(model, cache, prompt(tokens=length)["attention_mask"])
     logits = driver(prompt(tokens=length)["input_ids"])
     token = 2 * HEAD_SIZE * dtype.itemsize
@@ -149,7 +149,7 @@ def test_long_turn_gives_its_memory_back():
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=str)
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [*VARIANTS, ("reason_alloc", {"measure_risk": True}), ("sliding_window", {"max_risk": 0.1})],
+    [*VARIANTS, ("reason_alloc", {"risk": True}), ("sliding_window", {"risk": 0.1})],
     ids=str,
 )
 def test_no_tensor_escapes_the_report(kind, changes, mode):
@@ -169,7 +169,7 @@ def test_no_tensor_escapes_the_report(kind, changes, mode):
 def test_the_risk_log_is_counted_and_grows_with_evictions(kind):
     model, bytes_of = build("llama"), []
     for steps in (60, 100):
-        cache = new_cache(model, kind, measure_risk=True)
+        cache = new_cache(model, kind, risk=True)
         tokens(model, cache, max_new_tokens=steps)
         report, plain = cache.report(), new_cache(model, kind)
         tokens(model, plain, max_new_tokens=steps)

@@ -7,10 +7,10 @@ from packaging.version import Version
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from hf_reasoncache import ReasonAllocCache, SharedBranchCache
+from hf_reasoncache import Protect, ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.observers import Probes
 from hf_reasoncache.releases import cache_kwarg
+from hf_reasoncache.risk import Probes, Risk
 from hf_reasoncache.scorers import H2O, RKV, Random
 from tests.support.caches import KINDS, exact_cache, make_cache
 from tests.support.models import VOCABULARY, build, prompt
@@ -225,10 +225,10 @@ def test_a_parked_branch_and_its_forks_keep_their_masks():
 # --------------------------------------------------------------------------------- with an eviction
 
 EVICTING = [
-    ("reason_alloc", dict(scorer=RKV(), protect_prompt=False)),
-    ("reason_alloc", dict(scorer=H2O(), protect_prompt=False)),
+    ("reason_alloc", dict(scorer=RKV(), protect=False)),
+    ("reason_alloc", dict(scorer=H2O(), protect=False)),
     ("reason_alloc", dict(scorer=Random())),
-    ("sliding_window", dict(prompt_ratio=0.5, protect_prompt=False, max_budget=30)),
+    ("sliding_window", dict(prompt_ratio=0.5, protect=False, max_budget=30)),
     ("sliding_window", dict(head_budgets=True)),
     ("branched", {}),
 ]
@@ -299,11 +299,12 @@ def test_hidden_tokens_come_back_until_their_row_evicts(kind, changes):
 @pytest.mark.parametrize("scorer", [RKV(), H2O()], ids=repr)
 def test_rejected_drafts_leave_no_trace_over_what_is_hidden(scorer):
     """Drafts of four tokens, of which one is accepted, over a mask that hides since the first."""
-    model, settings = build("llama"), dict(budget=24, buffer=6, window=4, protect_prompt=False)
+    model, settings = build("llama"), dict(budget=24, buffer=6, window=4)
     ids, drafts = some_tokens(1, 21), [some_tokens(1, 4, seed=20 + step) for step in range(30)]
 
     def run(rejected):
-        cache = ReasonAllocCache(model.config, scorer=scorer, prompt_length=21, **settings)
+        protect = Protect(prompt=False, prompt_length=21)
+        cache = ReasonAllocCache(model.config, scorer=scorer, protect=protect, **settings)
         recorder = Recorder(model, cache, torch.ones(1, 21, dtype=torch.long))
         cache.activate_past_recording()
         found = [recorder.forward(ids)]
@@ -327,8 +328,9 @@ def test_rejected_drafts_leave_no_trace_over_what_is_hidden(scorer):
 
 def test_probes_measure_against_what_the_mask_shows():
     model, inputs = build("llama"), prompt(batch=2, padding=(0, 4))
-    settings = dict(budget=60, buffer=8, window=4, protect_prompt=False)
-    cache = ReasonAllocCache(model.config, probes=Probes(heads=1.0, interval=1), **settings)
+    settings = dict(budget=60, buffer=8, window=4, protect=False)
+    risk = Risk(measure=False, probes=Probes(heads=1.0, interval=1))
+    cache = ReasonAllocCache(model.config, risk=risk, **settings)
     recorder = Recorder(model, cache, inputs["attention_mask"])
     logits = recorder.forward(inputs["input_ids"])
     recorder.hidden = torch.zeros(2, 21, dtype=torch.bool)

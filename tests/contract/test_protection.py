@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache import Protect, ReasonAllocCache
 from hf_reasoncache.protection import Fair, Spans, spans
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random
@@ -19,29 +19,29 @@ PADDING = (0, 7, 16)
 LISTED = [[(2, 6), (12, 14)], [(0, 3)], [(1, 4)]]
 SPANS = [[(0, 8), (8, 20)], [(2, 9)], []]
 VARIANTS = [
-    ("reason_alloc", {"budget": 24, "scorer": RKV()}),
-    ("reason_alloc", {"budget": 24, "scorer": H2O(), "fair": 1.0}),
-    ("reason_alloc", {"budget": 24, "fair": Fair(0.5, SPANS, window=8)}),
-    ("sliding_window", {"prompt_ratio": 0.5, "head_budgets": True}),
-    ("sliding_window", {"prompt_ratio": 0.6, "max_budget": 30, "scorer": Random()}),
-    ("sliding_window", {"prompt_ratio": 0.5, "chunk_share": 0.0, "fair": Fair(1.0, SPANS)}),
+    ("reason_alloc", {"budget": 24, "scorer": RKV()}, None),
+    ("reason_alloc", {"budget": 24, "scorer": H2O()}, 1.0),
+    ("reason_alloc", {"budget": 24}, Fair(0.5, SPANS, window=8)),
+    ("sliding_window", {"prompt_ratio": 0.5, "head_budgets": True}, None),
+    ("sliding_window", {"prompt_ratio": 0.6, "max_budget": 30, "scorer": Random()}, None),
+    ("sliding_window", {"prompt_ratio": 0.5, "chunk_share": 0.0}, Fair(1.0, SPANS)),
 ]
-SETTINGS = dict(protect_prompt=False, protect=LISTED)
 
 
 def columns(row, pad):
     return {pad + at for start, stop in LISTED[row] for at in range(start, stop)}
 
 
-def new_cache(kind, model, **changes):
+def new_cache(kind, model, fair, *, listed=LISTED, prompt_length=None, **changes):
+    protect = Protect(prompt=False, spans=listed, fair=fair, prompt_length=prompt_length)
     profile = {"profile": [1.0, 9.0, 4.0] if kind == "reason_alloc" else None}
-    return make_cache(kind, model, **(SETTINGS | profile | changes))
+    return make_cache(kind, model, protect=protect, **(profile | changes))
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
-def test_listed_tokens_stay_inside_the_budget_and_logits_equal_the_oracle(kind, changes):
+@pytest.mark.parametrize(("kind", "changes", "fair"), VARIANTS, ids=str)
+def test_listed_tokens_stay_inside_the_budget_and_logits_equal_the_oracle(kind, changes, fair):
     model, inputs = build("llama"), prompt(batch=3, tokens=30, padding=PADDING)
-    cache = new_cache(kind, model, **changes)
+    cache = new_cache(kind, model, fair, **changes)
     recorder = Recorder(model, cache, inputs["attention_mask"])
     logits = recorder.forward(inputs["input_ids"])
     for _ in range(60):
@@ -59,16 +59,15 @@ def test_listed_tokens_stay_inside_the_budget_and_logits_equal_the_oracle(kind, 
     recorder.check(1e-4)
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
-def test_row_in_padded_batch_equals_row_alone(kind, changes):
+@pytest.mark.parametrize(("kind", "changes", "fair"), VARIANTS, ids=str)
+def test_row_in_padded_batch_equals_row_alone(kind, changes, fair):
     model, inputs = build("llama"), prompt(batch=3, tokens=30, padding=PADDING)
 
     def run(ids, mask, rows):
-        own = dict(changes)
-        if isinstance(own.get("fair"), Fair):
-            chosen = [SPANS[row] for row in rows]
-            own["fair"] = Fair(own["fair"].strength, chosen, own["fair"].window)
-        cache = new_cache(kind, model, **(own | {"protect": [LISTED[row] for row in rows]}))
+        own = fair
+        if isinstance(fair, Fair):
+            own = Fair(fair.strength, [SPANS[row] for row in rows], fair.window)
+        cache = new_cache(kind, model, own, listed=[LISTED[row] for row in rows], **changes)
         out = model.generate(ids, attention_mask=mask, **cache_kwarg(cache), max_new_tokens=50)
         return out[:, ids.shape[1] :], [now_held(cache, layer) for layer in range(LAYERS)]
 
@@ -82,7 +81,7 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
             assert shifted == held[layer][row]
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS[::3], ids=str)
+@pytest.mark.parametrize(("kind", "changes", "fair"), VARIANTS[::3], ids=str)
 @pytest.mark.parametrize(
     "mode",
     [
@@ -92,9 +91,9 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
     ],
     ids=str,
 )
-def test_listed_tokens_stay_in_every_mode_of_generate(kind, changes, mode):
+def test_listed_tokens_stay_in_every_mode_of_generate(kind, changes, fair, mode):
     model, inputs = build("llama"), prompt(batch=3, tokens=30, padding=PADDING)
-    cache = new_cache(kind, model, **changes)
+    cache = new_cache(kind, model, fair, **changes)
     model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=40, **mode)
     copies = len(now_held(cache, 0)) // 3
     assert copies == max(mode.get("num_beams", 1), mode.get("num_return_sequences", 1))
@@ -104,17 +103,17 @@ def test_listed_tokens_stay_in_every_mode_of_generate(kind, changes, mode):
             assert all(columns(source, PADDING[source]) <= set(head) for head in heads)
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
-def test_assisted_equals_plain(kind, changes):
+@pytest.mark.parametrize(("kind", "changes", "fair"), VARIANTS, ids=str)
+def test_assisted_equals_plain(kind, changes, fair):
     model = build("llama")
     inputs = {key: value[:1] for key, value in prompt(tokens=30).items()}
-    if isinstance(changes.get("fair"), Fair):
-        changes = changes | {"fair": Fair(0.5, [SPANS[0]], 8)}
+    if isinstance(fair, Fair):
+        fair = Fair(0.5, [SPANS[0]], 8)
 
     def run(**more):
         # Without a profile no layer cuts the prompt, which the first draft would see whole.
-        settings = changes | {"protect": [LISTED[0]], "prompt_length": 30, "profile": None}
-        cache = new_cache(kind, model, **settings)
+        settings = changes | {"prompt_length": 30, "profile": None}
+        cache = new_cache(kind, model, fair, listed=[LISTED[0]], **settings)
         out = model.generate(**inputs, **more, **cache_kwarg(cache), max_new_tokens=60)
         return out, cache
 
@@ -128,8 +127,8 @@ def test_assisted_equals_plain(kind, changes):
 
 def test_rows_that_are_selected_and_cropped_take_their_spans_along():
     model, inputs = build("llama"), prompt(batch=3, tokens=30, padding=PADDING)
-    for kind, changes in VARIANTS[1:4:2]:
-        cache = new_cache(kind, model, **changes)
+    for kind, changes, fair in VARIANTS[1:4:2]:
+        cache = new_cache(kind, model, fair, **changes)
         driver = Driver(model, cache, inputs["attention_mask"])
         driver.greedy(driver(inputs["input_ids"]), 20)
         cache.batch_select_indices(torch.tensor([2, 0]))
@@ -156,8 +155,7 @@ def test_fair_eviction_keeps_more_of_the_span_that_scores_lowest():
             window=4,
             scorer=H2O(recent_ratio=1.0),
             head_budgets=False,
-            protect_prompt=False,
-            fair=Fair(strength, halves, window=24),
+            protect=Protect(prompt=False, fair=Fair(strength, halves, window=24)),
         )
         model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=2)
         rates[strength] = cache.keep_rates(halves)[:, 0, 0]
@@ -176,9 +174,7 @@ def generate(cache, model, **changes):
 @pytest.mark.parametrize("mode", [{}, {"prefill_chunk_size": 7}], ids=str)
 def test_whitelist_that_does_not_fit_the_budget(mode):
     model = build("llama")
-    cache = ReasonAllocCache(
-        model.config, budget=24, window=4, protect_prompt=False, protect=[(0, 21)]
-    )
+    cache = ReasonAllocCache(model.config, budget=24, window=4, protect=[(0, 21)])
     said = (
         r"expected budget >= 25 \(21 protected prompt tokens and a window of 4\), got budget=24\. "
         r"Raise the budget, shorten the prompt, or protect fewer of its tokens\."
@@ -200,9 +196,7 @@ def test_whitelist_that_does_not_fit_the_budget(mode):
 )
 def test_whitelist_that_does_not_fit_a_windows_cache(changes, said):
     model = build("llama")
-    cache = make_cache(
-        "sliding_window", model, protect_prompt=False, protect=[[(0, 18)], [], []], **changes
-    )
+    cache = make_cache("sliding_window", model, protect=[[(0, 18)], [], []], **changes)
     with pytest.raises(ValueError, match=said):
         generate(cache, model)
 
@@ -215,7 +209,7 @@ def test_spans_of_another_prompt_or_batch(kind):
         ([(0, 15)], r"within the 14 prompt tokens of row 2, got \(0, 15\)"),
         ([[(0, 2)], [(0, 2)]], "batch of 2 rows or a multiple of it.*got 3"),
     ]:
-        cache = make_cache(kind, model, protect_prompt=False, protect=protect, **SMALL[kind])
+        cache = make_cache(kind, model, protect=protect, **SMALL[kind])
         with pytest.raises(ValueError, match=said):
             generate(cache, model)
 
@@ -227,13 +221,20 @@ SMALL = {"reason_alloc": {"budget": 24}, "sliding_window": {"prompt_ratio": 1.0}
 def test_arguments(kind):
     model = build("llama")
     for arguments, said in [
-        ({"protect": [(0, 2)]}, "protect_prompt: expected False beside spans of the prompt"),
-        ({"fair": Fair(0.5, [(0, 2)])}, "protect_prompt: expected False beside spans"),
+        ({"spans": [(0, 2)]}, "protect: expected prompt=False beside spans of the prompt, got"),
+        ({"fair": Fair(0.5, [(0, 2)])}, "protect: expected prompt=False beside spans"),
         ({"fair": 2}, "fair: expected a number from 0 to 1, got 2"),
-        ({"protect": "system", "protect_prompt": False}, "protection.spans finds the tokens"),
+        ({"prompt": 1}, "protect: expected prompt as True or False, got 1"),
+        ({"prompt": False, "spans": "system"}, "protection.spans finds the tokens"),
     ]:
         with pytest.raises(ValueError, match=re.escape(said)):
-            make_cache(kind, model, **arguments)
+            Protect(**arguments)
+    for protect in ("system", None, 1):
+        said = f"protect: expected True, False, Spans, token ranges or a Protect, got {protect!r}"
+        with pytest.raises(ValueError, match=f"{said}; .*protection.spans finds the tokens"):
+            make_cache(kind, model, protect=protect)
+    with pytest.raises(ValueError, match=r"spans: expected a range .*got \(5, 3\)"):
+        make_cache(kind, model, protect=[(5, 3)])
     with pytest.raises(ValueError, match="expected a cache that holds tokens, got an empty one"):
         make_cache(kind, model).keep_rates([(0, 2)])
 
@@ -250,9 +251,7 @@ def test_from_text_to_tokens_that_stay():
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     found = spans(tokenizer, chats, roles="system")
-    cache = ReasonAllocCache(
-        model.config, budget=20, buffer=8, window=4, protect_prompt=False, protect=found
-    )
+    cache = ReasonAllocCache(model.config, budget=20, buffer=8, window=4, protect=found)
     out = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -268,7 +267,7 @@ def test_branches_evict_fairly_and_keep_their_prompt():
     model, inputs = build("llama"), prompt()
     held = {}
     for fair in (None, Fair(1.0, window=8)):
-        cache = make_cache(BRANCHED, model, fair=fair)
+        cache = make_cache(BRANCHED, model, protect=Protect(fair=fair))
         model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=60)
         held[fair] = cache.held_positions(0)[0]
         for head in held[fair]:
@@ -279,5 +278,5 @@ def test_branches_evict_fairly_and_keep_their_prompt():
         counts = [sum(begin <= at < begin + 8 for at in head) for begin in range(21, 68, 8)]
         assert max(counts) - min(counts) <= 1
     assert bool((cache.keep_rates([(0, 14)]) == 1).all()), "the shared prompt counts as held"
-    with pytest.raises(ValueError, match="protect_prompt: expected False"):
+    with pytest.raises(ValueError, match="suffix: expected protect=True"):
         make_cache(BRANCHED, model, protect=[(0, 2)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache import Protect, ReasonAllocCache
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from tests.support.driver import new_cache, start, tokens
@@ -28,7 +28,7 @@ def test_flash_attention_is_told_its_own_name(fake_flash):
 
 def test_prompt_length_beyond_the_prompt_still_protects_the_prompt():
     model = build("llama")
-    cache = new_cache(model, prompt_length=1000)
+    cache = new_cache(model, protect=Protect(prompt_length=1000))
     tokens(model, cache)
     assert cache.report().evictions > 0
     for layer in range(3):
@@ -97,7 +97,7 @@ def test_profile_that_is_no_sequence_of_numbers(profile):
         ReasonAllocCache(build("llama").config, budget=64, profile=profile)
 
 
-@pytest.mark.parametrize("name", ["budget", "buffer", "prompt_length"])
+@pytest.mark.parametrize("name", ["budget", "buffer"])
 def test_absurdly_large_number(name):
     settings = {"budget": 64} | {name: HUGE}
     model = build("llama")
@@ -105,7 +105,7 @@ def test_absurdly_large_number(name):
         tokens(model, ReasonAllocCache(model.config, **settings))
 
 
-@pytest.mark.parametrize("name", ["head_budgets", "protect_prompt"])
+@pytest.mark.parametrize("name", ["head_budgets", "protect"])
 @pytest.mark.parametrize("value", ["no", None, 2])
 def test_flag_that_is_no_bool(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -143,7 +143,7 @@ def test_other_batch_where_the_first_layer_slides(name):
 def test_assisted_decoding_reports_all_it_holds(budget):
     model, inputs = build("llama"), prompt(batch=1)
     profile = None if budget is None else [1, 9, 4]
-    cache = new_cache(model, budget=budget, prompt_length=21, profile=profile)
+    cache = new_cache(model, budget=budget, protect=Protect(prompt_length=21), profile=profile)
     worst = 0
 
     def watch(module, arguments, output):
@@ -162,7 +162,7 @@ def test_assisted_decoding_reports_all_it_holds(budget):
 
 def test_assisted_decoding_allocates_the_budget_once():
     model, inputs = build("llama"), prompt(batch=1)
-    cache = new_cache(model, budget=100, prompt_length=21)
+    cache = new_cache(model, budget=100, protect=Protect(prompt_length=21))
     sizes = []
 
     def watch(module, arguments, output):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from hf_reasoncache import Protect
 from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg
 from tests.support.caches import KINDS, exact_cache, make_cache
 from tests.support.models import BUILDERS, build, prompt
@@ -148,8 +149,10 @@ def test_outputs_are_those_of_dynamic_cache(name, mode):
 def test_a_cache_that_evicts_gives_outputs_too(kind):
     model, inputs = build("llama"), {key: x[:1] for key, x in prompt().items()}
     settings = dict(prompt_lookup_num_tokens=4, max_new_tokens=50)
-    plain = generate(model, make_cache(kind, model, prompt_length=21), inputs, **settings)
-    cache = make_cache(kind, model, prompt_length=21)
+    plain = generate(
+        model, make_cache(kind, model, protect=Protect(prompt_length=21)), inputs, **settings
+    )
+    cache = make_cache(kind, model, protect=Protect(prompt_length=21))
     asked = generate(model, cache, inputs, **settings, **ASKED)
     assert torch.equal(asked.sequences, plain.sequences) and cache.report().evicted > 0
     assert len(asked.scores) == len(asked.logits) == 50

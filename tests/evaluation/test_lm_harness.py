@@ -79,9 +79,7 @@ def test_an_exact_cache_gives_what_the_full_cache_gives() -> None:
 
 def test_a_small_budget_evicts_and_costs(recwarn: pytest.WarningsRecorder) -> None:
     found, _, _, lm = evaluate(
-        lambda config: ReasonAllocCache(
-            config, budget=40, buffer=16, window=16, protect_prompt=False
-        )
+        lambda config: ReasonAllocCache(config, budget=40, buffer=16, window=16, protect=False)
     )
     assert found["exact_match,answer"] < 1.0
     assert lm.evicted > 0

@@ -70,10 +70,10 @@ CASES = {
     "budget, long buffer": ("budget", dict(buffer=24, scorer=RKV(queries=4))),
     "budget, no queries": ("budget", dict(scorer=KeyNorm())),
     "budget, mass": ("budget", dict(scorer=H2O())),
-    "budget, prompt evicted": ("budget", dict(protect_prompt=False, budget=20)),
+    "budget, prompt evicted": ("budget", dict(protect=False, budget=20)),
     "windows": ("window", {}),
     "windows, little kept": ("window", dict(ratio=0.1, scorer=StreamingLLM())),
-    "windows, prompt evicted": ("window", dict(protect_prompt=False)),
+    "windows, prompt evicted": ("window", dict(protect=False)),
     "windows, bound": ("window", dict(max_budget=48)),
 }
 
@@ -170,7 +170,7 @@ def test_branches_with_reserved_room() -> None:
 )
 def test_budgets_of_any_size(prompt, generated, budget, buffer, queries) -> None:
     settings = dict(budget=budget, buffer=buffer, window=4, scorer=RKV(queries=queries))
-    cache = make("budget", "llama", **settings, protect_prompt=False)
+    cache = make("budget", "llama", **settings, protect=False)
     planned = plan(cache, "llama", prompt, generated)
     run(build_once("llama"), cache, prompt, generated)
     assert planned.own == held(cache)
@@ -192,7 +192,7 @@ def test_windows_of_any_size(prompt, generated, window, ratio, recent, protect, 
     assume(round(ratio * window) < window)
     if bound is not None:
         bound += recent + round(ratio * window) + (prompt if protect else 0)
-    settings = dict(window=window, ratio=ratio, recent=recent, protect_prompt=protect)
+    settings = dict(window=window, ratio=ratio, recent=recent, protect=protect)
     cache = make("window", "llama", **settings, max_budget=bound, scorer=KeyNorm())
     planned = plan(cache, "llama", prompt, generated)
     run(build_once("llama"), cache, prompt, generated)

@@ -57,7 +57,7 @@ def phase_of(layer):
 def test_after_every_step_each_window_holds_its_share_and_the_rest_is_whole(scorer, protect):
     paddings = (0, 7, 16)
     model, inputs = build("llama"), prompt(batch=3, padding=paddings)
-    driver, logits = start(model, inputs, scorer=scorer, protect_prompt=protect)
+    driver, logits = start(model, inputs, scorer=scorer, protect=protect)
     before = {}
     for _ in range(45):
         logits = driver(logits[:, -1:].argmax(-1))
@@ -125,7 +125,7 @@ def test_a_layer_that_needs_all_its_text_keeps_all_of_it():
 
 def test_prompt_ratio_is_the_share_of_the_prompt_only():
     model, inputs = build("llama"), prompt(batch=1, tokens=40, padding=(0,))
-    driver, logits = start(model, inputs, protect_prompt=False, prompt_ratio=0.75)
+    driver, logits = start(model, inputs, protect=False, prompt_ratio=0.75)
     driver.greedy(logits, 40)
     for layer in range(LAYERS):
         held = set(driver.cache.held_positions(layer)[0][0])
@@ -142,7 +142,7 @@ def test_prompt_ratio_is_the_share_of_the_prompt_only():
     [
         {},
         {"profile": [1, 9, 4], "head_budgets": True},
-        {"protect_prompt": False},
+        {"protect": False},
         {"scorer": RKV()},
     ],
     ids=str,
@@ -195,12 +195,12 @@ def test_bound_below_the_prompt_is_an_error_before_any_token():
     model = build("llama")
     said = (
         r"expected max_budget >= 28 \(21 protected prompt tokens, 4 recent ones and 3 of a window"
-        r"\), got max_budget=27\. Raise it, shorten the prompt, or pass protect_prompt=False"
+        r"\), got max_budget=27\. Raise it, shorten the prompt, or pass protect=False"
     )
     with pytest.raises(ValueError, match=said):
         tokens(model, new_cache(model, max_budget=27))
     tokens(model, new_cache(model, max_budget=28))
-    tokens(model, new_cache(model, max_budget=12, protect_prompt=False))
+    tokens(model, new_cache(model, max_budget=12, protect=False))
 
 
 # ------------------------------------------------------------------------------------- no storms
@@ -387,7 +387,7 @@ def test_any_settings_and_any_chunks_keep_what_they_must(
         ratio=max(ratio, 1 / window),
         recent=recent,
         chunk_share=chunk_share,
-        protect_prompt=protect,
+        protect=protect,
         scorer=Random(),
     )
     driver = Driver(model, cache, inputs["attention_mask"])

@@ -79,5 +79,5 @@ def test_lookup_of_a_few_prompts(document, monkeypatch, capsys):
 def test_cost_of_protecting_and_measuring(capsys):
     risk_cost.main(["--quick"])
     out = capsys.readouterr().out
-    for name in ("nothing", "protect", "fair=0.5", "measure_risk", "max_risk=0", "probes"):
+    for name in ("nothing", "protect", "fair=0.5", "risk=True", "risk=0", "Probes()"):
         assert f"\n{name} " in out

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_reasoncache.risk import Damage, Guard
+from hf_reasoncache.risk import Damage, Risk
+from hf_reasoncache.risk.guard import Guard
 
 BUDGETS, BUFFER = 16, 8
 
@@ -78,14 +79,18 @@ def test_bounds_hold_whatever_happens(rates, action, limit, spare):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((-0.1,), "max_risk: expected a finite number >= 0, got -0.1"),
+        ((-0.1,), "risk: expected the limit as a finite number >= 0, got -0.1"),
         ((float("nan"),), "got nan"),
         ((True,), "got True"),
         (("low",), "got 'low'"),
-        ((0.1, "panic"), "expected an action in .*, got 'panic'"),
+        ((0.1, "panic"), "risk: expected an action in .*, got 'panic'"),
+        ((None, "shrink", 1), "risk: expected measure as True or False, got 1"),
+        ((0.1, "shrink", False), "risk: expected measure=True beside a limit, got False"),
+        ((None, "shrink", True, True), r"probes as a risk.Probes, got True; pass Probes\(\)"),
+        ((None, "shrink", True, None, 0), "risk: expected queries as an integer >= 1, got 0"),
     ],
     ids=repr,
 )
 def test_bad_settings(arguments, said):
     with pytest.raises(ValueError, match=said):
-        Guard(*arguments)
+        Risk(*arguments)

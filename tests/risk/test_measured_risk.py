@@ -1,12 +1,13 @@
 """Risk in the caches: the numbers are true, rows are independent, and a guard keeps its bound."""
 
+import re
+
 import pytest
 import torch
 
-from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.observers import Probes
+from hf_reasoncache import Protect, ReasonAllocCache
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk import Guard
+from hf_reasoncache.risk import Probes, Risk
 from hf_reasoncache.scorers import RKV, Random
 from tests.support.attention_reference import outputs
 from tests.support.caches import BRANCHED, CLASSES, exact_cache, make_cache
@@ -14,8 +15,8 @@ from tests.support.driver import Driver, now_held
 from tests.support.models import LAYERS, build, prompt
 
 MEASURED = {
-    "reason_alloc": dict(measure_risk=True, scorer=Random()),
-    "sliding_window": dict(measure_risk=True, scorer=RKV(queries=3)),
+    "reason_alloc": dict(risk=True, scorer=Random()),
+    "sliding_window": dict(risk=True, scorer=RKV(queries=3)),
 }
 
 
@@ -84,10 +85,10 @@ def test_measuring_changes_nothing_and_rows_are_independent(kind):
 
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     plain, nothing = run(ids, mask)
-    tokens, logs = run(ids, mask, measure_risk=True)
+    tokens, logs = run(ids, mask, risk=True)
     assert torch.equal(plain, tokens) and not any(map(len, nothing))
     for row, pad in enumerate((0, 7, 16)):
-        _, alone = run(ids[row : row + 1, pad:], mask[row : row + 1, pad:], measure_risk=True)
+        _, alone = run(ids[row : row + 1, pad:], mask[row : row + 1, pad:], risk=True)
         for log, own in zip(logs, alone, strict=True):
             torch.testing.assert_close(log.of_row(row).error, own.error)
             assert torch.equal(log.of_row(row).columns - pad, own.columns)
@@ -96,7 +97,7 @@ def test_measuring_changes_nothing_and_rows_are_independent(kind):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_past_of_a_row_goes_with_it(kind):
     model, inputs = build("llama"), prompt()
-    cache = make_cache(kind, model, measure_risk=True)
+    cache = make_cache(kind, model, risk=True)
     driver = Driver(model, cache, inputs["attention_mask"])
     driver.greedy(driver(inputs["input_ids"]), 40)
     log = cache.layers[0].risk
@@ -113,7 +114,7 @@ def test_assisted_decoding_measures_what_plain_decoding_does():
     inputs = {key: value[:1] for key, value in prompt().items()}
 
     def run(**more):
-        cache = make_cache("reason_alloc", model, measure_risk=True, prompt_length=21)
+        cache = make_cache("reason_alloc", model, risk=True, protect=Protect(prompt_length=21))
         model.generate(**inputs, **more, **cache_kwarg(cache), max_new_tokens=60)
         return cache.layers[1].risk
 
@@ -129,10 +130,10 @@ def test_assisted_decoding_measures_what_plain_decoding_does():
 @pytest.mark.parametrize("action", ["shrink", "abstain", "move"])
 def test_a_guard_never_exceeds_budget_and_buffer(action):
     model, inputs = build("llama"), prompt(batch=3, padding=(0, 7, 16))
-    settings = dict(budget=32, buffer=16, window=4, protect_prompt=False, head_budgets=False)
+    settings = dict(budget=32, buffer=16, window=4, protect=False, head_budgets=False)
     worst = {}
-    for guard in (None, Guard(0.2, action)):
-        cache = ReasonAllocCache(model.config, **settings, measure_risk=True, max_risk=guard)
+    for risk in (Risk(), Risk(0.2, action)):
+        cache = ReasonAllocCache(model.config, **settings, risk=risk)
         driver = Driver(model, cache, inputs["attention_mask"])
         logits = driver(inputs["input_ids"])
         for _ in range(80):
@@ -141,7 +142,7 @@ def test_a_guard_never_exceeds_budget_and_buffer(action):
                 assert max(max(row) for row in layer.held) <= 48
                 assert {slots for row in layer.capacity for slots in row} == {48}
         report = cache.report()
-        worst[guard] = float(report.errors.quantile(0.9)), report.evictions
+        worst[risk] = float(report.errors.quantile(0.9)), report.evictions
     (before, evictions), (after, guarded) = worst.values()
     assert after < before, "the guard lowers the error"
     assert evictions <= guarded <= 4 * evictions
@@ -152,7 +153,7 @@ def test_a_guard_of_windows_keeps_its_share_and_the_bound():
     settings = dict(window=16, ratio=0.25, recent=4)
     errors = {}
     for limit in (None, 0.1):
-        cache = make_cache("sliding_window", model, **settings, measure_risk=True, max_risk=limit)
+        cache = make_cache("sliding_window", model, **settings, risk=Risk(limit))
         out = model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=100)
         errors[limit] = float(cache.report().errors.mean())
         for layer in range(LAYERS):
@@ -162,7 +163,7 @@ def test_a_guard_of_windows_keeps_its_share_and_the_bound():
                     kept = sum(end - 16 <= at < end for at in head)
                     assert kept == 4 if limit is None else 4 <= kept <= 4 + 9
     assert errors[0.1] < errors[None]
-    cache = make_cache("sliding_window", model, **settings, max_budget=40, max_risk=0.0)
+    cache = make_cache("sliding_window", model, **settings, max_budget=40, risk=0.0)
     driver = Driver(model, cache, inputs["attention_mask"])
     logits = driver(inputs["input_ids"])
     for _ in range(100):
@@ -179,9 +180,8 @@ def test_a_guard_never_evicts_what_is_protected():
             budget=20,
             buffer=16,
             window=4,
-            protect_prompt=False,
             protect=[(2, 9)],
-            max_risk=Guard(0.1, action),
+            risk=Risk(0.1, action),
         )
         model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=60)
         assert bool((cache.keep_rates([(2, 9)]) == 1).all())
@@ -192,7 +192,7 @@ def test_a_guard_never_evicts_what_is_protected():
 
 def test_report_shows_the_risk_and_says_what_it_is_not():
     model = build("llama")
-    cache = make_cache("reason_alloc", model, measure_risk=True)
+    cache = make_cache("reason_alloc", model, risk=True)
     assert "no eviction was measured yet" in str(cache.report())
     model.generate(**prompt(), **cache_kwarg(cache), max_new_tokens=60)
     report = cache.report()
@@ -227,15 +227,15 @@ def test_report_warns_when_a_budget_never_evicted(kind):
 def test_arguments():
     model = build("llama")
     for kind in CLASSES:
-        with pytest.raises(ValueError, match="measure_risk: expected True or False, got 1"):
-            make_cache(kind, model, measure_risk=1)
-        with pytest.raises(ValueError, match="max_risk: expected a finite number >= 0, got -1"):
-            make_cache(kind, model, max_risk=-1)
+        for risk in (-1, "low", Probes()):
+            said = f"risk: expected the limit as a finite number >= 0, got {risk!r}"
+            with pytest.raises(ValueError, match=re.escape(said)):
+                make_cache(kind, model, risk=risk)
+        for risk in (None, False, Risk(measure=False)):
+            assert make_cache(kind, model, risk=risk).layers[0].policy.risk is None
 
 
-@pytest.mark.parametrize(
-    "changes", [{"measure_risk": True}, {"max_risk": 0.1}, {"probes": Probes()}], ids=str
-)
-def test_branches_refuse_what_they_cannot_measure(changes):
+@pytest.mark.parametrize("risk", [True, 0.1, Risk(measure=False, probes=Probes())], ids=str)
+def test_branches_refuse_what_they_cannot_measure(risk):
     with pytest.raises(ValueError, match="the prompt of a branch is not in it"):
-        make_cache(BRANCHED, build("llama"), **changes)
+        make_cache(BRANCHED, build("llama"), risk=risk)

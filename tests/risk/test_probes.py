@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from hf_reasoncache.observers import Observer, Probes
+from hf_reasoncache import Protect
+from hf_reasoncache.observers import Observer
 from hf_reasoncache.releases import cache_kwarg
+from hf_reasoncache.risk import Probes, Risk
 from tests.support.attention_reference import outputs
 from tests.support.caches import CLASSES, exact_cache, make_cache
 from tests.support.driver import Driver, now_held
 from tests.support.models import LAYERS, build, prompt
 
-ALL = Probes(heads=1.0, interval=5)
+PROBED = Risk(measure=False, probes=Probes(heads=1.0, interval=5))
 
 
 class Spy(Observer):
@@ -31,7 +33,7 @@ class Spy(Observer):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_probe_is_the_difference_to_all_tokens(name, kind):
     model, inputs = build(name), prompt()
-    cache = make_cache(kind, model, probes=ALL)
+    cache = make_cache(kind, model, risk=PROBED)
     ours = [index for index, each in enumerate(cache.layers) if hasattr(each, "store")]
     spy = Spy(cache.layers[ours[-1]])
     driver = Driver(model, cache, inputs["attention_mask"])
@@ -70,7 +72,7 @@ def test_a_probe_is_the_difference_to_all_tokens(name, kind):
 def test_probes_change_nothing_and_are_zero_where_nothing_is_evicted(kind):
     model = build("llama")
     plain = make_cache(kind, model)
-    probed = make_cache(kind, model, probes=ALL)
+    probed = make_cache(kind, model, risk=PROBED)
     out = [
         model.generate(**prompt(), **cache_kwarg(cache), max_new_tokens=40)
         for cache in (plain, probed)
@@ -84,7 +86,7 @@ def test_probes_change_nothing_and_are_zero_where_nothing_is_evicted(kind):
     assert report.total_bytes == plain.report().total_bytes, "a shadow is no part of the cache"
     assert plain.report().probe_errors is None
     large = {"reason_alloc": {"budget": 400}, "sliding_window": {"window": 128}}
-    whole = make_cache(kind, model, probes=ALL, **large[kind])
+    whole = make_cache(kind, model, risk=PROBED, **large[kind])
     model.generate(**prompt(), **cache_kwarg(whole), max_new_tokens=20)
     assert float(whole.report().probe_errors.max()) < 1e-6
 
@@ -100,7 +102,7 @@ def test_a_shadow_follows_rows_and_drafts(mode):
         mode = {"assistant_model": assistant}
 
     def run(**more):
-        cache = make_cache("reason_alloc", model, prompt_length=21, probes=ALL)
+        cache = make_cache("reason_alloc", model, protect=Protect(prompt_length=21), risk=PROBED)
         out = model.generate(**inputs, **more, **cache_kwarg(cache), max_new_tokens=60)
         return out, cache
 
@@ -120,7 +122,7 @@ def test_a_shadow_follows_rows_and_drafts(mode):
 
 def test_crop_and_rows():
     model, inputs = build("llama"), prompt()
-    cache = make_cache("reason_alloc", model, probes=ALL)
+    cache = make_cache("reason_alloc", model, risk=PROBED)
     driver = Driver(model, cache, inputs["attention_mask"])
     driver.greedy(driver(inputs["input_ids"]), 30)
     log = cache.layers[0].observers[0].log
@@ -161,11 +163,9 @@ def test_bad_settings(arguments, said):
         Probes(**arguments)
 
 
-def test_captured_steps_and_other_objects_are_refused():
+def test_captured_steps_are_refused():
     model = build("llama")
-    with pytest.raises(ValueError, match=r"probes: expected an observers.Probes, got True"):
-        make_cache("reason_alloc", model, probes=True)
-    cache = make_cache("reason_alloc", model, probes=ALL)
+    cache = make_cache("reason_alloc", model, risk=PROBED)
     model(**prompt(), **cache_kwarg(cache))
     with pytest.raises(ValueError, match="captured steps, which a shadow cannot follow"):
         cache.layers[0].prepare()

@@ -30,7 +30,7 @@ CACHES: dict[str, Callable[[LlamaConfig], Cache]] = {
     "DynamicCache": lambda config: DynamicCache(config=config),
     "budget=None": lambda config: ReasonAllocCache(config, budget=None),
     "budget": lambda config: ReasonAllocCache(
-        config, budget=64, buffer=16, window=8, protect_prompt=False
+        config, budget=64, buffer=16, window=8, protect=False
     ),
     "windows": lambda config: SlidingWindowCompressCache(config, window=32, recent=8),
 }

@@ -188,7 +188,7 @@ def test_its_tensors_are_of_no_use_outside():
     "make",
     [
         lambda config: ReasonAllocCache(config, budget=None),
-        lambda config: ReasonAllocCache(config, budget=24, buffer=2, window=2, max_risk=0.01),
+        lambda config: ReasonAllocCache(config, budget=24, buffer=2, window=2, risk=0.01),
         lambda config: SlidingWindowCompressCache(config, window=4, ratio=0.5, recent=2),
         SharedBranchCache,
     ],

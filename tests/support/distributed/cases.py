@@ -6,21 +6,22 @@ import torch
 from transformers import set_seed
 
 from hf_reasoncache import (
+    Protect,
     ReasonAllocCache,
     SharedBranchCache,
     SlidingWindowCompressCache,
     branch_generate,
 )
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.observers import Probes
 from hf_reasoncache.protection import Fair
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.risk import Guard
+from hf_reasoncache.risk import Probes, Risk
 from hf_reasoncache.scorers import H2O, Random
 
 ALLOC = dict(budget=44, buffer=8, window=4)
 KARA = dict(window=16, ratio=0.4, recent=4)
-LOOSE = dict(protect_prompt=False)
+LOOSE = dict(protect=False)
+FAIR = Protect(prompt=False, spans=[(2, 9)], fair=Fair(0.5, window=8))
 SAMPLED = dict(do_sample=True, temperature=1.5)
 DEMAND = (3.0, 1.0)
 
@@ -139,16 +140,16 @@ CASES = {
     "alloc mass": generate(alloc(scorer=H2O())),
     "alloc loose": chunked(alloc(**LOOSE)),
     "alloc protected": chunked(alloc(budget=80)),
-    "alloc fair": generate(alloc(protect=[(2, 9)], fair=Fair(0.5, window=8), **LOOSE)),
-    "alloc shrink": generate(alloc(max_risk=0.02)),
-    "alloc move": generate(alloc(max_risk=Guard(0.02, "move"))),
+    "alloc fair": generate(alloc(protect=FAIR)),
+    "alloc shrink": generate(alloc(risk=0.02)),
+    "alloc move": generate(alloc(risk=Risk(0.02, "move"))),
     "alloc drafts": generate(alloc(), rows=1, prompt_lookup_num_tokens=4),
     "alloc beams": generate(alloc(), num_beams=2, max_new_tokens=30),
-    "alloc probes": generate(alloc(probes=Probes(heads=0.5, interval=4), measure_risk=True)),
+    "alloc probes": generate(alloc(risk=Risk(probes=Probes(heads=0.5, interval=4)))),
     "kara": generate(kara()),
     "kara heads": generate(kara(head_budgets=True, **LOOSE)),
     "kara bound": generate(kara(head_budgets=True, max_budget=56), max_new_tokens=60),
-    "kara move": generate(kara(max_risk=Guard(0.02, "move"), max_budget=56), **SAMPLED),
+    "kara move": generate(kara(risk=Risk(0.02, "move"), max_budget=56), **SAMPLED),
     "kara chunked": chunked(kara(head_budgets=True, profile=DEMAND, max_budget=60, **LOOSE)),
     "branches": branched(branches(ReasonAllocCache.policy(**ALLOC))),
     "branches kara": branched(branches(SlidingWindowCompressCache.policy(**KARA))),

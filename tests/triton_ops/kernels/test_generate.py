@@ -46,7 +46,7 @@ def test_tokens_of_a_padded_batch_with_evictions(scorer, device):
         window=2,
         profile=[1.0, 3.0],
         scorer=scorer,
-        protect_prompt=False,
+        protect=False,
     )
     check(results)
     assert results[0][1].evictions >= 8

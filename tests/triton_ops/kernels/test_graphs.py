@@ -13,7 +13,7 @@ from tests.support.ops.generation import host_tensors, small_llama
 from tests.support.ops.tape import NotReplayableError, Tape, TapeRecorder
 from triton_ops.backend import interpreting
 
-IN_PLACE = dict(budget=8, window=2, head_budgets=False, protect_prompt=False)
+IN_PLACE = dict(budget=8, window=2, head_budgets=False, protect=False)
 CASES = {
     # Steps; times recorded and run as usual; class and settings. The first and the last pool grow.
     "everything": (8, (2, 2), ReasonAllocCache, dict(budget=None)),

@@ -61,7 +61,7 @@ def test_evictions_find_their_kernels_compiled(name, launched):
     kind, settings = CASES[name]
     model = small_llama()
     if kind is ReasonAllocCache:
-        settings = settings | {"protect_prompt": False}
+        settings = settings | {"protect": False}
     cache = kind(model.config, **settings)
     warm_up(model, cache)
     compiled = set(launched)
