@@ -40,7 +40,13 @@ class _NoTokens:
     """Stands for the pool before the first forward: whoever uses it gets an error."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise ValueError("expected stored tokens, got an empty layer of a cache.")
+
+    def __reduce__(self) -> str:
+        """Be the same object in every copy of a store."""
+        return "_NO_TOKENS"
 
 
 _NO_TOKENS = _NoTokens()

@@ -89,7 +89,7 @@ class QueryWindow:
         Parameters
         ----------
         rows : LongTensor[R], optional
-            Batch rows to return, in ascending order; all by default.
+            Batch rows to return, on the CPU; all by default.
         """
         if self._ring is not None:
             columns = torch.arange(self._end - self._held, self._end, device=self._ring.device)
@@ -98,7 +98,7 @@ class QueryWindow:
         if not self._chunks:
             return None
         chunks = list(self._chunks)
-        if rows is None or len(rows) == chunks[0].shape[0]:
+        if rows is None or torch.equal(rows, torch.arange(chunks[0].shape[0], device="cpu")):
             return torch.cat(chunks, dim=2)[:, :, -self.size :]
         rows = rows.to(chunks[0].device)
         if self.size <= _FEW:
