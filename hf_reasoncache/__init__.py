@@ -10,13 +10,13 @@ from hf_reasoncache.branching.exit import ConfidentExit
 from hf_reasoncache.branching.generate import branch_generate
 from hf_reasoncache.branching.prefill_once import prefill_once
 from hf_reasoncache.branching.vote import VoteResult
-from hf_reasoncache.calibration.profile import BudgetProfile
+from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
+from hf_reasoncache.caches.shared_branch import SharedBranchCache
+from hf_reasoncache.caches.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.graphs import decode_graphs
+from hf_reasoncache.profiles.profile import BudgetProfile
 from hf_reasoncache.protection import Protect
-from hf_reasoncache.reason_alloc import ReasonAllocCache
 from hf_reasoncache.risk import Risk
-from hf_reasoncache.shared_branch import SharedBranchCache
-from hf_reasoncache.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.version import __version__
 from hf_reasoncache.warm_up import warm_up
 

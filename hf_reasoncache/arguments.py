@@ -10,9 +10,9 @@ from numbers import Real
 from transformers import PretrainedConfig
 
 from hf_reasoncache.budgets.rule import BudgetRule
-from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.messages import shown
 from hf_reasoncache.observers import Observer, Shadow
+from hf_reasoncache.profiles.profile import BudgetProfile
 from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import Scorer, make_scorer
 

@@ -22,12 +22,12 @@ MAX_DEPTH = 2
 
 BROAD = {"Exception", "BaseException"}
 
-CACHES = {"cache", "reason_alloc", "sliding_window", "shared_branch"}
+CACHES = {"cache", "caches"}
 LAYERS = {"layer", "observers", "policies", "storage"}
 
 # Part of hf_reasoncache (a top-level module or package), or one module of a part where the rest may
 # do more -> the parts it may import besides its own.
-# "triton_ops" is the other package; "calibration.profile" is that one module, not its neighbours.
+# "triton_ops" is the other package; "profiles.profile" is that one module, not its neighbours.
 PARTS: dict[str, set[str]] = {
     "budgets": set(),
     "protection": {"budgets"},
@@ -62,18 +62,17 @@ PARTS: dict[str, set[str]] = {
     "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "layer"}
     | {"precision", "shards", "storage"},
     "report": {"layer", "risk", "storage", "triton_ops"},
-    "arguments": {"scorers", "budgets", "observers", "risk", "calibration.profile"},
+    "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile"},
     "graphs": CACHES | {"releases", "triton_ops"},
     "warm_up": CACHES | LAYERS | {"geometry", "scorers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry", "releases"},
     "experimental": CACHES | {"arguments", "geometry", "layer", "observers", "releases", "storage"},
-    # Measuring needs whole caches; a profile, which caches read, must not lead back to them.
+    # A profile, which caches read, must not lead back to them; measuring needs whole caches.
+    "profiles": {"budgets", "geometry", "outputs"},
     "calibration": LAYERS
-    | {"scorers", "budgets", "geometry", "triton_ops", "version"}
+    | {"scorers", "budgets", "geometry", "profiles", "triton_ops", "version"}
     | {"arguments", "outputs", "processes", "releases"}
     | CACHES,
-    "calibration.profile": {"budgets", "geometry"},
-    "calibration.files": {"outputs"},
     # Bytes follow from how layers allocate; which cache has them does not matter.
     "planning": LAYERS | {"geometry", "shards"},
     "generation": {"branching", "evaluation", "planning", "processes", "releases", "report"}
@@ -83,13 +82,13 @@ PARTS: dict[str, set[str]] = {
     | {"arguments", "branching", "outputs", "processes", "protection", "releases", "report"}
     | {"scorers"}
     # Prompts, weights and releases are named as in a calibration.
-    | {"calibration.prompts", "calibration.fingerprint", "calibration.settings"},
+    | {"calibration.prompts", "calibration.settings", "profiles.fingerprint"},
 }
 for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = LAYERS | CACHES | {"budgets", "guards", "keep_rates", "precision", "protection"}
-    PARTS[_cache] |= {"arguments", "calibration.profile", "geometry", "report", "risk", "scorers"}
+    PARTS[_cache] |= {"arguments", "geometry", "profiles.profile", "report", "risk", "scorers"}
     PARTS[_cache] |= {"shards"}
 for _allowed in PARTS.values():
     # How a value is echoed in an error is the same everywhere.
@@ -115,11 +114,12 @@ LIBRARIES: dict[str, set[str]] = {
     "hf_reasoncache.branching": {"torch", "transformers"},
     "hf_reasoncache.experimental": {"torch", "transformers"},
     "hf_reasoncache.calibration": {"torch", "transformers", "safetensors"},
+    "hf_reasoncache.profiles": {"torch", "transformers", "safetensors"},
     "hf_reasoncache.calibration.prompts": {"transformers", "datasets"},
-    "hf_reasoncache.calibration.profile": {"torch", "transformers"},
-    "hf_reasoncache.calibration.hub": {"huggingface_hub"},
-    "hf_reasoncache.calibration.card": {"huggingface_hub"},
-    "hf_reasoncache.calibration.plot": {"matplotlib"},
+    "hf_reasoncache.profiles.profile": {"torch", "transformers"},
+    "hf_reasoncache.profiles.hub": {"huggingface_hub"},
+    "hf_reasoncache.profiles.card": {"huggingface_hub"},
+    "hf_reasoncache.profiles.plot": {"matplotlib"},
     "hf_reasoncache.evaluation": {
         "torch",
         "transformers",
@@ -289,18 +289,6 @@ def test_tests_share_nothing_but_their_support() -> None:
     assert found == []
 
 
-def test_a_profile_does_not_lead_back_to_the_caches() -> None:
-    """Caches import profiles, so nothing that a profile imports may import a cache."""
-    reached, open_ = set(), {"hf_reasoncache.calibration.profile"}
-    while open_:
-        module = open_.pop()
-        reached.add(module)
-        for _, name in imports(module, ast.parse(FILES[module].read_text("utf-8")), set(FILES)):
-            open_ |= ({name, f"{name}.__init__"} & set(FILES)) - reached
-    assert "hf_reasoncache.calibration.schema" in reached
-    assert not {part_of(module) for module in reached} & (CACHES | LAYERS | {"attention"})
-
-
 # The rest holds the checks themselves to account, on sources that never were files.
 
 KNOWN = {
@@ -309,9 +297,9 @@ KNOWN = {
     "hf_reasoncache.cache",
     "hf_reasoncache.policies.base",
     "hf_reasoncache.storage.pool",
-    "hf_reasoncache.calibration.__init__",
-    "hf_reasoncache.calibration.hub",
-    "hf_reasoncache.calibration.profile",
+    "hf_reasoncache.profiles.__init__",
+    "hf_reasoncache.profiles.hub",
+    "hf_reasoncache.profiles.profile",
     "hf_reasoncache.experimental.__init__",
     "hf_reasoncache.experimental.steps",
     "triton_ops.__init__",
@@ -344,11 +332,11 @@ KNOWN = {
         ("hf_reasoncache.storage.pool", "from hf_reasoncache import ReasonAllocCache"),
         ("hf_reasoncache.policies.base", "from ..storage import pool"),
         ("hf_reasoncache.policies.base", "from transformers import Cache"),
-        ("hf_reasoncache.cache", "from hf_reasoncache.calibration.hub import pull"),
-        ("hf_reasoncache.cache", "from hf_reasoncache.calibration import hub"),
+        ("hf_reasoncache.cache", "from hf_reasoncache.profiles.hub import pull"),
+        ("hf_reasoncache.cache", "from hf_reasoncache.profiles import hub"),
         ("hf_reasoncache.cache", "import huggingface_hub"),
-        ("hf_reasoncache.calibration.profile", "import huggingface_hub"),
-        ("hf_reasoncache.calibration.profile", "from ..cache import ReasonCache"),
+        ("hf_reasoncache.profiles.profile", "import huggingface_hub"),
+        ("hf_reasoncache.profiles.profile", "from ..cache import ReasonCache"),
         ("hf_reasoncache.evaluation.report", "from ..cli import app"),
         ("hf_reasoncache.branching.exit", "from ..experimental.steps import Step"),
         ("hf_reasoncache.cli.plan", "from ..experimental import least_budget"),
@@ -371,12 +359,12 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
         ("hf_reasoncache.scorers.snapkv", "from .base import Scorer\nimport triton_ops.compact"),
         ("hf_reasoncache.policies.base", "from ..scorers.base import Scorer\nimport torch"),
         ("hf_reasoncache.storage.aside", "from . import pool\nfrom .pool import Pool"),
-        ("hf_reasoncache.cache", "from .calibration.profile import Profile"),
-        ("hf_reasoncache.cache", "from hf_reasoncache.calibration import profile"),
-        ("hf_reasoncache.shared_branch", "from .cache import ReasonCache"),
+        ("hf_reasoncache.cache", "from .profiles.profile import Profile"),
+        ("hf_reasoncache.cache", "from hf_reasoncache.profiles import profile"),
+        ("hf_reasoncache.caches.shared_branch", "from .cache import ReasonCache"),
         ("hf_reasoncache.calibration.collect", "import transformers\nfrom ..scorers import rkv"),
         ("hf_reasoncache.evaluation.harness", "from ..branching.prefill import prefill"),
-        ("hf_reasoncache.cli", "import typer\nfrom .calibration.hub import push"),
+        ("hf_reasoncache.cli", "import typer\nfrom .profiles.hub import push"),
         ("hf_reasoncache.__init__", "from .cache import ReasonCache"),
     ],
 )

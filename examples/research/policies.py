@@ -8,8 +8,8 @@ from typing import Any
 from examples.tiny_reasoner import MODELS
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.budgets.layers import pyramid
-from hf_reasoncache.calibration import BudgetProfile
 from hf_reasoncache.evaluation import CacheSpec
+from hf_reasoncache.profiles import BudgetProfile
 from hf_reasoncache.scorers import (
     H2O,
     RKV,

@@ -22,13 +22,13 @@ from examples.research.policies import BUFFER, WINDOW
 from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TASKS, make_problems
 from examples.tiny_reasoner.evaluate import load
 from hf_reasoncache.calibration.coverage import Coverage
-from hf_reasoncache.calibration.distance import wave_distance
 from hf_reasoncache.calibration.estimate import Estimator
 from hf_reasoncache.calibration.prompts import Prompt, PromptSet
 from hf_reasoncache.calibration.run import calibrate
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
 from hf_reasoncache.calibration.traces import TraceSettings
+from hf_reasoncache.profiles.distance import wave_distance
 from hf_reasoncache.scorers import RKV
 
 SEEDS = (DEVELOPMENT_SEEDS[210], DEVELOPMENT_SEEDS[211])

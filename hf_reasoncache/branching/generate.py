@@ -10,8 +10,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_reasoncache.branching.prefill_once import prefill_once
 from hf_reasoncache.cache import SuffixPolicy
+from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg, take_cache
-from hf_reasoncache.shared_branch import SharedBranchCache
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from hf_reasoncache.calibration.schema import parse
 from hf_reasoncache.calibration.settings import differences
-from hf_reasoncache.calibration.statistics import SAFETENSORS_ERRORS
 from hf_reasoncache.messages import shown
 from hf_reasoncache.outputs import naming
+from hf_reasoncache.profiles.schema import parse
+from hf_reasoncache.profiles.statistics import SAFETENSORS_ERRORS
 
 _SETTINGS = "settings.json"
 

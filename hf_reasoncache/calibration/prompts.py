@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_reasoncache.calibration.schema import everything_in
 from hf_reasoncache.messages import shown
+from hf_reasoncache.profiles.schema import everything_in
 
 Message = dict[str, Any]
 

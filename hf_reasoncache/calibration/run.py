@@ -13,17 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.calibration.checkpoint import Checkpoint
 from hf_reasoncache.calibration.estimate import Estimate, Estimator, Record
-from hf_reasoncache.calibration.files import expect_place
-from hf_reasoncache.calibration.fingerprint import fingerprint
-from hf_reasoncache.calibration.profile import BudgetProfile
 from hf_reasoncache.calibration.prompts import PromptSet
-from hf_reasoncache.calibration.provenance import Calibration
 from hf_reasoncache.calibration.settings import CalibrationSettings, digest, plain, versions
 from hf_reasoncache.calibration.traces import Trace, generate_traces
 from hf_reasoncache.calibration.tune import Tune, Tuned, choose
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.outputs import new_directory, sole_writer
 from hf_reasoncache.processes import Processes
+from hf_reasoncache.profiles.files import expect_place
+from hf_reasoncache.profiles.fingerprint import fingerprint
+from hf_reasoncache.profiles.profile import BudgetProfile
+from hf_reasoncache.profiles.provenance import Calibration
 
 
 def calibrate(

@@ -11,8 +11,6 @@ import typer
 
 from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.estimate import Estimator
-from hf_reasoncache.calibration.files import expect_place
-from hf_reasoncache.calibration.hub import require_repo_id
 from hf_reasoncache.calibration.prompts import read_prompts
 from hf_reasoncache.calibration.run import calibrate as run_calibration
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
@@ -32,6 +30,8 @@ from hf_reasoncache.cli.options import (
 )
 from hf_reasoncache.messages import shown
 from hf_reasoncache.outputs import new_directory
+from hf_reasoncache.profiles.files import expect_place
+from hf_reasoncache.profiles.hub import require_repo_id
 from hf_reasoncache.scorers import SCORERS, make_scorer
 
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.settings import differences, plain, versions
 from hf_reasoncache.cli.loading import load_model
 from hf_reasoncache.cli.options import (
@@ -44,6 +43,7 @@ from hf_reasoncache.generation.lines import LONGEST
 from hf_reasoncache.outputs import naming, new_directory, sole_writer, write_text
 from hf_reasoncache.planning.units import parse_bytes
 from hf_reasoncache.processes import Processes
+from hf_reasoncache.profiles.fingerprint import fingerprint
 
 _MOST = 1_000_000
 """Answers to a prompt: they are listed before any work."""

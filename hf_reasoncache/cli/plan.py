@@ -12,6 +12,8 @@ import typer
 from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import require_share
+from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
+from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.cli.loading import budgets as parse_budgets
 from hf_reasoncache.cli.loading import load_config, require_packages
 from hf_reasoncache.cli.options import Dtype, Revision
@@ -23,8 +25,6 @@ from hf_reasoncache.planning import CachePlan, Device, ModelSize, Setting
 from hf_reasoncache.planning.devices import DEVICES, find_device
 from hf_reasoncache.planning.plot import plan_png
 from hf_reasoncache.planning.units import amount, parse_bytes
-from hf_reasoncache.reason_alloc import ReasonAllocCache
-from hf_reasoncache.shared_branch import SharedBranchCache
 
 _DEFAULT_GPU = "H100-SXM"
 _FULL = "no budget"

@@ -11,13 +11,13 @@ from typing import Annotated
 
 import typer
 
-from hf_reasoncache.calibration.distance import wave_distance
-from hf_reasoncache.calibration.files import CONFIG, expect_place, write_profile
-from hf_reasoncache.calibration.hub import Repository, require_repo_id
-from hf_reasoncache.calibration.loading import read_profile
-from hf_reasoncache.calibration.profile import BudgetProfile
-from hf_reasoncache.calibration.summary import facts, layer_rows, title
 from hf_reasoncache.outputs import write_bytes
+from hf_reasoncache.profiles.distance import wave_distance
+from hf_reasoncache.profiles.files import CONFIG, expect_place, write_profile
+from hf_reasoncache.profiles.hub import Repository, require_repo_id
+from hf_reasoncache.profiles.loading import read_profile
+from hf_reasoncache.profiles.profile import BudgetProfile
+from hf_reasoncache.profiles.summary import facts, layer_rows, title
 
 _BAR = 24  # characters of the largest demand
 
@@ -161,6 +161,6 @@ def _wrapped(line: str) -> str:
 def _draw(png: Path | None, profiles: dict[str, BudgetProfile]) -> None:
     if png is not None:
         # matplotlib is an extra, and slow to load.
-        from hf_reasoncache.calibration.plot import wave_png
+        from hf_reasoncache.profiles.plot import wave_png
 
         write_bytes(png, wave_png(profiles))

@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_reasoncache.calibration.fingerprint import fingerprint
 from hf_reasoncache.calibration.settings import versions
 from hf_reasoncache.evaluation.generation import answer_batch
 from hf_reasoncache.evaluation.grid import Grid, Settings
@@ -23,6 +22,7 @@ from hf_reasoncache.evaluation.tasks import Question, Task
 from hf_reasoncache.messages import shown
 from hf_reasoncache.outputs import new_directory, sole_writer
 from hf_reasoncache.processes import Processes
+from hf_reasoncache.profiles.fingerprint import fingerprint
 
 
 def evaluate(

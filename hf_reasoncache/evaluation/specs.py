@@ -11,12 +11,12 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 
 from hf_reasoncache.arguments import LARGEST
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
+from hf_reasoncache.caches.shared_branch import SharedBranchCache
+from hf_reasoncache.caches.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Protect, Spans
-from hf_reasoncache.reason_alloc import ReasonAllocCache
 from hf_reasoncache.scorers import SCORERS, make_scorer
-from hf_reasoncache.shared_branch import SharedBranchCache
-from hf_reasoncache.sliding_window import SlidingWindowCompressCache
 
 Budget = int | float
 """Tokens per KV head; below 1, the ratio of a `SlidingWindowCompressCache`."""

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_reasoncache.arguments import require_int, require_share
+from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.releases import cache_kwarg
-from hf_reasoncache.shared_branch import SharedBranchCache
 
 
 def layer_weights(layers: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hf_reasoncache import BudgetProfile
-from hf_reasoncache.calibration.distance import wave_distance
 from hf_reasoncache.cli import main
+from hf_reasoncache.profiles.distance import wave_distance
 from tests.support.hub_server import TOKEN, Hub, connected_hub, running_hub
 from tests.support.profiles import COMMIT, make_profile
 

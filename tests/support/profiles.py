@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hf_reasoncache.budgets import BudgetRule
-from hf_reasoncache.calibration import BudgetProfile, Calibration
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.profiles import BudgetProfile, Calibration
 
 COMMIT = "c0ffee" * 6 + "beef"
 

@@ -26,11 +26,11 @@ from examples.research.fleet.search import MODES, Outcome, Workload, sustained_r
 from examples.research.fleet.server import Ceiling, Server, Timing
 from examples.research.fleet.trace import rate_of, read_trace
 from examples.research.tables import write_csv
+from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
 from hf_reasoncache.evaluation.table import text_table
 from hf_reasoncache.planning import ModelSize, Setting
 from hf_reasoncache.planning.devices import find_device
 from hf_reasoncache.planning.units import amount, parse_bytes
-from hf_reasoncache.reason_alloc import ReasonAllocCache
 
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 """Shares of its sustained rate at which the latency of a server is shown."""

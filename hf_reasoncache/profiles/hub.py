@@ -22,7 +22,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import HTTPError, XetDownloadError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_reasoncache.calibration.files import (
+from hf_reasoncache.messages import shown
+from hf_reasoncache.profiles.files import (
     CONFIG,
     LIMITS,
     STATISTICS,
@@ -30,7 +31,6 @@ from hf_reasoncache.calibration.files import (
     read_bounded,
     too_large,
 )
-from hf_reasoncache.messages import shown
 
 Token = str | bool | None
 

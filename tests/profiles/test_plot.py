@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hf_reasoncache import BudgetProfile
-from hf_reasoncache.calibration.plot import wave_figure, wave_png
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.profiles.plot import wave_figure, wave_png
 from tests.support.profiles import make_profile
 
 pytest.importorskip("matplotlib")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
-from hf_reasoncache.calibration import schema
-from hf_reasoncache.calibration.files import CONFIG, STATISTICS
-from hf_reasoncache.calibration.provenance import Calibration
-from hf_reasoncache.calibration.statistics import dump_statistics, parse_statistics
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.profiles import schema
+from hf_reasoncache.profiles.files import CONFIG, STATISTICS
+from hf_reasoncache.profiles.provenance import Calibration
+from hf_reasoncache.profiles.statistics import dump_statistics, parse_statistics
 
 FORMAT_VERSION = 1
 PARTS = {"geometry": Geometry, "rule": BudgetRule, "calibration": Calibration}

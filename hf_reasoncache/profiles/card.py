@@ -6,10 +6,10 @@ import json
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_reasoncache.calibration.hub import is_repo_id
-from hf_reasoncache.calibration.plot import wave_png
-from hf_reasoncache.calibration.profile import BudgetProfile
-from hf_reasoncache.calibration.summary import facts, layer_rows, title
+from hf_reasoncache.profiles.hub import is_repo_id
+from hf_reasoncache.profiles.plot import wave_png
+from hf_reasoncache.profiles.profile import BudgetProfile
+from hf_reasoncache.profiles.summary import facts, layer_rows, title
 
 CARD = "README.md"
 PICTURE = "wave.png"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hf_reasoncache.calibration.summary import facts
+from hf_reasoncache.profiles.summary import facts
 from tests.support.profiles import make_profile
 
 

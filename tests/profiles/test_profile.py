@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.budgets import BudgetRule, layer_budgets
-from hf_reasoncache.calibration import Calibration, files, fingerprint
-from hf_reasoncache.calibration.encoding import FORMAT_VERSION
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.profiles import Calibration, files, fingerprint
+from hf_reasoncache.profiles.encoding import FORMAT_VERSION
 from tests.support.models import build
 from tests.support.profiles import COMMIT, make_profile
 

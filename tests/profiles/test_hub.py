@@ -15,8 +15,8 @@ from huggingface_hub.errors import (
 )
 
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
-from hf_reasoncache.calibration import files
-from hf_reasoncache.calibration.hub import Repository
+from hf_reasoncache.profiles import files
+from hf_reasoncache.profiles.hub import Repository
 from tests.support.hub_server import Hub, connected_hub
 from tests.support.models import build
 from tests.support.profiles import make_profile

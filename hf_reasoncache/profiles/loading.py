@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hf_reasoncache.calibration.encoding import statistics_digest
-from hf_reasoncache.calibration.files import CONFIG, STATISTICS, read_bounded
+from hf_reasoncache.profiles.encoding import statistics_digest
+from hf_reasoncache.profiles.files import CONFIG, STATISTICS, read_bounded
 
 
 class Source(Protocol):

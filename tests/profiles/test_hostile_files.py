@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hf_reasoncache import BudgetProfile
-from hf_reasoncache.calibration.files import CONFIG, STATISTICS
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.messages import LONGEST
+from hf_reasoncache.profiles.files import CONFIG, STATISTICS
 from tests.support.profiles import make_profile
 
 GOOD = make_profile().to_files()

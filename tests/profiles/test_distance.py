@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
-from hf_reasoncache.calibration.distance import wave_distance
+from hf_reasoncache.profiles.distance import wave_distance
 
 DEMAND = st.just(0.0) | st.floats(1e-6, 1e6)
 WAVES = st.lists(DEMAND, min_size=1, max_size=12).filter(any)

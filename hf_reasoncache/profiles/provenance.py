@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_reasoncache.calibration import schema
 from hf_reasoncache.messages import shown
+from hf_reasoncache.profiles import schema
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_reasoncache.calibration.profile import BudgetProfile
+from hf_reasoncache.profiles.profile import BudgetProfile
 
 _SHORT = 12  # digits of a hash that are shown
 _LIST = 60  # characters of a list that is shown

@@ -12,13 +12,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_reasoncache.budgets.rule import BudgetRule
-from hf_reasoncache.calibration import files, schema
-from hf_reasoncache.calibration.encoding import PARTS, decode, encode
-from hf_reasoncache.calibration.fingerprint import fingerprint
-from hf_reasoncache.calibration.loading import Directory, Source, read_profile
-from hf_reasoncache.calibration.provenance import Calibration
-from hf_reasoncache.calibration.statistics import check_statistics
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.profiles import files, schema
+from hf_reasoncache.profiles.encoding import PARTS, decode, encode
+from hf_reasoncache.profiles.fingerprint import fingerprint
+from hf_reasoncache.profiles.loading import Directory, Source, read_profile
+from hf_reasoncache.profiles.provenance import Calibration
+from hf_reasoncache.profiles.statistics import check_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class BudgetProfile:
     base_model_revision : str or None
         Its commit on the Hub.
     fingerprint : str
-        Of its weights, see `hf_reasoncache.calibration.fingerprint`.
+        Of its weights, see `hf_reasoncache.profiles.fingerprint`.
     geometry : Geometry
     estimator : str
         How demand was measured: "coverage", "sensitivity", or another name.
@@ -206,7 +206,7 @@ class BudgetProfile:
             source = Directory(Path(path_or_repo))
         else:
             # Caches import this module, and a cache with a local profile needs no network.
-            from hf_reasoncache.calibration.hub import Repository, require_repo_id
+            from hf_reasoncache.profiles.hub import Repository, require_repo_id
 
             repo_id = require_repo_id(path_or_repo)
             source = Repository(repo_id, revision, local_files_only, cache_dir, token)
@@ -263,8 +263,8 @@ class BudgetProfile:
         ModuleNotFoundError
             If matplotlib, which draws the picture, is not installed.
         """
-        from hf_reasoncache.calibration.card import card_files
-        from hf_reasoncache.calibration.hub import upload
+        from hf_reasoncache.profiles.card import card_files
+        from hf_reasoncache.profiles.hub import upload
 
         return upload(
             {**self.to_files(), **card_files(self, repo_id)},

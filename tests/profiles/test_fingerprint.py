@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reasoncache.calibration import fingerprint
+from hf_reasoncache.profiles import fingerprint
 from tests.support.models import BUILDERS, build
 
 

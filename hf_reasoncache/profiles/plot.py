@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hf_reasoncache.calibration.profile import BudgetProfile
+from hf_reasoncache.profiles.profile import BudgetProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
