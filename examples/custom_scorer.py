@@ -19,12 +19,14 @@ from hf_reasoncache.scorers.base import HeldTokens
 class MeanAttention(Scorer):
     """The attention that a token has received, on average over the queries since it came."""
 
-    needs_mass: ClassVar[bool] = True  # the layer sums attention up: a pass over the keys per step
+    needs_cumulative_attention: ClassVar[bool] = (
+        True  # the layer sums attention up: a pass over the keys per step
+    )
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Return float32 `[rows, heads, tokens]`; the higher, the longer a token is kept."""
         age = held.length[:, None, None] - held.positions
-        return held.mass / age
+        return held.cumulative_attention / age
 
 
 def main() -> None:

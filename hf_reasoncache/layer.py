@@ -146,7 +146,9 @@ class CacheLayer(CacheLayerMixin):
         if policy is not None:
             scorer = policy.scorer
             self.store.keep_statistics(
-                mass=scorer.needs_mass, decay=scorer.mass_decay, notes=scorer.keeps_notes
+                cumulative_attention=scorer.needs_cumulative_attention,
+                decay=scorer.attention_decay,
+                scorer_state=scorer.keeps_state,
             )
         self._clear()
 
@@ -359,7 +361,9 @@ class CacheLayer(CacheLayerMixin):
                 observer.attended(self, new)
             if policy is not None:
                 self._cut()
-        elif policy.cuts_incoming and not (self.record_past or policy.scorer.needs_mass):
+        elif policy.cuts_incoming and not (
+            self.record_past or policy.scorer.needs_cumulative_attention
+        ):
             self._store_part(policy, new)
         else:
             self._store_whole(new)
@@ -381,7 +385,7 @@ class CacheLayer(CacheLayerMixin):
         """Store what stays of the first forward: what an eviction takes is never stored."""
         self.store.begin(new, self.seen)
         self._remember(policy, new)
-        keep, notes = new.real_tokens(), {}
+        keep, statistics = new.real_tokens(), {}
         state = self._allocate(keep[..., : self._end_of_prompt()].sum(-1).cpu())
         counts = IncomingCounts(keep)
         rows = state.due(counts, self.seen, 0)
@@ -391,13 +395,13 @@ class CacheLayer(CacheLayerMixin):
             tokens = incoming_tokens(new, rows)
             state, held, chosen = self._choose(state, span, tokens)
             keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, tokens.place, chosen)
-            if held.notes is not None:
+            if held.scorer_state is not None:
                 noted = torch.zeros_like(keep, dtype=torch.int32)
-                noted[rows] = noted[rows].scatter_(-1, tokens.place, held.notes)
-                notes["notes"] = noted
+                noted[rows] = noted[rows].scatter_(-1, tokens.place, held.scorer_state)
+                statistics["scorer_state"] = noted
         whole = new.valid is None and span is None
         self.state, capacity = state, state.capacity(keep.sum(-1).cpu(), self.seen)
-        self.store.store_part(new, self.seen, capacity, None if whole else keep, **notes)
+        self.store.store_part(new, self.seen, capacity, None if whole else keep, **statistics)
         for observer in self.observers:
             observer.attended(self, new)
 
@@ -473,8 +477,8 @@ class CacheLayer(CacheLayerMixin):
             if not tokens.columns.shape[-1]:
                 continue
             state, held, keep = self._choose(state, span, tokens)
-            if held.notes is not None:
-                self.store.write_notes(tokens, held.notes)
+            if held.scorer_state is not None:
+                self.store.write_scorer_state(tokens, held.scorer_state)
             self.store.evict(tokens, keep)
         self.queries.resize(self.query_columns)
         self._fit(columns)
@@ -691,7 +695,7 @@ class CacheLayer(CacheLayerMixin):
             return
         # Attention that removed queries gave to tokens stays counted.
         self.store.crop(self.seen, columns)
-        self.store.clear_notes()
+        self.store.clear_scorer_state()
         self.queries.crop(columns)
         for observer in self.observers:
             observer.crop(self.seen)

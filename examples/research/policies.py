@@ -101,7 +101,7 @@ def sweep() -> dict[str, dict[str, Any]]:
         f"R-KV lambda {lam}": {"scorer": RKV(queries=WINDOW, lam=lam)} for lam in (0.5, 0.9, 1.0)
     }
     table |= {
-        f"H2O decay {decay}": {"scorer": H2O(recent_ratio=0.0, mass_decay=decay)}
+        f"H2O decay {decay}": {"scorer": H2O(recent_ratio=0.0, attention_decay=decay)}
         for decay in (0.9, 0.99)
     }
     table["H2O average"] = {"scorer": H2O(recent_ratio=0.0, average=True)}

@@ -321,9 +321,9 @@ def require_suffix(policy: Policy, *, probed: bool) -> None:
             "suffix: expected protect=True, got a policy that may evict the prompt; branches share "
             "it, and it cannot be evicted for one of them."
         )
-    if policy.scorer.needs_mass:
+    if policy.scorer.needs_cumulative_attention:
         raise ValueError(
-            f"suffix: expected a scorer that needs no attention mass, got {policy.scorer!r}: "
+            f"suffix: expected a scorer without cumulative attention, got {policy.scorer!r}: "
             "attention to a shared prompt keeps no account per branch. Use RKV or SnapKV."
         )
     if policy.risk is not None or probed:

@@ -42,14 +42,14 @@ class HeldTokens:
         they read.
     query_positions : LongTensor[R, A] or None
         Position of each query, -1 where the row had no such query (a prompt shorter than `A`).
-    mass : Tensor[R, H_kv, N] or None
+    cumulative_attention : Tensor[R, H_kv, N] or None
         Attention probability each token has received since it came, summed over all queries and
-        over the query group, decayed by `scorer.mass_decay` per query; only for scorers with
-        `needs_mass`.
-    notes : IntTensor[R, H_kv, N] or None
+        over the query group, decayed by `scorer.attention_decay` per query; only for scorers with
+        `needs_cumulative_attention`.
+    scorer_state : IntTensor[R, H_kv, N] or None
         One number per token that the scorer may write to, in place, and finds again at the next
         eviction; 0 for tokens that came since, for filler, and for all after a crop. Only for
-        scorers with `keeps_notes`.
+        scorers with `keeps_state`.
     load_values : Callable
         Gathers the values; use `values`.
     first_head : int
@@ -66,8 +66,8 @@ class HeldTokens:
     load_values: Callable[[], torch.Tensor]
     queries: torch.Tensor | None = None
     query_positions: torch.Tensor | None = None
-    mass: torch.Tensor | None = None
-    notes: torch.Tensor | None = None
+    cumulative_attention: torch.Tensor | None = None
+    scorer_state: torch.Tensor | None = None
     first_head: int = 0
 
     @cached_property
@@ -136,14 +136,14 @@ class Scorer(Protocol):
     """How scores compare between heads, see `budgets.head_budgets`: as they are ("raw"), or times
     the number of tokens a head holds ("length"), which undoes a normalisation over those."""
 
-    needs_mass: ClassVar[bool] = False
+    needs_cumulative_attention: ClassVar[bool] = False
     """Whether the layer sums up attention probabilities: a pass over the keys per step."""
 
-    keeps_notes: ClassVar[bool] = False
-    """Whether the layer stores `HeldTokens.notes` from one eviction to the next."""
+    keeps_state: ClassVar[bool] = False
+    """Whether the layer stores `HeldTokens.scorer_state` from one eviction to the next."""
 
     @property
-    def mass_decay(self) -> float:
+    def attention_decay(self) -> float:
         """Factor in (0, 1] on the accumulated attention at every new query; 1 forgets nothing."""
         return 1.0
 

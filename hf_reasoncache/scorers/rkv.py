@@ -48,7 +48,7 @@ class RKV(Scorer):
     threshold: float = 0.5
 
     comparable: ClassVar[Literal["length", "raw"]] = "length"
-    keeps_notes: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         share(self, "lam", self.lam, "the paper uses 0.1, its code 0.07")
@@ -69,11 +69,11 @@ class RKV(Scorer):
             sees="past",
         )
         known = None
-        if held.notes is not None and bool(held.notes.any()):
-            known = _places(held.notes, held)
+        if held.scorer_state is not None and bool(held.scorer_state.any()):
+            known = _places(held.scorer_state, held)
         repeated, repeat = redundancy(held.keys, held.valid, threshold=self.threshold, known=known)
-        if held.notes is not None:
-            held.notes.copy_(_notes(repeat, held))
+        if held.scorer_state is not None:
+            held.scorer_state.copy_(_state_of(repeat, held))
         lowest = torch.finfo(repeated.dtype).min
         repeated = held.blank(repeated, lowest).softmax(-1)
         importance = pool(importance, held.valid, self.kernel, "max")
@@ -83,18 +83,18 @@ class RKV(Scorer):
 # Entries per token of a table that says where a position is held.
 _ENTRIES = 4
 
-# A note is the position of the token's most recent repeat, plus 2; 1 if it has none; 0 if it was
+# The state is the position of the token's most recent repeat, plus 2; 1 if it has none; 0 if it was
 # never scored.
 
 
-def _notes(repeat: torch.Tensor, held: HeldTokens) -> torch.Tensor:
-    """Turn places among the held tokens into notes."""
+def _state_of(repeat: torch.Tensor, held: HeldTokens) -> torch.Tensor:
+    """Turn places among the held tokens into what is kept about each."""
     position = held.positions.gather(-1, repeat.clamp(min=0))
     return held.blank((position + 2).where(repeat != NONE, 1), 0)
 
 
-def _places(notes: torch.Tensor, held: HeldTokens) -> torch.Tensor:
-    """Turn notes into places among the held tokens; `GONE` where the repeat is not.
+def _places(scorer_state: torch.Tensor, held: HeldTokens) -> torch.Tensor:
+    """Turn what was kept into places among the held tokens; `GONE` where the repeat is not.
 
     By a table of positions modulo its size, which is faster than a binary search. Of two tokens
     that share an entry one is not found, and the search is repeated for those that name it.
@@ -102,12 +102,12 @@ def _places(notes: torch.Tensor, held: HeldTokens) -> torch.Tensor:
     count = held.positions.shape[-1]
     last = (_ENTRIES << (count - 1).bit_length()) - 1
     # One more entry, for filler.
-    table = notes.new_zeros(*notes.shape[:-1], last + 2)
+    table = scorer_state.new_zeros(*scorer_state.shape[:-1], last + 2)
     order = torch.arange(count, dtype=table.dtype, device=table.device)
     entry = held.blank(held.positions & last, last + 1)
-    table.scatter_(-1, entry, order.expand_as(notes))
-    wanted = notes.long() - 2
+    table.scatter_(-1, entry, order.expand_as(scorer_state))
+    wanted = scorer_state.long() - 2
     place = table.gather(-1, wanted & last).long()
     found = held.positions.gather(-1, place) == wanted
-    place = place.where(found, GONE).masked_fill_(notes == 1, NONE)
-    return place.masked_fill_(notes == 0, UNSEEN)
+    place = place.where(found, GONE).masked_fill_(scorer_state == 1, NONE)
+    return place.masked_fill_(scorer_state == 0, UNSEEN)

@@ -22,11 +22,11 @@ from triton_ops.decode_attention import decode_attention, even_attention
 FIRST_ROOM = 256
 """Slots allocated beyond the prompt when no budget says how long the text may become."""
 
-MASS, NOTES = "mass", "notes"
+ATTENTION, SCORER_STATE = "cumulative_attention", "scorer_state"
 """Statistics of a token: the attention it has received, and what a scorer has noted about it."""
 
-_STATISTICS = {MASS: torch.float32, NOTES: torch.int32}
-_MASS_BLOCK = 64
+_STATISTICS = {ATTENTION: torch.float32, SCORER_STATE: torch.int32}
+_BLOCK = 64
 """Queries of a prompt per pass while the attention that its tokens receive is summed up."""
 
 
@@ -94,19 +94,21 @@ class PoolStore:
         # them.
         self._tail = 0
 
-    def keep_statistics(self, *, mass: bool, decay: float, notes: bool) -> None:
+    def keep_statistics(
+        self, *, cumulative_attention: bool, decay: float, scorer_state: bool
+    ) -> None:
         """Say what is kept about every token, before the first one comes.
 
         Parameters
         ----------
-        mass : bool
+        cumulative_attention : bool
             Whether the attention that a token receives is summed up, over queries and query heads.
         decay : float
             Factor on these sums at every new query.
-        notes : bool
+        scorer_state : bool
             Whether a scorer may keep a number per token.
         """
-        wanted = {MASS: mass, NOTES: notes}
+        wanted = {ATTENTION: cumulative_attention, SCORER_STATE: scorer_state}
         self.statistics = {name: kind for name, kind in _STATISTICS.items() if wanted[name]}
         self._decay = decay
 
@@ -251,21 +253,21 @@ class PoolStore:
 
     def _summing(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
         """What makes `decode_attention` add to the attention that tokens have received."""
-        if MASS not in self.statistics:
+        if ATTENTION not in self.statistics:
             return {}
-        mass, steps = self.tokens.fields[MASS], query.shape[2]
+        received, steps = self.tokens.fields[ATTENTION], query.shape[2]
         if self._decay == 1.0:
-            return {"mass": mass}
-        mass.mul_(self._decay**steps)
+            return {ATTENTION: received}
+        received.mul_(self._decay**steps)
         age = torch.arange(steps - 1, -1, -1, device=query.device)
-        return {"mass": mass, "mass_weight": self._decay**age}
+        return {ATTENTION: received, "attention_weight": self._decay**age}
 
     def sum_attention(self, new: NewTokens, end: int) -> None:
         """Change the statistics as `attend` would, for tokens whose output is known already."""
-        if MASS not in self.statistics:
+        if ATTENTION not in self.statistics:
             return
-        for start in range(0, new.steps, _MASS_BLOCK):
-            block = new.columns(start, start + _MASS_BLOCK)
+        for start in range(0, new.steps, _BLOCK):
+            block = new.columns(start, start + _BLOCK)
             self.attend(block, end - new.steps + start + block.steps)
 
     def _is_even(self, new: NewTokens) -> bool:
@@ -276,7 +278,7 @@ class PoolStore:
             and pool.longest > 0
             and new.steps == 1
             and not self.shares
-            and MASS not in self.statistics
+            and ATTENTION not in self.statistics
             and settings["softcap"] is None
             and settings["s_aux"] is None
             and not uses_triton(pool.fields["keys"])
@@ -377,14 +379,14 @@ class PoolStore:
         pool.compact(tokens.rows, slots, offset, keep)
         self._tail = 0
 
-    def write_notes(self, tokens: StoredTokens, notes: torch.Tensor) -> None:
+    def write_scorer_state(self, tokens: StoredTokens, scorer_state: torch.Tensor) -> None:
         """Store what a scorer has noted about tokens, IntTensor[R, H_kv, N]."""
-        self.tokens.fields[NOTES].index_copy_(0, *tokens.only_real(notes))
+        self.tokens.fields[SCORER_STATE].index_copy_(0, *tokens.only_real(scorer_state))
 
-    def clear_notes(self) -> None:
+    def clear_scorer_state(self) -> None:
         """Forget what a scorer has noted: it may be about positions that other tokens will take."""
-        if NOTES in self.statistics:
-            self.tokens.fields[NOTES].zero_()
+        if SCORER_STATE in self.statistics:
+            self.tokens.fields[SCORER_STATE].zero_()
 
     def relayout(self, capacity: torch.Tensor) -> None:
         """Move the pool into a storage with `capacity` slots, LongTensor[B, H_kv]."""

@@ -88,7 +88,7 @@ def lowered(name):
 
 def fitting(name, kind):
     """Compressed branches keep no account of attention mass."""
-    return kind != "branched" or not SCORERS[name]().needs_mass
+    return kind != "branched" or not SCORERS[name]().needs_cumulative_attention
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
     [
         *(
             ("reason_alloc", {"budget": 32, "buffer": 5, "scorer": s})
-            for s in (RKV(), H2O(mass_decay=0.9), Random())
+            for s in (RKV(), H2O(attention_decay=0.9), Random())
         ),
         ("sliding_window", {"head_budgets": True}),
         ("sliding_window", {"max_budget": 36, "scorer": H2O()}),

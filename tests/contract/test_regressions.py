@@ -175,13 +175,13 @@ def test_assisted_decoding_allocates_the_budget_once():
 
 
 def test_a_crop_over_an_eviction_forgets_which_key_repeats_which(monkeypatch):
-    """Other tokens took the positions that R-KV's notes were about."""
+    """Other tokens took the positions that R-KV's scorer_state were about."""
     differences = []
 
     class Checked(RKV):
         def score(self, held):
             scores = super().score(held)
-            differences.append(scores - super().score(dataclasses.replace(held, notes=None)))
+            differences.append(scores - super().score(dataclasses.replace(held, scorer_state=None)))
             return scores
 
     # Nothing is known about what lies in the first block.

@@ -23,7 +23,7 @@ def model():
     return build("llama").cuda()
 
 
-@pytest.mark.parametrize("scorer", [RKV(), H2O(mass_decay=0.9)], ids=repr)
+@pytest.mark.parametrize("scorer", [RKV(), H2O(attention_decay=0.9)], ids=repr)
 @pytest.mark.parametrize("head_budgets", [True, False])
 def test_backends_and_graphs_agree(model, scorer, head_budgets):
     settings = SETTINGS | {"scorer": scorer, "head_budgets": head_budgets}

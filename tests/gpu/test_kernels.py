@@ -36,10 +36,10 @@ def test_decode_attention(size, steps, device):
     case = make_case(
         capacity, lengths, 4, steps, sizes=(size, size), dtype=torch.bfloat16, poison=torch.nan
     )
-    out, mass, _ = expected(case)
+    out, cumulative_attention, _ = expected(case)
     found = torch.zeros(case.layout.slots, device=device)
-    assert close(case.to(device).run(mass=found), out)
-    assert close(found, mass)
+    assert close(case.to(device).run(cumulative_attention=found), out)
+    assert close(found, cumulative_attention)
 
 
 @pytest.mark.parametrize("group", ["max", "mean"])

@@ -27,8 +27,8 @@ def test_streaming_llm_keeps_sinks_and_the_newest():
 
 def test_h2o_gives_its_share_to_the_newest_and_the_rest_to_heavy_hitters():
     held = held_tokens([[10]], [10])
-    mass = torch.tensor([5.0, 1, 9, 2, 3, 4, 8, 0, 0, 0]).expand(1, 1, 10)
-    held = dataclasses.replace(held, mass=mass)
+    cumulative_attention = torch.tensor([5.0, 1, 9, 2, 3, 4, 8, 0, 0, 0]).expand(1, 1, 10)
+    held = dataclasses.replace(held, cumulative_attention=cumulative_attention)
     assert kept(H2O(recent_ratio=0.3).score(held), 6) == [0, 2, 6, 7, 8, 9]
     assert kept(H2O(recent_ratio=0.0).score(held), 3) == [0, 2, 6]
     assert kept(H2O(recent_ratio=1.0).score(held), 4) == [6, 7, 8, 9]
@@ -36,16 +36,20 @@ def test_h2o_gives_its_share_to_the_newest_and_the_rest_to_heavy_hitters():
 
 def test_h2o_recency_outranks_the_attention_of_other_heads():
     held = held_tokens([[10, 10]], [10])
-    mass = torch.stack([torch.full((10,), 0.1), torch.full((10,), 50.0)]).unsqueeze(0)
-    scores = H2O(recent_ratio=0.5).score(dataclasses.replace(held, mass=mass))
+    cumulative_attention = torch.stack([torch.full((10,), 0.1), torch.full((10,), 50.0)]).unsqueeze(
+        0
+    )
+    scores = H2O(recent_ratio=0.5).score(
+        dataclasses.replace(held, cumulative_attention=cumulative_attention)
+    )
     assert scores[0, 0, 5:].min() > scores[0, 1, :5].max()
 
 
 def test_the_average_of_h2o_forgives_late_arrival():
     held = held_tokens([[10]], [10])
     # Every query pays each token it sees the same: the sum ranks by age, the average does not.
-    mass = torch.arange(10.0, 0.0, -1.0).expand(1, 1, 10)
-    held = dataclasses.replace(held, mass=mass)
+    cumulative_attention = torch.arange(10.0, 0.0, -1.0).expand(1, 1, 10)
+    held = dataclasses.replace(held, cumulative_attention=cumulative_attention)
     assert kept(H2O(recent_ratio=0.0).score(held), 4) == [0, 1, 2, 3]
     even = H2O(recent_ratio=0.0, average=True).score(held)
     torch.testing.assert_close(even, torch.ones_like(even))
@@ -59,38 +63,40 @@ def test_rkv_scores_the_same_with_notes_of_earlier_evictions(common, entries, mo
     heads, size, budget, new = 3, 16, 40, 20
     keys = torch.randn(1, heads, 0, size)
     positions = torch.zeros(1, heads, 0, dtype=torch.long)
-    notes = torch.zeros(1, heads, 0, dtype=torch.int32)
+    scorer_state = torch.zeros(1, heads, 0, dtype=torch.int32)
     for event in range(6):
         seen = budget + (event + 1) * new
         fresh = torch.arange(0 if event == 0 else seen - new, seen).expand(1, heads, -1)
         keys = torch.cat([keys, torch.randn(*fresh.shape, size) + common], dim=2)
         positions = torch.cat([positions, fresh], dim=2)
-        notes = torch.cat([notes, torch.zeros_like(fresh, dtype=torch.int32)], dim=2)
+        scorer_state = torch.cat([scorer_state, torch.zeros_like(fresh, dtype=torch.int32)], dim=2)
         held = dataclasses.replace(
             held_tokens([[keys.shape[2]] * heads], [seen]),
             keys=keys,
             positions=positions,
             valid=torch.ones_like(positions, dtype=torch.bool),
-            notes=notes,
+            scorer_state=scorer_state,
         )
         scores = RKV().score(held)
-        torch.testing.assert_close(scores, RKV().score(dataclasses.replace(held, notes=None)))
-        assert (notes > 0).all()
+        torch.testing.assert_close(
+            scores, RKV().score(dataclasses.replace(held, scorer_state=None))
+        )
+        assert (scorer_state > 0).all()
         # Evict at random, so that repeats are lost too.
         stay = torch.rand(positions.shape).topk(budget, dim=-1).indices.sort(-1).values
         keys = keys.gather(2, stay[..., None].expand(-1, -1, -1, size))
-        positions, notes = positions.gather(2, stay), notes.gather(2, stay)
+        positions, scorer_state = positions.gather(2, stay), scorer_state.gather(2, stay)
 
 
 def test_rkv_finds_the_repeat_in_any_position_beside_filler():
     # Positions are looked up modulo a power of two, and filler has position -1.
     seen, counts = 1 << 14, [600, 640]
     held = held_tokens([counts], [seen])
-    notes = held.valid.int()
+    scorer_state = held.valid.int()
     for head, count in enumerate(counts):
         held.positions[0, head, :count] = torch.arange(seen - count, seen)
-    notes[..., 0] = seen - 1 + 2
-    known = rkv._places(notes, held)
+    scorer_state[..., 0] = seen - 1 + 2
+    known = rkv._places(scorer_state, held)
     assert known[0, :, 0].tolist() == [599, 639]
 
 

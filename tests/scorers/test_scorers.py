@@ -28,7 +28,7 @@ MATRIX = {name: scorer() for name, scorer in SCORERS.items()} | {
     "snapkv-other": SnapKV(queries=3, kernel=3),
     "bidirectional-some": Bidirectional(queries=3),
     "h2o-average": H2O(recent_ratio=0.25, average=True),
-    "h2o-decayed-average": H2O(recent_ratio=0.0, mass_decay=0.9, average=True),
+    "h2o-decayed-average": H2O(recent_ratio=0.0, attention_decay=0.9, average=True),
     "lag-kv-short": LagKV(sinks=2, lag=4),
     "random-other": Random(seed=5),
 }
@@ -71,7 +71,7 @@ def test_the_score_is_its_formula(scorer, formula):
             top = expected.isinf()
             torch.testing.assert_close(got[~top], expected[~top], rtol=1e-5, atol=1e-6)
             if top.any():
-                assert got[top].min() > held.mass[row].max()
+                assert got[top].min() > held.cumulative_attention[row].max()
                 assert (got[top].diff() > 0).all()
 
 
@@ -106,7 +106,9 @@ def test_other_rows_do_not_matter(scorer):
             name: torch.cat([getattr(held, name)[:1], getattr(other, name)[1:]])
             for name in ("keys", "positions", "valid", "length", "queries", "query_positions")
         },
-        mass=torch.cat([held.mass[:1], other.mass[1:]]),
+        cumulative_attention=torch.cat(
+            [held.cumulative_attention[:1], other.cumulative_attention[1:]]
+        ),
         load_values=lambda: torch.cat([held.values[:1], other.values[1:]]),
     )
     assert torch.equal(scorer.score(mixed)[0], scorer.score(held)[0])
@@ -135,7 +137,7 @@ def test_scoring_twice_is_scoring_once(scorer):
 def test_it_is_a_frozen_scorer(scorer):
     assert isinstance(scorer, Scorer)
     assert scorer.queries >= 0
-    assert 0 < scorer.mass_decay <= 1
+    assert 0 < scorer.attention_decay <= 1
     assert hash(scorer) == hash(dataclasses.replace(scorer))
     with pytest.raises(dataclasses.FrozenInstanceError):
         scorer.seed = 1
@@ -149,15 +151,17 @@ def test_it_asks_for_what_it_needs_and_no_more(scorer):
         held,
         queries=held.queries[..., -scorer.queries :, :] if scorer.queries else None,
         query_positions=held.query_positions[:, -scorer.queries :] if scorer.queries else None,
-        mass=held.mass if scorer.needs_mass else None,
+        cumulative_attention=held.cumulative_attention
+        if scorer.needs_cumulative_attention
+        else None,
     )
     assert torch.equal(scorer.score(lean), full)
     if scorer.queries:
         with pytest.raises(ValueError, match=f"last {scorer.queries} queries, got none"):
             scorer.score(dataclasses.replace(held, queries=None))
-    if scorer.needs_mass:
+    if scorer.needs_cumulative_attention:
         with pytest.raises(ValueError, match="accumulated attention, got none"):
-            scorer.score(dataclasses.replace(held, mass=None))
+            scorer.score(dataclasses.replace(held, cumulative_attention=None))
 
 
 @pytest.mark.parametrize("scorer", [RKV(queries=8), SnapKV(queries=8)], ids=["rkv", "snapkv"])
@@ -184,8 +188,8 @@ def test_missing_queries_are_as_if_never_asked_for(scorer, length):
         (lambda: SnapKV(queries=2.5), "got 2.5"),
         (lambda: SnapKV(kernel=0), "odd kernel >= 1, got 0"),
         (lambda: H2O(recent_ratio=2), "recent_ratio"),
-        (lambda: H2O(mass_decay=1.1), "mass_decay"),
-        (lambda: H2O(mass_decay=0.0), "mass_decay > 0"),
+        (lambda: H2O(attention_decay=1.1), "attention_decay"),
+        (lambda: H2O(attention_decay=0.0), "attention_decay > 0"),
         (lambda: StreamingLLM(sinks=-1), "sinks >= 0, got -1"),
         (lambda: LagKV(sinks=-4), "sinks >= 0, got -4"),
         (lambda: LagKV(lag=1), "lag >= 2, got 1"),

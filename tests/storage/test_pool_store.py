@@ -24,7 +24,7 @@ def tokens(begin, end):
 @pytest.fixture
 def store():
     made = PoolStore()
-    made.keep_statistics(mass=False, decay=1.0, notes=True)
+    made.keep_statistics(cumulative_attention=False, decay=1.0, scorer_state=True)
     made.store_first(tokens(0, 12), 12, ALONE)
     for column in range(12, COLUMNS):
         made.make_room(1)
@@ -59,14 +59,14 @@ def test_a_span_is_read_and_evicted_from_alone(store):
         [5, 6, 7, 8],
         [9, 10, 11, 12, 13, 14],
     ]
-    store.write_notes(span, torch.full_like(span.columns, 7, dtype=torch.int32))
+    store.write_scorer_state(span, torch.full_like(span.columns, 7, dtype=torch.int32))
     # The first token of each stays.
     keep = span.columns == span.columns[..., :1]
     store.evict(span, keep & span.valid)
     assert held(store, 0, 2) == [0, 1, 2, 3, 4, 5, *range(9, COLUMNS)]
     assert held(store, 1, 0) == [4, 5, 6, 7, 8, 9, *range(15, COLUMNS)]
     found = store.read(rows)
-    noted = (found.field("notes") == 7).sum(-1)
+    noted = (found.field("scorer_state") == 7).sum(-1)
     assert (noted == 1).all(), "of noted tokens one is left in each head"
     assert (store.before(rows, torch.tensor([9, 9])) == torch.tensor([[6], [5]])).all()
 

@@ -66,7 +66,9 @@ def h2o(head: Head, recent_ratio=0.5, decay=1.0, average=False) -> list[float]:
     def seen_by(position: int) -> float:
         return sum(decay**age for age in range(head.length - position)) if average else 1.0
 
-    scores = [m / seen_by(p) for m, p in zip(head.mass, head.positions, strict=True)]
+    scores = [
+        m / seen_by(p) for m, p in zip(head.cumulative_attention, head.positions, strict=True)
+    ]
     recent = math.ceil(recent_ratio * len(head))
     for i in range(len(head) - recent, len(head)):
         scores[i] = math.inf

@@ -41,7 +41,7 @@ def held_tokens(
         load_values=lambda: values.to(dtype),
         queries=(2 * torch.randn(rows, heads, group, queries, size)).to(dtype),
         query_positions=query_positions,
-        mass=torch.rand(rows, heads, held) * valid,
+        cumulative_attention=torch.rand(rows, heads, held) * valid,
     )
 
 
@@ -49,7 +49,11 @@ def row_alone(held: HeldTokens, row: int) -> HeldTokens:
     """Cut one row out, without the filler that its neighbours made necessary."""
     one = slice(row, row + 1)
     width = int(held.count[row].max())
-    assert held.queries is not None and held.query_positions is not None and held.mass is not None
+    assert (
+        held.queries is not None
+        and held.query_positions is not None
+        and held.cumulative_attention is not None
+    )
     return replace(
         held,
         keys=held.keys[one, :, :width],
@@ -59,13 +63,13 @@ def row_alone(held: HeldTokens, row: int) -> HeldTokens:
         load_values=lambda: held.values[one, :, :width],
         queries=held.queries[one],
         query_positions=held.query_positions[one],
-        mass=held.mass[one, :, :width],
+        cumulative_attention=held.cumulative_attention[one, :, :width],
     )
 
 
 def heads_alone(held: HeldTokens, heads: slice) -> HeldTokens:
     """Cut some heads out, as a process has them that holds no others."""
-    assert held.queries is not None and held.mass is not None
+    assert held.queries is not None and held.cumulative_attention is not None
     return replace(
         held,
         keys=held.keys[:, heads],
@@ -73,7 +77,7 @@ def heads_alone(held: HeldTokens, heads: slice) -> HeldTokens:
         valid=held.valid[:, heads],
         load_values=lambda: held.values[:, heads],
         queries=held.queries[:, heads],
-        mass=held.mass[:, heads],
+        cumulative_attention=held.cumulative_attention[:, heads],
         first_head=heads.start,
     )
 
@@ -86,7 +90,7 @@ class Head:
     values: torch.Tensor  # [n, D_v]
     positions: list[int]
     queries: list[tuple[int, torch.Tensor]]  # present ones: position and [G, D], oldest first
-    mass: list[float]
+    cumulative_attention: list[float]
     row_mass: float  # largest of all heads of the row
     length: int
     scaling: float
@@ -97,7 +101,11 @@ class Head:
 
 def head_of(held: HeldTokens, row: int, head: int) -> Head:
     count = int(held.count[row, head])
-    assert held.queries is not None and held.query_positions is not None and held.mass is not None
+    assert (
+        held.queries is not None
+        and held.query_positions is not None
+        and held.cumulative_attention is not None
+    )
     queries = [
         (position, held.queries[row, head, :, index].double())
         for index, position in enumerate(held.query_positions[row].tolist())
@@ -108,8 +116,8 @@ def head_of(held: HeldTokens, row: int, head: int) -> Head:
         values=held.values[row, head, :count].double(),
         positions=held.positions[row, head, :count].tolist(),
         queries=queries,
-        mass=held.mass[row, head, :count].tolist(),
-        row_mass=float(held.mass[row].max()),
+        cumulative_attention=held.cumulative_attention[row, head, :count].tolist(),
+        row_mass=float(held.cumulative_attention[row].max()),
         length=int(held.length[row]),
         scaling=held.scaling,
     )

@@ -30,8 +30,8 @@ EXTRAS = {
     "plain": (),
     "s_aux": ("s_aux",),
     "softcap": ("softcap",),
-    "mass": ("mass",),
-    "everything": ("s_aux", "softcap", "mass", "mass_weight"),
+    "cumulative_attention": ("cumulative_attention",),
+    "everything": ("s_aux", "softcap", "cumulative_attention", "attention_weight"),
 }
 
 
@@ -53,10 +53,10 @@ def test_the_definition_is_attention_head_by_head(shape):
 def test_the_definition_with_everything_is_what_loops_say():
     case = make_case([[4, 2]], [[3, 1]], 2, 2).double()
     sinks, decay = [0.5, -1.0, 0.0, 2.0], [0.25, 1.0]
-    out, mass, lse = expected(
-        case, softcap=1.5, s_aux=torch.tensor(sinks), mass_weight=torch.tensor(decay)
+    out, cumulative_attention, lse = expected(
+        case, softcap=1.5, s_aux=torch.tensor(sinks), attention_weight=torch.tensor(decay)
     )
-    expected_mass = torch.zeros_like(mass)
+    expected_mass = torch.zeros_like(cumulative_attention)
     for head, member, step in product(range(2), repeat=3):
         own, query_head = case.head(0, head), 2 * head + member
         logits = {
@@ -74,7 +74,7 @@ def test_the_definition_with_everything_is_what_loops_say():
         )
         for slot, weight in weights.items():
             expected_mass[slot] += decay[step] * weight / total
-    torch.testing.assert_close(mass, expected_mass)
+    torch.testing.assert_close(cumulative_attention, expected_mass)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -92,19 +92,22 @@ def test_equals_the_definition(shape, extras, dtype, call, monkeypatch):
             arguments["s_aux"] = torch.linspace(-1, 2, len(heads[0]) * group).to(dtype)
         if "softcap" in wanted:
             arguments["softcap"] = 1.5
-        if "mass_weight" in wanted:
-            arguments["mass_weight"] = 0.5 ** torch.arange(steps - 1, -1, -1)
-        out, mass, lse = expected(case, **arguments)
-        before = torch.rand(case.layout.slots) if "mass" in wanted else None
+        if "attention_weight" in wanted:
+            arguments["attention_weight"] = 0.5 ** torch.arange(steps - 1, -1, -1)
+        out, cumulative_attention, lse = expected(case, **arguments)
+        before = torch.rand(case.layout.slots) if "cumulative_attention" in wanted else None
         found = None if before is None else before.clone()
         total = torch.full(lse.shape, torch.nan)
-        assert_close(case.run(mass=found, **arguments), out, TOLERANCE[dtype])
+        assert_close(case.run(cumulative_attention=found, **arguments), out, TOLERANCE[dtype])
         assert_close(case.run(logsumexp=total, **arguments), out, TOLERANCE[dtype])
         torch.testing.assert_close(total.double(), lse, atol=TOLERANCE[dtype], rtol=1e-6)
         if found is not None:
             tolerance = TOLERANCE[dtype] * group * steps
             torch.testing.assert_close(
-                (found - before).double(), mass, atol=tolerance, rtol=TOLERANCE[dtype]
+                (found - before).double(),
+                cumulative_attention,
+                atol=tolerance,
+                rtol=TOLERANCE[dtype],
             )
 
 
@@ -151,10 +154,14 @@ def test_heads_that_hold_equally_many(dtype, sizes, able, monkeypatch):
 @given(case=cases(), options=OPTIONS)
 def test_any_pool_equals_the_definition(case, options):
     arguments = arguments_of(case, options)
-    out, mass, _ = expected(case, softcap=options["softcap"], s_aux=arguments["s_aux"])
+    out, cumulative_attention, _ = expected(
+        case, softcap=options["softcap"], s_aux=arguments["s_aux"]
+    )
     assert_close(case.run(**arguments), out, 2e-5)
-    if options["mass"]:
-        torch.testing.assert_close(arguments["mass"].double(), mass, atol=1e-4, rtol=1e-4)
+    if options["cumulative_attention"]:
+        torch.testing.assert_close(
+            arguments["cumulative_attention"].double(), cumulative_attention, atol=1e-4, rtol=1e-4
+        )
 
 
 @settings(max_examples=30)
@@ -172,8 +179,13 @@ def test_order_of_a_heads_slots_changes_nothing(case, options, seed):
     sees = ~expected(case)[0].isnan()
     out, out_shuffled = case.run(**first), shuffled.run(**second)
     torch.testing.assert_close(out_shuffled[sees], out[sees], atol=1e-5, rtol=1e-5)
-    if options["mass"]:
-        torch.testing.assert_close(second["mass"], first["mass"][order], atol=1e-5, rtol=1e-5)
+    if options["cumulative_attention"]:
+        torch.testing.assert_close(
+            second["cumulative_attention"],
+            first["cumulative_attention"][order],
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 @settings(max_examples=30)
@@ -193,8 +205,10 @@ def test_chunk_equals_its_queries_one_by_one(case, options):
         for t in range(steps)
     ]
     torch.testing.assert_close(torch.cat(singles, 1)[sees], out[sees], atol=1e-5, rtol=1e-5)
-    if options["mass"]:
-        torch.testing.assert_close(parts["mass"], whole["mass"], atol=1e-5, rtol=1e-5)
+    if options["cumulative_attention"]:
+        torch.testing.assert_close(
+            parts["cumulative_attention"], whole["cumulative_attention"], atol=1e-5, rtol=1e-5
+        )
 
 
 @settings(max_examples=30)
@@ -223,7 +237,7 @@ def test_room_around_a_heads_tokens_changes_nothing(case, options, extra):
 def test_pool_and_queries_stay_as_they_are():
     case = make_case([[9, 4], [4, 9]], [[7, 4], [2, 9]], 4, 3)
     before = [x.clone() for x in (case.query, case.keys, case.values, case.positions, case.length)]
-    case.run(softcap=2.0, s_aux=torch.zeros(8), mass=torch.zeros(case.layout.slots))
+    case.run(softcap=2.0, s_aux=torch.zeros(8), cumulative_attention=torch.zeros(case.layout.slots))
     after = (case.query, case.keys, case.values, case.positions, case.length)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
@@ -244,7 +258,7 @@ def test_huge_sink_takes_all_weight():
 
 def test_logits_beyond_the_range_of_exp_are_finite():
     case = make_case([[5, 7]], [[5, 2]], 2, 1)
-    for extras in ({}, {"mass": torch.zeros(12)}, {"s_aux": torch.zeros(4)}):
+    for extras in ({}, {"cumulative_attention": torch.zeros(12)}, {"s_aux": torch.zeros(4)}):
         assert bool(replace(case, query=case.query * 1e6).run(**extras).isfinite().all())
 
 

@@ -26,8 +26,8 @@ def decode_attention(
     scaling: float,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    mass: torch.Tensor | None = None,
-    mass_weight: torch.Tensor | None = None,
+    cumulative_attention: torch.Tensor | None = None,
+    attention_weight: torch.Tensor | None = None,
     logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to the tokens that each head holds.
@@ -57,11 +57,11 @@ def decode_attention(
     s_aux : Tensor[H_kv * G], optional
         One learned logit per query head that takes part in the softmax and carries no value
         (GPT-OSS sinks).
-    mass : Tensor[slots], optional
+    cumulative_attention : Tensor[slots], optional
         float32; every slot's attention probability, summed over queries and group, is added in
         place.
-    mass_weight : Tensor[T], optional
-        Weight of each query in `mass`; ones by default.
+    attention_weight : Tensor[T], optional
+        Weight of each query in `cumulative_attention`; ones by default.
     logsumexp : Tensor[B, T, H_kv * G], optional
         float32, contiguous; overwritten with the logarithm of the sum of the exponentials of each
         query's logits, the sink's included; -inf for a query that sees nothing. With it,
@@ -104,8 +104,8 @@ def decode_attention(
         scaling=scaling,
         softcap=softcap,
         s_aux=s_aux,
-        mass=mass,
-        mass_weight=mass_weight,
+        cumulative_attention=cumulative_attention,
+        attention_weight=attention_weight,
         logsumexp=logsumexp,
     )
     if uses_triton(keys):

@@ -32,8 +32,8 @@ def decode_attention_cpu(
     scaling: float,
     softcap: float | None,
     s_aux: torch.Tensor | None,
-    mass: torch.Tensor | None,
-    mass_weight: torch.Tensor | None,
+    cumulative_attention: torch.Tensor | None,
+    attention_weight: torch.Tensor | None,
     logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `triton_ops.decode_attention.decode_attention`."""
@@ -46,7 +46,7 @@ def decode_attention_cpu(
         lengths = lengths.index_select(0, layout.order)
     # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
     used = lengths.tolist()
-    explicit = any(x is not None for x in (softcap, s_aux, mass))
+    explicit = any(x is not None for x in (softcap, s_aux, cumulative_attention))
     explicit = explicit or (logsumexp is not None and not has_sums(query, values))
 
     outputs, sums = [], []
@@ -66,10 +66,10 @@ def decode_attention_cpu(
             out, weights, logits = _explicit(q, k, v, visible, scaling, softcap, sink)
             if logsumexp is not None:
                 sums.append(_logsumexp(logits))
-            if mass is not None:
-                if mass_weight is not None:
-                    weights = weights * mass_weight.repeat(group)[:, None]
-                bucket.view(mass, longest).add_(weights.sum(1))
+            if cumulative_attention is not None:
+                if attention_weight is not None:
+                    weights = weights * attention_weight.repeat(group)[:, None]
+                bucket.view(cumulative_attention, longest).add_(weights.sum(1))
         else:
             bias = None if visible is None else _additive(visible, q.dtype)
             if logsumexp is None:

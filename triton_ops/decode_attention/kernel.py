@@ -12,7 +12,7 @@ from ..merge_state.kernel import join
 from ..prefix_attention.kernel import attend_prefix
 from ..tiles import Tile, block_d, blocks
 from .chunk_kernel import attend_chunk, load_chunk, load_queries, store_partial
-from .mass_kernel import add_mass
+from .cumulative_kernel import add_received_attention
 from .work import PrefixWork, work
 
 
@@ -134,8 +134,8 @@ def decode_attention_triton(
     scaling: float,
     softcap: float | None,
     s_aux: torch.Tensor | None,
-    mass: torch.Tensor | None,
-    mass_weight: torch.Tensor | None,
+    cumulative_attention: torch.Tensor | None,
+    attention_weight: torch.Tensor | None,
     logsumexp: torch.Tensor | None,
     prefix: SharedPrefix | None = None,
 ) -> torch.Tensor:
@@ -191,10 +191,10 @@ def decode_attention_triton(
             num_stages=tile.stages,
         )
     join(partial_out, partial_lse, plan.first, out, logsumexp, kv_heads=kv_heads, s_aux=s_aux)
-    if mass is not None and plan.count:
-        add_mass(
-            mass,
-            mass_weight,
+    if cumulative_attention is not None and plan.count:
+        add_received_attention(
+            cumulative_attention,
+            attention_weight,
             query,
             keys,
             positions,

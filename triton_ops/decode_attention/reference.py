@@ -19,8 +19,8 @@ def decode_attention_reference(
     scaling: float,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    mass: torch.Tensor | None = None,
-    mass_weight: torch.Tensor | None = None,
+    cumulative_attention: torch.Tensor | None = None,
+    attention_weight: torch.Tensor | None = None,
     logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `triton_ops.decode_attention.decode_attention`; a query that sees nothing yields 0."""
@@ -39,9 +39,9 @@ def decode_attention_reference(
             out[row, :, members] = result.transpose(0, 1)
             if logsumexp is not None:
                 logsumexp[row, :, members] = total.T
-            if mass is not None:
-                each = 1.0 if mass_weight is None else mass_weight[:, None]
-                mass[own] += (weights * each).sum((0, 1))
+            if cumulative_attention is not None:
+                each = 1.0 if attention_weight is None else attention_weight[:, None]
+                cumulative_attention[own] += (weights * each).sum((0, 1))
     return out
 
 

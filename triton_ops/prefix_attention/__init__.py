@@ -81,6 +81,6 @@ def prefix_attention(
         return decode_attention_triton(
             query, keys, values, positions, layout,
             length if device_length is None else device_length,
-            mass=None, mass_weight=None, prefix=prefix, **settings,
+            cumulative_attention=None, attention_weight=None, prefix=prefix, **settings,
         )  # fmt: skip
     return prefix_attention_cpu(query, prefix, keys, values, positions, layout, length, **settings)

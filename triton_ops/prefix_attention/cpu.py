@@ -38,8 +38,8 @@ def prefix_attention_cpu(
         scaling=scaling,
         softcap=softcap,
         s_aux=s_aux,
-        mass=None,
-        mass_weight=None,
+        cumulative_attention=None,
+        attention_weight=None,
         logsumexp=own_sum,
     )
     out, total = merge_state_reference(own, own_sum, *_shared(query, prefix, scaling, softcap))

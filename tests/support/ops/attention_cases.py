@@ -93,16 +93,21 @@ def make_case(
 
 
 def expected(case, **settings):
-    """Output `[B, T, H_q, D_v]`, mass per slot and logsumexp `[B, T, H_q]` by the definition.
+    """Output `[B, T, H_q, D_v]`, attention per slot and logsumexp `[B, T, H_q]` by definition.
 
     The output of a query that sees nothing is NaN.
     """
     batch, heads, group, steps, _ = case.query.shape
-    mass = torch.zeros(case.layout.slots, dtype=torch.float64)
+    cumulative_attention = torch.zeros(case.layout.slots, dtype=torch.float64)
     lse = torch.zeros(batch, steps, heads * group, dtype=torch.float64)
     run = case.double().run
-    out = run(attention=decode_attention_reference, mass=mass, logsumexp=lse, **settings)
-    return seen_only(out), mass, lse
+    out = run(
+        attention=decode_attention_reference,
+        cumulative_attention=cumulative_attention,
+        logsumexp=lse,
+        **settings,
+    )
+    return seen_only(out), cumulative_attention, lse
 
 
 def seen_only(out):
@@ -146,7 +151,11 @@ def cases(draw):
 
 
 OPTIONS = st.fixed_dictionaries(
-    {"softcap": st.sampled_from([None, 0.7, 20.0]), "sinks": st.booleans(), "mass": st.booleans()}
+    {
+        "softcap": st.sampled_from([None, 0.7, 20.0]),
+        "sinks": st.booleans(),
+        "cumulative_attention": st.booleans(),
+    }
 )
 
 
@@ -155,5 +164,7 @@ def arguments_of(case, options):
     return {
         "softcap": options["softcap"],
         "s_aux": torch.linspace(-1, 1, heads * group) if options["sinks"] else None,
-        "mass": torch.zeros(case.layout.slots) if options["mass"] else None,
+        "cumulative_attention": torch.zeros(case.layout.slots)
+        if options["cumulative_attention"]
+        else None,
     }

@@ -29,8 +29,8 @@ def decode(dtype, head_size, group, steps=1, extras=False):
         scaling=head_size**-0.5,
         softcap=30.0 if extras else None,
         s_aux=torch.empty(KV_HEADS * group, dtype=dtype) if extras else None,
-        mass=torch.empty(layout.slots) if extras else None,
-        mass_weight=torch.empty(steps) if extras else None,
+        cumulative_attention=torch.empty(layout.slots) if extras else None,
+        attention_weight=torch.empty(steps) if extras else None,
         logsumexp=None,
     )
 
@@ -57,8 +57,8 @@ def branches(dtype, head_size, group, count):
         scaling=head_size**-0.5,
         softcap=None,
         s_aux=None,
-        mass=None,
-        mass_weight=None,
+        cumulative_attention=None,
+        attention_weight=None,
         logsumexp=None,
         prefix=prefix,
     )

@@ -29,16 +29,16 @@ def assert_equal(found, wanted, tolerance=1e-5):
 
 def check(case, device, tolerance=1e-5, **arguments):
     """Run a case with everything asked for, memory around it poisoned."""
-    out, mass, lse = expected(case, **arguments)
+    out, cumulative_attention, lse = expected(case, **arguments)
     found = torch.rand(case.layout.slots)
     before = found.clone()
     total = torch.full(lse.shape, math.nan, device=device)
     moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
     found = found.to(device)
-    got = case.to(device).run(mass=found, logsumexp=total, **moved)
+    got = case.to(device).run(cumulative_attention=found, logsumexp=total, **moved)
     assert got.dtype == case.query.dtype
     assert_equal(got, out, tolerance)
-    assert_equal(found.cpu() - before, mass, tolerance + 1e-6)
+    assert_equal(found.cpu() - before, cumulative_attention, tolerance + 1e-6)
     torch.testing.assert_close(total.double().cpu(), lse, atol=10 * tolerance, rtol=tolerance)
 
 
@@ -53,7 +53,7 @@ def test_equals_the_definition(shape, group, steps, device):
 def test_sinks_softcap_and_weighted_mass(steps, device):
     case = make_case(*SHAPES["empty_splits"], 4, steps, poison=math.nan)
     decay = 0.5 ** torch.arange(steps - 1, -1, -1)
-    check(case, device, s_aux=torch.linspace(-1, 2, 12), softcap=1.5, mass_weight=decay)
+    check(case, device, s_aux=torch.linspace(-1, 2, 12), softcap=1.5, attention_weight=decay)
 
 
 def test_more_queries_than_one_tile(device):
@@ -77,7 +77,7 @@ def test_half_precisions(dtype, tolerance, device):
 @given(case=cases(), options=OPTIONS)
 def test_any_pool(case, options, device):
     arguments = arguments_of(case, options)
-    del arguments["mass"]
+    del arguments["cumulative_attention"]
     check(case, device, **arguments)
 
 

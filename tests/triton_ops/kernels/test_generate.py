@@ -34,7 +34,7 @@ def check(results):
     assert report.evicted == wanted.evicted
 
 
-@pytest.mark.parametrize("scorer", [RKV(), H2O(mass_decay=0.9)], ids=repr)
+@pytest.mark.parametrize("scorer", [RKV(), H2O(attention_decay=0.9)], ids=repr)
 def test_tokens_of_a_padded_batch_with_evictions(scorer, device):
     results = both(
         small_llama(),

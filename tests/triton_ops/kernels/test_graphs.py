@@ -18,7 +18,12 @@ CASES = {
     # Steps; times recorded and run as usual; class and settings. The first and the last pool grow.
     "everything": (8, (2, 2), ReasonAllocCache, dict(budget=None)),
     "queries": (8, (1, 1), ReasonAllocCache, dict(buffer=3, scorer=RKV(), **IN_PLACE)),
-    "mass": (5, (1, 1), ReasonAllocCache, dict(buffer=2, scorer=H2O(mass_decay=0.9), **IN_PLACE)),
+    "mass": (
+        5,
+        (1, 1),
+        ReasonAllocCache,
+        dict(buffer=2, scorer=H2O(attention_decay=0.9), **IN_PLACE),
+    ),
     "windows": (9, (2, 4), SlidingWindowCompressCache, dict(window=4, ratio=0.25, recent=1)),
 }
 

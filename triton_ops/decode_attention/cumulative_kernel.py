@@ -1,4 +1,4 @@
-"""Attention mass: a second pass over the keys, once the weight of all of them is known."""
+"""The attention that keys receive: a second pass over them, once the weight of all is known."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .work import Work
 
 
 @triton.jit
-def mass_kernel(
-    mass,
-    mass_weight,
+def cumulative_kernel(
+    cumulative_attention,
+    attention_weight,
     query,
     keys,
     positions,
@@ -59,17 +59,17 @@ def mass_kernel(
             logits = tile_logits(q, k, scale, softcap)
             # The logsumexp of a query that sees nothing is -inf, and is masked.
             weights = tl.exp2(tl.where(visible, logits - lse[:, None], NOTHING))
-            if mass_weight is not None:
-                factor = tl.load(mass_weight + row % steps, mask=real, other=0.0)
+            if attention_weight is not None:
+                factor = tl.load(attention_weight + row % steps, mask=real, other=0.0)
                 weights = weights * factor.to(tl.float32)[:, None]
             added += tl.sum(weights, 0)
-        before = tl.load(mass + slot, mask=used, other=0.0)
-        tl.store(mass + slot, before + added, mask=used)
+        before = tl.load(cumulative_attention + slot, mask=used, other=0.0)
+        tl.store(cumulative_attention + slot, before + added, mask=used)
 
 
-def add_mass(
-    mass: torch.Tensor,
-    mass_weight: torch.Tensor | None,
+def add_received_attention(
+    cumulative_attention: torch.Tensor,
+    attention_weight: torch.Tensor | None,
     query: torch.Tensor,
     keys: torch.Tensor,
     positions: torch.Tensor,
@@ -82,12 +82,12 @@ def add_mass(
     scaling: float,
     softcap: float | None,
 ) -> None:
-    """Add attention probabilities to `mass`, in place; arguments as in `decode_attention`."""
+    """Add attention probabilities to `cumulative_attention`; see `decode_attention`."""
     _, kv_heads, group, steps, head_size = query.shape
     tile = Tile.of(keys.dtype, group * steps, head_size)
-    mass_kernel[(plan.count,)](
-        mass,
-        mass_weight,
+    cumulative_kernel[(plan.count,)](
+        cumulative_attention,
+        attention_weight,
         query,
         keys,
         positions,
