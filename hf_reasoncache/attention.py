@@ -241,7 +241,7 @@ def _require_layers(module: Any, layer: CacheLayer) -> None:
 
 
 def _expect_continuation(
-    layer: CacheLayer, mask: LogicalMask, steps: int, positions: torch.Tensor | None
+    layer: CacheLayer, mask: LogicalMask, q_len: int, positions: torch.Tensor | None
 ) -> None:
     """Warn, once in a forward, if several new tokens begin at position 0 over tokens held."""
     known = ("continues", None)
@@ -253,8 +253,8 @@ def _expect_continuation(
         positions = positions.masked_fill(~mask.valid.to(positions.device), 1)
     if bool((positions.amin(-1) == 0).all()) and bool(layer.held().any()):
         warnings.warn(
-            f"expected the new tokens to continue the {layer.seen - steps} that the cache has "
-            f"seen, got {steps} whose positions begin at 0 again: is this another prompt, or "
+            f"expected the new tokens to continue the {layer.seen - q_len} that the cache has "
+            f"seen, got {q_len} whose positions begin at 0 again: is this another prompt, or "
             "assisted decoding over a used cache, to which transformers feeds the whole text "
             "again? reset() the cache, or use a new one.",
             UserWarning,
@@ -267,7 +267,7 @@ def _shard(module: Any, layer: CacheLayer, heads: int) -> Shard:
     if not in_several_processes():
         return ALONE
     decoder = module.config.get_text_config(decoder=True)
-    return find_shard(module, heads, head_shape(decoder, layer.index)[0], layer.agreement)
+    return find_shard(module, heads, head_shape(decoder, layer.index)[0], layer.tp_mode)
 
 
 def register() -> None:

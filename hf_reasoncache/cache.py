@@ -20,7 +20,7 @@ from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.precision import as_attended
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
-from hf_reasoncache.shards import Agreement, require_agreement
+from hf_reasoncache.shards import TPMode, require_tp_mode
 
 
 class ReasonCache(Cache):
@@ -53,16 +53,16 @@ class ReasonCache(Cache):
         config: PretrainedConfig,
         make_layer: Callable[[int, int, int], CacheLayer],
         *,
-        tensor_parallel: Agreement = "agree",
+        tensor_parallel: TPMode = "agree",
     ) -> None:
-        self.tensor_parallel = require_agreement(tensor_parallel)
+        self.tp_mode = require_tp_mode(tensor_parallel)
         layers = supported_layers(config)
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         # Known once, because every forward asks for them several times.
         self.own_layers: list[CacheLayer] = []
-        for rank, index in enumerate(ours):
-            layer = layers[index] = make_layer(index, rank, len(ours))
-            layer.agreement, layer.layers = self.tensor_parallel, len(layers)
+        for layer_rank, index in enumerate(ours):
+            layer = layers[index] = make_layer(index, layer_rank, len(ours))
+            layer.tp_mode, layer.layers = self.tp_mode, len(layers)
             self.own_layers.append(layer)
         self._foreign = [index for index in range(len(layers)) if index not in ours]
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
@@ -106,7 +106,7 @@ class ReasonCache(Cache):
             length.cache = self
         return length, offset
 
-    def see_mask(self, mask: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+    def see_mask(self, mask: torch.Tensor | None, q_len: int) -> torch.Tensor | None:
         """Attend from now on to the columns that a mask shows, as a forward with it would.
 
         What the mask hides leaves the pools and comes back if a later mask shows it again, unless
@@ -116,12 +116,12 @@ class ReasonCache(Cache):
         Parameters
         ----------
         mask : Tensor[B, T] or None
-            Not 0 for the columns to attend to, of those seen and of `steps` new ones; None for all.
-        steps : int
+            Not 0 for the columns to attend to, of those seen and of `q_len` new ones; None for all.
+        q_len : int
 
         Returns
         -------
-        BoolTensor[B, steps] or None
+        BoolTensor[B, q_len] or None
             Which new tokens are real; None if all are.
 
         Raises
@@ -139,18 +139,18 @@ class ReasonCache(Cache):
                 self._hide(torch.zeros(first.rows or 0, seen, dtype=torch.bool, device="cpu"))
             first.shown = None
             return None
-        if mask.shape[-1] < seen + steps:
+        if mask.shape[-1] < seen + q_len:
             raise ValueError(
-                f"attention_mask: expected {seen + steps} columns, {seen} seen and {steps} new, "
+                f"attention_mask: expected {seen + q_len} columns, {seen} seen and {q_len} new, "
                 f"got {mask.shape[-1]}; pass the mask of the whole sequence, and reset() the cache "
                 "or use a new one for another prompt."
             )
         self._check_batch(mask.shape[0])
-        mask = mask[:, : seen + steps].bool()
+        mask = mask[:, : seen + q_len].bool()
         if first.shown is None:
             expected = torch.ones_like(mask)
         else:
-            expected = torch.nn.functional.pad(first.shown[:, :seen], (0, steps), value=True)
+            expected = torch.nn.functional.pad(first.shown[:, :seen], (0, q_len), value=True)
         # One question for both parts, as every question waits for the device.
         if torch.equal(mask, expected):
             first.shown = expected
@@ -220,10 +220,10 @@ class ReasonCache(Cache):
             self.reset()
         return first
 
-    def _undo(self, layer_idx: int, steps: int, error: Exception) -> None:
+    def _undo(self, layer_idx: int, q_len: int, error: Exception) -> None:
         """Leave no trace of a forward that a layer has refused, where that is possible."""
         if not self._forget_first() and layer_idx == 0 and isinstance(error, ValueError):
-            cast(CacheLayer, self.layers[0]).take_back(steps)
+            cast(CacheLayer, self.layers[0]).take_back(q_len)
 
     def _check_complete(self) -> None:
         first, last = self.own_layers[0], self.own_layers[-1]

@@ -71,7 +71,7 @@ class GuardTensor(torch.Tensor):
 class MaskReader(Protocol):
     """A cache, as the mask function knows it."""
 
-    def see_mask(self, mask: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+    def see_mask(self, mask: torch.Tensor | None, q_len: int) -> torch.Tensor | None:
         """Attend from now on to the columns that a mask shows; return which new ones are real."""
 
 

@@ -29,7 +29,7 @@ from hf_reasoncache.policies.base import EvictionSpan, Policy, PromptRows, RowSt
 from hf_reasoncache.precision import without_autocast
 from hf_reasoncache.risk import DamageScale, RiskLog
 from hf_reasoncache.scorers.base import HeldTokens
-from hf_reasoncache.shards import ALONE, Agreement, Shard
+from hf_reasoncache.shards import ALONE, Shard, TPMode
 from hf_reasoncache.storage.held_positions import AllPositions, HeldPositions
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.storage.pool_store import PoolStore, distinct_bytes
@@ -113,7 +113,7 @@ class CacheLayer(CacheLayerMixin):
         Which KV heads of the layer are here; set with the first forward.
     layers : int
         Layers of the model that the cache was made for; 0 is not known.
-    agreement : {"agree", "local"}
+    tp_mode : {"agree", "local"}
         Whether processes with other heads of the layer decide together with this one.
     differentiable : bool
         Whether the model would give the tokens that are stored a gradient.
@@ -139,7 +139,7 @@ class CacheLayer(CacheLayerMixin):
         self.record_past = False
         self.layers = 0
         self.shard: Shard = ALONE
-        self.agreement: Agreement = "agree"
+        self.tp_mode: TPMode = "agree"
         self.policy = policy
         self.store = PoolStore() if store is None else store
         self.observers = tuple(observers)
@@ -212,32 +212,32 @@ class CacheLayer(CacheLayerMixin):
             If the attention of the last forward never ran.
         """
         self.expect_idle()
-        steps = key_states.shape[-2]
+        q_len = key_states.shape[-2]
         if self.policy is not None:
-            self._begin(steps)
+            self._begin(q_len)
         self.incoming = (key_states, value_states)
-        self.seen += steps
+        self.seen += q_len
         return GuardTensor.wrap(key_states, value_states, self)
 
-    def _begin(self, steps: int) -> None:
-        """Do what is due before `steps` new tokens."""
+    def _begin(self, q_len: int) -> None:
+        """Do what is due before `q_len` new tokens."""
         self._attended = self._draft = None
         if not self.is_initialized:
-            self._by_token = steps == 1
+            self._by_token = q_len == 1
             return
         room = 0
         if self.state is not None and not self._prompt_open:
             room = self.state.room(self.store, self.seen)
         # What an eviction will ask about is still to come, or will come at once and be kept whole.
         recorded = self.record_past or self.store.clock is not None
-        self._calm = steps == 1 and room > self.queries.size and not recorded
-        if steps > room:
+        self._calm = q_len == 1 and room > self.queries.size and not recorded
+        if q_len > room:
             with without_autocast(self.device):
-                self._evict_due(steps)
+                self._evict_due(q_len)
 
-    def _evict_due(self, steps: int) -> None:
-        """Fix what rows may hold if it is not yet, and evict what is due before `steps` tokens."""
-        grows = self._grows_prompt(self.seen, steps)
+    def _evict_due(self, q_len: int) -> None:
+        """Fix what rows may hold if it is not yet, and evict what is due before `q_len` tokens."""
+        grows = self._grows_prompt(self.seen, q_len)
         complete = self._prompt_open and not grows
         state = self.state
         if state is None:
@@ -245,7 +245,7 @@ class CacheLayer(CacheLayerMixin):
             self._fit(self.seen)
         if complete:
             state.check_prompt()
-        if self.record_past or (steps == 1 and not grows):
+        if self.record_past or (q_len == 1 and not grows):
             self._evict(state, state.due(self.store, self.seen, 1), self.seen)
 
     def expect_idle(self) -> None:
@@ -277,16 +277,16 @@ class CacheLayer(CacheLayerMixin):
         """
         if self.record_past and self.policy is not None:
             return self._attend_draft(new)
-        steps = new.steps
+        q_len = new.q_len
         if self._prompt_open:
-            self._prompt_open = self._grows_prompt(self.seen - steps, steps)
+            self._prompt_open = self._grows_prompt(self.seen - q_len, q_len)
         # 1. Store the tokens, and attend to all that is held.
-        self._make_room(steps)
+        self._make_room(q_len)
         out = self._attend_to(new, self.seen)
         # 2. Share a growing prompt, and evict what a long forward has made due.
         if self._prompt_open:
             self.store.extend_prompt(new, self.seen, self.shard)
-        if self.policy is not None and (self._prompt_open or steps > 1):
+        if self.policy is not None and (self._prompt_open or q_len > 1):
             self._cut()
         return out
 
@@ -317,18 +317,18 @@ class CacheLayer(CacheLayerMixin):
         if self._calm:
             self.queries.clear()
             return
-        if new.steps > 1:
+        if new.q_len > 1:
             # It may make several evictions due, whose queries are needed until they have run.
             asked = policy.open_columns(self.state, self.seen)
             self.queries.resize(max(self.query_columns, asked))
         self.queries.append(new.query, self.store.clock)
 
-    def _make_room(self, steps: int) -> None:
-        """Make sure that the store has room for `steps` more tokens."""
+    def _make_room(self, q_len: int) -> None:
+        """Make sure that the store has room for `q_len` more tokens."""
         if self.policy is None:
-            self.store.make_room(steps)
-        elif steps > self.store.least_free:
-            length = self.store.length + steps
+            self.store.make_room(q_len)
+        elif q_len > self.store.least_free:
+            length = self.store.length + q_len
             wanted = length if self.state is None else self.state.capacity(length, self.seen)
             self.store.relayout(torch.maximum(self.store.capacity, wanted))
 
@@ -338,14 +338,14 @@ class CacheLayer(CacheLayerMixin):
         if target is not None:
             self.store.relayout(target)
 
-    def take_back(self, steps: int) -> None:
-        """Undo a forward of `steps` columns that was refused before or after they were stored."""
+    def take_back(self, q_len: int) -> None:
+        """Undo a forward of `q_len` columns that was refused before or after they were stored."""
         if self.incoming is not None:
             self.incoming = None
-            self.seen -= steps
+            self.seen -= q_len
         else:
             self.store.forget_order()
-            self._crop(steps)
+            self._crop(q_len)
 
     # ---------------------------------------------------------------------------------- the prompt
 
@@ -439,12 +439,12 @@ class CacheLayer(CacheLayerMixin):
             raise ValueError(f"layer {self.index}: expected a prompt, got a layer without one.")
         return self.state
 
-    def _grows_prompt(self, begin: int, steps: int) -> bool:
-        """Whether `steps` tokens from column `begin` on belong to the prompt."""
+    def _grows_prompt(self, begin: int, q_len: int) -> bool:
+        """Whether `q_len` tokens from column `begin` on belong to the prompt."""
         length = None if self.policy is None else self.policy.prompt_length
-        if length is None or (steps == 1 and not self._by_token):
+        if length is None or (q_len == 1 and not self._by_token):
             # Of a prompt in chunks only the last can have a single token.
-            more = steps > 1 or begin + 1 == length
+            more = q_len > 1 or begin + 1 == length
         else:
             more = begin < length
         return self._prompt_open and more and not self.record_past
@@ -638,18 +638,18 @@ class CacheLayer(CacheLayerMixin):
 
     def _attend_draft(self, new: NewTokens) -> torch.Tensor:
         """Attend to a draft as if its tokens came one by one, evictions between them included."""
-        due = self._require_state().due(self.store, self.seen - new.steps, new.steps)
+        due = self._require_state().due(self.store, self.seen - new.q_len, new.q_len)
         crosses = bool(due.numel())
         self._draft = Draft(new, self._snapshot(deep=crosses), token_by_token=crosses)
         if not crosses:
-            self._make_room(new.steps)
+            self._make_room(new.q_len)
             return self._attend_to(new, self.seen)
         return torch.cat([self._attend_to(*token) for token in self._tokens(new, self.seen)], 1)
 
     def _tokens(self, new: NewTokens, end: int) -> Iterator[tuple[NewTokens, int]]:
         """Yield single tokens and their end column, evicting what is due before each."""
-        for index in range(new.steps):
-            column = end - new.steps + index
+        for index in range(new.q_len):
+            column = end - new.q_len + index
             state = self._require_state()
             self._evict(state, state.due(self.store, column, 1), column)
             self._make_room(1)
@@ -690,8 +690,8 @@ class CacheLayer(CacheLayerMixin):
         """Take back the newest columns, which are at least one and not all."""
         self.seen -= columns
         draft, self._draft = self._draft, None
-        if draft is not None and columns <= draft.new.steps:
-            self._undo(draft, draft.new.columns(0, draft.new.steps - columns))
+        if draft is not None and columns <= draft.new.q_len:
+            self._undo(draft, draft.new.columns(0, draft.new.q_len - columns))
             return
         # Attention that removed queries gave to tokens stays counted.
         self.store.crop(self.seen, columns)
@@ -711,8 +711,8 @@ class CacheLayer(CacheLayerMixin):
         if draft.token_by_token:
             for token, end in self._tokens(accepted, self.seen):
                 self._store(token, end)
-        elif accepted.steps:
-            self._make_room(accepted.steps)
+        elif accepted.q_len:
+            self._make_room(accepted.q_len)
             self._store(accepted, self.seen)
 
     def hide(self, hidden: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 
-Agreement = Literal["agree", "local"]
+TPMode = Literal["agree", "local"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ def in_several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def find_shard(module: torch.nn.Module, heads: int, total: int, agreement: Agreement) -> Shard:
+def find_shard(module: torch.nn.Module, heads: int, total: int, tp_mode: TPMode) -> Shard:
     """Find out which heads of a layer this process holds, if there are several processes.
 
     Parameters
@@ -109,7 +109,7 @@ def find_shard(module: torch.nn.Module, heads: int, total: int, agreement: Agree
         KV heads that this process has computed.
     total : int
         KV heads of the layer by the model's config.
-    agreement : {"agree", "local"}
+    tp_mode : {"agree", "local"}
 
     Returns
     -------
@@ -132,7 +132,7 @@ def find_shard(module: torch.nn.Module, heads: int, total: int, agreement: Agree
             "its KV heads."
         )
     first = dist.get_rank(group) * heads
-    return Shard(first, total, group if agreement == "agree" else None)
+    return Shard(first, total, group if tp_mode == "agree" else None)
 
 
 def _group_of(module: torch.nn.Module) -> Any:
@@ -179,7 +179,7 @@ def _device_of(group: Any, device: torch.device) -> torch.device:
     return torch.device(next(iter(backends)), torch.accelerator.current_device_index())
 
 
-def require_agreement(value: str) -> Agreement:
+def require_tp_mode(value: str) -> TPMode:
     """Return a valid setting.
 
     Raises
@@ -187,6 +187,6 @@ def require_agreement(value: str) -> Agreement:
     ValueError
         If it is none.
     """
-    if value not in get_args(Agreement):
-        raise ValueError(f"tensor_parallel: expected one of {get_args(Agreement)}, got {value!r}.")
+    if value not in get_args(TPMode):
+        raise ValueError(f"tensor_parallel: expected one of {get_args(TPMode)}, got {value!r}.")
     return value  # type: ignore[return-value]

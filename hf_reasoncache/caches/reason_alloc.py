@@ -21,7 +21,7 @@ from hf_reasoncache.protection import Protect, Ranges, Spans
 from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
-from hf_reasoncache.shards import Agreement
+from hf_reasoncache.shards import TPMode
 
 
 class ReasonAllocCache(ReasonCache):
@@ -106,7 +106,7 @@ class ReasonAllocCache(ReasonCache):
         window: int = 8,
         protect: Protect | bool | Spans | Ranges = True,
         risk: Risk | float | bool | None = None,
-        tensor_parallel: Agreement = "agree",
+        tensor_parallel: TPMode = "agree",
     ) -> None:
         scorer = require_scorer(RKV() if scorer is None else scorer)
         require_int("window", window, low=1)
@@ -117,7 +117,7 @@ class ReasonAllocCache(ReasonCache):
         protected, watched = Protect.of(protect), Risk.of(risk)
         demand, rule = demand_and_rule(profile, config)
 
-        def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
+        def make_layer(index: int, layer_rank: int, layers: int) -> CacheLayer:
             require_demand_of(layers, demand)
             if budget is None:
                 return CacheLayer(index)
@@ -133,7 +133,7 @@ class ReasonAllocCache(ReasonCache):
                 rule=rule,
                 protection=protected.protection,
                 risk=what_to_measure(watched),
-                rank=rank,
+                layer_rank=layer_rank,
             )
             return CacheLayer(index, policy, observers=make_observers(watched))
 

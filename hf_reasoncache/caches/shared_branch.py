@@ -16,7 +16,7 @@ from hf_reasoncache.cache import ReasonCache, SuffixPolicy
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.base import require_suffix
 from hf_reasoncache.report import BranchReport, CacheReport
-from hf_reasoncache.shards import Agreement
+from hf_reasoncache.shards import TPMode
 from hf_reasoncache.storage.branch_store import BranchStore
 from hf_reasoncache.storage.parking import Parked, Parking
 from hf_reasoncache.storage.pool_store import distinct_bytes
@@ -88,12 +88,12 @@ class SharedBranchCache(ReasonCache):
         deduplicator = PromptDeduplicator()
         self._stores: list[BranchStore] = []
 
-        def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
+        def make_layer(index: int, layer_rank: int, layers: int) -> CacheLayer:
             store = BranchStore(deduplicator, index)
             self._stores.append(store)
             if compressed is None:
                 return CacheLayer(index, store=store)
-            alone = compressed.own_layers[rank]
+            alone = compressed.own_layers[layer_rank]
             if alone.store.shares:
                 raise ValueError(
                     "suffix: expected the policy of ReasonAllocCache or "
@@ -103,8 +103,8 @@ class SharedBranchCache(ReasonCache):
                 require_suffix(alone.policy, probed=bool(alone.observers))
             return CacheLayer(index, alone.policy, store)
 
-        agreement: Agreement = "agree" if compressed is None else compressed.tensor_parallel
-        super().__init__(config, make_layer, tensor_parallel=agreement)
+        tp_mode: TPMode = "agree" if compressed is None else compressed.tp_mode
+        super().__init__(config, make_layer, tensor_parallel=tp_mode)
 
     def reserve(self, tokens: int) -> None:
         """Allocate room for so many own tokens of each branch at once, where all are kept.

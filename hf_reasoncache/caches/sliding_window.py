@@ -25,7 +25,7 @@ from hf_reasoncache.protection import Protect, Ranges, Spans
 from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import Bidirectional
 from hf_reasoncache.scorers.base import Scorer
-from hf_reasoncache.shards import Agreement
+from hf_reasoncache.shards import TPMode
 
 
 class SlidingWindowCompressCache(ReasonCache):
@@ -116,7 +116,7 @@ class SlidingWindowCompressCache(ReasonCache):
         scorer: Scorer | str | None = None,
         profile: Profile | None = None,
         head_budgets: bool = False,
-        tensor_parallel: Agreement = "agree",
+        tensor_parallel: TPMode = "agree",
     ) -> None:
         require_int("window", window, low=2)
         require_int("recent", recent, low=1)
@@ -137,24 +137,26 @@ class SlidingWindowCompressCache(ReasonCache):
         protected, watched = Protect.of(protect), Risk.of(risk)
         demand, rule = demand_and_rule(profile, config)
 
-        def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
+        def make_layer(index: int, layer_rank: int, layers: int) -> CacheLayer:
             require_demand_of(layers, demand)
             policy = WindowPolicy(
                 window=window,
-                kept=_of_layer(kept, window, demand, rule, rank),
+                kept=_of_layer(kept, window, demand, rule, layer_rank),
                 mean_kept=kept,
-                prompt_kept=_of_layer(round(prompt_ratio * window), window, demand, rule, rank),
+                prompt_kept=_of_layer(
+                    round(prompt_ratio * window), window, demand, rule, layer_rank
+                ),
                 recent=recent,
                 chunk_share=chunk_share,
                 scorer=scorer,
                 head_budgets=head_budgets,
                 protect_prompt=protected.prompt,
                 prompt_length=protected.prompt_length,
-                phase=rank * window // layers,
+                phase=layer_rank * window // layers,
                 max_budget=max_budget,
                 demand=demand,
                 rule=rule,
-                rank=rank,
+                layer_rank=layer_rank,
                 protection=protected.protection,
                 risk=what_to_measure(watched),
             )
@@ -164,11 +166,11 @@ class SlidingWindowCompressCache(ReasonCache):
 
 
 def _of_layer(
-    kept: int, window: int, demand: tuple[float, ...] | None, rule: BudgetRule, rank: int
+    kept: int, window: int, demand: tuple[float, ...] | None, rule: BudgetRule, layer_rank: int
 ) -> int:
     """Tokens of a window that stay in one layer, `kept` on average over the layers."""
     if demand is None:
         return kept
     # The rule bounds all that a layer holds. Of that, prompt and recent tokens are the same in all
     # layers, so one that needs its whole text may have it.
-    return replace(rule, high=window / kept).layer_budgets(demand, kept)[rank]
+    return replace(rule, high=window / kept).layer_budgets(demand, kept)[layer_rank]

@@ -99,8 +99,8 @@ class Coverage:
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
         """See `Estimator.cost`."""
         # The last token of a completion is not read: nothing follows it.
-        steps = sum((len(trace.completion) - 1) // self.interval for trace in traces)
-        return f"{len(traces)} traces: as many passes, {steps} measurements of each layer"
+        q_len = sum((len(trace.completion) - 1) // self.interval for trace in traces)
+        return f"{len(traces)} traces: as many passes, {q_len} measurements of each layer"
 
     @torch.inference_mode()
     def measure(self, model: PreTrainedModel, trace: Trace) -> Record:
@@ -176,7 +176,7 @@ class CoverageSums(Observer):
 
     def attended(self, layer: Observed, new: NewTokens) -> None:
         """See `Observer.attended`; the prompt, which is the first forward, is not measured."""
-        if new.steps != self.settings.interval or layer.seen == new.steps:
+        if new.q_len != self.settings.interval or layer.seen == new.q_len:
             return
         queries = new.query[:, :, -self.settings.queries :]
         held = _as_asked(layer, queries, new.settings["scaling"])

@@ -55,7 +55,7 @@ class Shadow(Observer):
         if self.log is None:
             return
         self.append(new.keys, new.values, new.valid)
-        if new.steps == 1 and self.columns % self.settings.interval == self._phase:
+        if new.q_len == 1 and self.columns % self.settings.interval == self._phase:
             rows = torch.arange(new.keys.shape[0], device="cpu")
             self.probe(new.query, layer.store.read(rows).columns, new.settings)
 

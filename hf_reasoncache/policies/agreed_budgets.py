@@ -61,10 +61,10 @@ class AgreedBudgets(RowBudgets):
         own = self.shard.own(free, self.heads.shape[1])
         return int((own.amin(-1) - free.amin(-1)).max())
 
-    def _full(self, length: torch.Tensor, steps: int) -> torch.Tensor:
+    def _full(self, length: torch.Tensor, q_len: int) -> torch.Tensor:
         """See `RowBudgets._full`; a head in another process counts like one here."""
         everyone = length[:, :1] - self.behind
-        return (everyone + steps > self.everyone + self.policy.buffer).any(-1)
+        return (everyone + q_len > self.everyone + self.policy.buffer).any(-1)
 
     def without(self, tokens: torch.Tensor) -> AgreedBudgets:
         """See `RowBudgets.without`."""

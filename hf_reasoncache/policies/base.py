@@ -134,8 +134,8 @@ class RowState(ABC):
         """How many more tokens make nothing due, `columns` columns being stored; cheap."""
 
     @abstractmethod
-    def due(self, counts: Counts, columns: int, steps: int) -> torch.Tensor:
-        """Rows (LongTensor[R]) that must evict before `steps` more tokens are stored."""
+    def due(self, counts: Counts, columns: int, q_len: int) -> torch.Tensor:
+        """Rows (LongTensor[R]) that must evict before `q_len` more tokens are stored."""
 
     @abstractmethod
     def next_span(

@@ -51,7 +51,7 @@ class BudgetPolicy:
         Columns of the prompt; None takes the forwards before the first single-token one.
     demand : tuple of float or None
         Demand of each evicting layer (ReasonAlloc, level 1); None gives all layers the same budget.
-    rank : int
+    layer_rank : int
         Index of this layer in `demand`.
     """
 
@@ -67,7 +67,7 @@ class BudgetPolicy:
     head_interval: int = 128
     protection: Protection | None = None
     risk: Risk | None = None
-    rank: int = 0
+    layer_rank: int = 0
 
     may_evict: ClassVar[bool] = True
     cuts_incoming: ClassVar[bool] = True
@@ -115,8 +115,8 @@ class BudgetPolicy:
 
     def counted(self) -> BudgetPolicy:
         """See `Policy.counted`: neither scores nor what watches evictions changes their number."""
-        rank = 0 if self.demand is None else self.rank
-        return replace(self, scorer=KeyNorm(), protection=None, risk=None, rank=rank)
+        layer_rank = 0 if self.demand is None else self.layer_rank
+        return replace(self, scorer=KeyNorm(), protection=None, risk=None, layer_rank=layer_rank)
 
     def tokens_per_head(self, protected: torch.Tensor, heads: int) -> torch.Tensor:
         """Tokens that stay of rows with `protected` tokens of their prompt (LongTensor[B]).
@@ -165,7 +165,7 @@ class BudgetPolicy:
             )
         if self.demand is None:
             return self.budget
-        return _layer_budgets(self.rule, self.demand, self.budget, floor)[self.rank]
+        return _layer_budgets(self.rule, self.demand, self.budget, floor)[self.layer_rank]
 
 
 @lru_cache(maxsize=256)

@@ -57,13 +57,13 @@ class RowBudgets(RowState):
         """See `RowState.room`: between two forwards every head has the capacity it should have."""
         return counts.least_free
 
-    def due(self, counts: Counts, columns: int, steps: int) -> torch.Tensor:
+    def due(self, counts: Counts, columns: int, q_len: int) -> torch.Tensor:
         """See `RowState.due`: rows with a head that has no room for so many tokens."""
-        return self._full(counts.length, steps).nonzero()[:, 0]
+        return self._full(counts.length, q_len).nonzero()[:, 0]
 
-    def _full(self, length: torch.Tensor, steps: int) -> torch.Tensor:
-        """BoolTensor[B]: rows with a head that has no room for `steps` more than `length`."""
-        return (length + steps > self.heads + self.policy.buffer).any(-1)
+    def _full(self, length: torch.Tensor, q_len: int) -> torch.Tensor:
+        """BoolTensor[B]: rows with a head that has no room for `q_len` more than `length`."""
+        return (length + q_len > self.heads + self.policy.buffer).any(-1)
 
     def next_span(
         self, rows: torch.Tensor, columns: int, counts: Counts

@@ -127,9 +127,9 @@ class RowWindows(RowState):
         """See `RowState.room`."""
         return self.calm - columns
 
-    def due(self, counts: Counts, columns: int, steps: int) -> torch.Tensor:
+    def due(self, counts: Counts, columns: int, q_len: int) -> torch.Tensor:
         """See `RowState.due`: rows whose next window is complete before the last of the tokens."""
-        return (self.complete_at < columns + steps).nonzero()[:, 0]
+        return (self.complete_at < columns + q_len).nonzero()[:, 0]
 
     def next_span(
         self, rows: torch.Tensor, columns: int, counts: Counts

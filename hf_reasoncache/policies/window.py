@@ -58,7 +58,7 @@ class WindowPolicy:
         Demand of each layer, by which the layers share `max_budget`.
     rule : BudgetRule
         How demand becomes the bounds of the layers.
-    rank : int
+    layer_rank : int
         Index of this layer in `demand`.
     protection : Protection or None
         Whitelist and fair eviction; None costs nothing.
@@ -80,7 +80,7 @@ class WindowPolicy:
     max_budget: int | None = None
     demand: tuple[float, ...] | None = None
     rule: BudgetRule = field(default_factory=BudgetRule)
-    rank: int = 0
+    layer_rank: int = 0
     protection: Protection | None = None
     risk: Risk | None = None
 
@@ -130,8 +130,8 @@ class WindowPolicy:
 
     def counted(self) -> WindowPolicy:
         """See `Policy.counted`: neither scores nor what watches evictions changes their number."""
-        rank = 0 if self.demand is None else self.rank
-        return replace(self, scorer=KeyNorm(), protection=None, risk=None, rank=rank)
+        layer_rank = 0 if self.demand is None else self.layer_rank
+        return replace(self, scorer=KeyNorm(), protection=None, risk=None, layer_rank=layer_rank)
 
     @property
     def may_evict(self) -> bool:
@@ -189,7 +189,7 @@ class WindowPolicy:
             )
         if self.demand is None:
             return self.max_budget
-        return self.rule.layer_budgets(self.demand, self.max_budget, floor=floor)[self.rank]
+        return self.rule.layer_budgets(self.demand, self.max_budget, floor=floor)[self.layer_rank]
 
     def spare(self, longest: int) -> int:
         """Slots beyond the next compaction for a pool whose longest head has `longest` tokens."""

@@ -78,7 +78,7 @@ class BranchStore(PoolStore):
         """Store tokens of the prompt, once for all rows that have them in common."""
         paths = self.tree.paths
         groups = torch.tensor([paths.index(path) for path in paths], device="cpu")
-        columns = torch.arange(end - new.steps, end, device=new.keys.device)
+        columns = torch.arange(end - new.q_len, end, device=new.keys.device)
         keys, values = self.packed(new.keys, new.values)
         made: dict[int, Segment] = {}
         parts: list[Segment | None] = []
@@ -94,21 +94,21 @@ class BranchStore(PoolStore):
             parts.append(made[first] if made[first].tokens else None)
         self.tree = self.tree.append(parts, join=True)
 
-    def make_room(self, steps: int) -> None:
+    def make_room(self, q_len: int) -> None:
         """See `PoolStore.make_room`."""
         pool = self.tokens
-        if steps <= pool.least_free:
+        if q_len <= pool.least_free:
             return
-        slots = self._grown(pool.longest, steps)
+        slots = self._grown(pool.longest, q_len)
         # The same room for all, so that they fill up together.
         roomy = pool.length + (slots - pool.longest)
         pool.relayout(torch.full_like(roomy, slots) if slots == self.reserved else roomy)
 
-    def _grown(self, held: int, steps: int = 1) -> int:
+    def _grown(self, held: int, q_len: int = 1) -> int:
         """Slots of a full suffix of `held` tokens once it has moved."""
-        if held + steps <= self.reserved:
+        if held + q_len <= self.reserved:
             return self.reserved
-        return held + steps + max(ROOM, held // GROWTH)
+        return held + q_len + max(ROOM, held // GROWTH)
 
     # ------------------------------------------------------------------------------------ attention
 
@@ -121,8 +121,8 @@ class BranchStore(PoolStore):
 
     def _attend_apart(self, *, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Attend to own and shared tokens one after the other, and join the results."""
-        batch, heads, group, steps, _ = query.shape
-        total = query.new_empty(batch, steps, heads * group, dtype=torch.float32)
+        batch, heads, group, q_len, _ = query.shape
+        total = query.new_empty(batch, q_len, heads * group, dtype=torch.float32)
         own = decode_attention(query=query, logsumexp=total, **arguments)
         scaling, softcap = arguments["scaling"], arguments["softcap"]
         return self.tree.join_attention(query, own, total, scaling, softcap)

@@ -63,8 +63,8 @@ class AllPositions:
 
     def lists(self) -> list[list[list[int]]]:
         """Sorted positions per row and KV head."""
-        batch, heads, steps = self.shape
+        batch, heads, q_len = self.shape
         if self.valid is None:
-            return [[list(range(steps)) for _ in range(heads)] for _ in range(batch)]
+            return [[list(range(q_len)) for _ in range(heads)] for _ in range(batch)]
         columns = [row.nonzero()[:, 0].tolist() for row in self.valid]
         return [[list(row) for _ in range(heads)] for row in columns]

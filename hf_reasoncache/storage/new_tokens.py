@@ -29,15 +29,15 @@ class NewTokens:
     settings: dict[str, Any]
 
     @property
-    def steps(self) -> int:
+    def q_len(self) -> int:
         """Number of columns."""
         return self.query.shape[2]
 
     def real_tokens(self) -> torch.Tensor:
         """BoolTensor[B, H_kv, T]: False for padding; a new tensor."""
-        batch, heads, steps, _ = self.keys.shape
+        batch, heads, q_len, _ = self.keys.shape
         if self.valid is None:
-            return torch.ones(batch, heads, steps, dtype=torch.bool, device=self.keys.device)
+            return torch.ones(batch, heads, q_len, dtype=torch.bool, device=self.keys.device)
         return self.valid[:, None].repeat(1, heads, 1)
 
     def columns(self, first: int, last: int) -> NewTokens:

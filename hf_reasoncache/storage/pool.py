@@ -133,35 +133,35 @@ class RaggedPool:
         ValueError
             If a head has fewer free slots than tokens to store.
         """
-        batch, heads, steps, _ = keys.shape
+        batch, heads, q_len, _ = keys.shape
         added = None if keep is None else keep.sum(-1).cpu()
-        if steps > self.least_free and (
+        if q_len > self.least_free and (
             added is None or bool((self.length + added > self.capacity).any())
         ):
             raise ValueError(
-                f"RaggedPool.append: expected room for {steps} tokens in every head, got "
+                f"RaggedPool.append: expected room for {q_len} tokens in every head, got "
                 f"{self.least_free} free slots; relayout the pool first."
             )
         new = {"keys": keys, "values": values, "positions": columns, **statistics}
         if added is None and self.is_even and self._device_length is None:
-            fresh = slice(self.longest, self.longest + steps)
+            fresh = slice(self.longest, self.longest + q_len)
             for name, value in new.items():
                 field = self.fields[name]
                 field.view(batch, heads, -1, *field.shape[1:])[:, :, fresh] = value
         else:
             self._scatter(new, keep)
         if added is None:
-            self.count_appended(steps)
+            self.count_appended(q_len)
             if self._device_length is not None:
-                self._device_length.add_(steps)
+                self._device_length.add_(q_len)
         else:
             self._set_length(self.length + added)
 
-    def count_appended(self, steps: int) -> None:
+    def count_appended(self, q_len: int) -> None:
         """Count tokens that every head has got, on the host: a captured graph did so on its own."""
-        self.length = self.length + steps
-        self.shortest, self.longest = self.shortest + steps, self.longest + steps
-        self.least_free -= steps
+        self.length = self.length + q_len
+        self.shortest, self.longest = self.shortest + q_len, self.longest + q_len
+        self.least_free -= q_len
 
     def _scatter(self, new: dict[str, Any], keep: torch.Tensor | None) -> None:
         """Write new tokens behind the last one of each head."""

@@ -128,7 +128,7 @@ class PoolStore:
         """Note how many rows there are, and where they begin, from the first tokens that come."""
         self.first = torch.full((new.keys.shape[0],), -1, device="cpu")
         self._placed = False
-        self._place_first(end - new.steps, new.valid)
+        self._place_first(end - new.q_len, new.valid)
 
     def allocate(self, capacity: torch.Tensor, new: NewTokens) -> RaggedPool:
         """Make an empty pool with `capacity` slots, LongTensor[B, H_kv], in place of any other."""
@@ -147,9 +147,9 @@ class PoolStore:
         shard : Shard
             Which KV heads of the layer these are.
         """
-        batch, heads, steps, _ = new.keys.shape
+        batch, heads, q_len, _ = new.keys.shape
         self.begin(new, end)
-        self.allocate(torch.full((batch, heads), steps + FIRST_ROOM, device="cpu"), new)
+        self.allocate(torch.full((batch, heads), q_len + FIRST_ROOM, device="cpu"), new)
         self.append(new, end)
 
     def store_part(
@@ -172,10 +172,10 @@ class PoolStore:
             What is stored; None stores everything.
         **statistics : Tensor[B, H_kv, T]
         """
-        columns = torch.arange(end - new.steps, end, device=new.keys.device)
+        columns = torch.arange(end - new.q_len, end, device=new.keys.device)
         packed = self.packed(new.keys, new.values)
         self.allocate(capacity, new).append(*packed, columns, keep, **statistics)
-        self._tail = new.steps if keep is None else 0
+        self._tail = new.q_len if keep is None else 0
 
     def extend_prompt(self, new: NewTokens, end: int, shard: Shard) -> None:
         """Take note that the newest tokens in the pool are another chunk of the prompt."""
@@ -193,27 +193,27 @@ class PoolStore:
         """Turn keys and values `[..., D]` into what the pool holds; as they are by default."""
         return keys, values
 
-    def make_room(self, steps: int) -> None:
-        """Make sure that every head has room for `steps` more tokens, and for many after them."""
+    def make_room(self, q_len: int) -> None:
+        """Make sure that every head has room for `q_len` more tokens, and for many after them."""
         pool = self.tokens
-        if steps > pool.least_free:
-            needed = pool.longest + steps
+        if q_len > pool.least_free:
+            needed = pool.longest + q_len
             doubled = max(2 * int(pool.capacity.max()), needed)
             pool.relayout(torch.full_like(pool.capacity, doubled))
 
     def append(self, new: NewTokens, end: int) -> None:
         """Append tokens whose last one is column `end - 1`; there must be room."""
-        batch, heads, steps, _ = new.keys.shape
+        batch, heads, q_len, _ = new.keys.shape
         columns: torch.Tensor | int | None = self.clock
-        if columns is None and steps == 1:
+        if columns is None and q_len == 1:
             columns = end - 1
         elif columns is None:
-            columns = torch.arange(end - steps, end, device=new.keys.device)
-        keep = None if new.valid is None else new.valid[:, None].expand(batch, heads, steps)
+            columns = torch.arange(end - q_len, end, device=new.keys.device)
+        keep = None if new.valid is None else new.valid[:, None].expand(batch, heads, q_len)
         if not self._placed:
-            self._place_first(end - steps, new.valid)
+            self._place_first(end - q_len, new.valid)
         self.tokens.append(*self.packed(new.keys, new.values), columns, keep)
-        self._tail = self._tail + steps if new.valid is None else 0
+        self._tail = self._tail + q_len if new.valid is None else 0
 
     # ------------------------------------------------------------------------------------ attention
 
@@ -227,19 +227,19 @@ class PoolStore:
         Tensor[B, T, H_q, D_v]
         """
         pool = self.tokens
-        batch, query_heads, steps, head_size = new.query.shape
+        batch, query_heads, q_len, head_size = new.query.shape
         heads = pool.length.shape[1]
         if self._is_even(new):
             held = (pool.fields["keys"], pool.fields["values"], pool.layout, pool.longest)
             return even_attention(new.query, *held, new.settings["scaling"])
         asking = None
-        if steps > 1:
-            asking = torch.arange(end - steps, end, device=new.query.device)
-            asking = asking.expand(batch, steps)
+        if q_len > 1:
+            asking = torch.arange(end - q_len, end, device=new.query.device)
+            asking = asking.expand(batch, q_len)
             if new.valid is not None:
                 asking = asking.masked_fill(~new.valid, -1)
         return self._attention(new)(
-            query=new.query.reshape(batch, heads, query_heads // heads, steps, head_size),
+            query=new.query.reshape(batch, heads, query_heads // heads, q_len, head_size),
             keys=pool.fields["keys"],
             values=pool.fields["values"],
             positions=pool.fields["positions"],
@@ -255,20 +255,20 @@ class PoolStore:
         """What makes `decode_attention` add to the attention that tokens have received."""
         if ATTENTION not in self.statistics:
             return {}
-        received, steps = self.tokens.fields[ATTENTION], query.shape[2]
+        received, q_len = self.tokens.fields[ATTENTION], query.shape[2]
         if self._decay == 1.0:
             return {ATTENTION: received}
-        received.mul_(self._decay**steps)
-        age = torch.arange(steps - 1, -1, -1, device=query.device)
+        received.mul_(self._decay**q_len)
+        age = torch.arange(q_len - 1, -1, -1, device=query.device)
         return {ATTENTION: received, "attention_weight": self._decay**age}
 
     def sum_attention(self, new: NewTokens, end: int) -> None:
         """Change the statistics as `attend` would, for tokens whose output is known already."""
         if ATTENTION not in self.statistics:
             return
-        for start in range(0, new.steps, _BLOCK):
+        for start in range(0, new.q_len, _BLOCK):
             block = new.columns(start, start + _BLOCK)
-            self.attend(block, end - new.steps + start + block.steps)
+            self.attend(block, end - new.q_len + start + block.q_len)
 
     def _is_even(self, new: NewTokens) -> bool:
         """Whether one token asks heads that hold equally many, and no kernel is to answer."""
@@ -276,7 +276,7 @@ class PoolStore:
         return (
             pool.is_even
             and pool.longest > 0
-            and new.steps == 1
+            and new.q_len == 1
             and not self.shares
             and ATTENTION not in self.statistics
             and settings["softcap"] is None

@@ -46,10 +46,10 @@ class QueryWindow:
         clock : LongTensor[1], optional
             The column of a single query, on its device; read by a ring.
         """
-        steps = query.size(2)
-        if self.size == 0 or steps == 0:
+        q_len = query.size(2)
+        if self.size == 0 or q_len == 0:
             return
-        if self._ring is not None and steps == 1:
+        if self._ring is not None and q_len == 1:
             column = clock
             if column is None:
                 column = torch.full((1,), self._end, device=query.device)
@@ -58,7 +58,7 @@ class QueryWindow:
             return
         self._end_ring()
         self._chunks.append(query)
-        self._columns += steps
+        self._columns += q_len
         self._forget()
 
     def clear(self) -> None:

@@ -99,9 +99,9 @@ class Segment:
         out : Tensor[R, T, H_kv * G, D_v]
         logsumexp : Tensor[R, T, H_kv * G]
         """
-        rows, heads, group, steps, size = query.shape
+        rows, heads, group, q_len, size = query.shape
         # To the operation, all queries that read a KV head are one group.
-        packed = query.transpose(0, 1).reshape(1, heads, rows * group * steps, 1, size)
+        packed = query.transpose(0, 1).reshape(1, heads, rows * group * q_len, 1, size)
         total = query.new_empty(1, 1, packed.shape[1] * packed.shape[2], dtype=torch.float32)
         out = decode_attention(
             packed,
@@ -118,8 +118,8 @@ class Segment:
         )
 
         def by_row(x: torch.Tensor) -> torch.Tensor:
-            x = x.reshape(heads, rows, group, steps, -1)
-            return x.permute(1, 3, 0, 2, 4).reshape(rows, steps, heads * group, -1)
+            x = x.reshape(heads, rows, group, q_len, -1)
+            return x.permute(1, 3, 0, 2, 4).reshape(rows, q_len, heads * group, -1)
 
         return by_row(out), by_row(total)[..., 0]
 

@@ -97,7 +97,7 @@ def incoming_tokens(new: NewTokens, rows: torch.Tensor) -> StoredTokens:
     device, heads = new.keys.device, new.keys.shape[1]
     on_device = rows.to(device)
     if new.valid is None:
-        place = torch.arange(new.steps, device=device).expand(len(rows), -1)
+        place = torch.arange(new.q_len, device=device).expand(len(rows), -1)
         columns = place
     else:
         real = new.valid[on_device]

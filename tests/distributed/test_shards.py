@@ -43,10 +43,10 @@ def test_all_heads_are_here(world):
     assert find_shard(attention(), 8, 8, "agree") is ALONE
 
 
-@pytest.mark.parametrize("agreement", ["agree", "local"])
-def test_weights_that_do_not_say_are_sharded_over_all(world, agreement):
-    shard = find_shard(attention(), 2, 8, agreement)
-    assert (shard.first, shard.total, shard.agrees) == (6, 8, agreement == "agree")
+@pytest.mark.parametrize("tp_mode", ["agree", "local"])
+def test_weights_that_do_not_say_are_sharded_over_all(world, tp_mode):
+    shard = find_shard(attention(), 2, 8, tp_mode)
+    assert (shard.first, shard.total, shard.agrees) == (6, 8, tp_mode == "agree")
     assert copy.deepcopy(shard) is shard
 
 

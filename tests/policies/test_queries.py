@@ -34,8 +34,8 @@ class Witness:
             append(store, chunk, end)
             (layer,) = [each for each in self.cache.layers if each.store is store]
             self.skipped += layer.queries.last() is None
-            for index in range(chunk.steps):
-                column = end - chunk.steps + index
+            for index in range(chunk.q_len):
+                column = end - chunk.q_len + index
                 self.known[layer.index, column] = chunk.query[:, :, index].clone()
 
         def watched_asked(layer, wanted, span, first, heads):
