@@ -155,11 +155,11 @@ class ReasonCache(Cache):
         if torch.equal(mask, expected):
             first.shown = expected
             return None
-        # The caller may write to its own mask.
-        first.shown = mask.clone()
         past, new = mask[:, :seen], mask[:, seen:]
         if not torch.equal(past, expected[:, :seen]):
             self._hide(~past)
+        # Only now, as a store may refuse to hide. The caller may write to its own mask.
+        first.shown = mask.clone()
         return None if bool(new.all()) else new
 
     def _hide(self, hidden: torch.Tensor) -> None:
