@@ -66,7 +66,9 @@ PARTS: dict[str, set[str]] = {
     "graphs": CACHES | {"releases", "triton_ops"},
     "warm_up": CACHES | LAYERS | {"geometry", "scorers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry", "releases"},
-    "experimental": CACHES | {"arguments", "geometry", "layer", "observers", "releases", "storage"},
+    "experimental": CACHES
+    | {"arguments", "geometry", "layer", "observers", "releases", "report", "storage"}
+    | {"triton_ops"},
     # A profile, which caches read, must not lead back to them; measuring needs whole caches.
     "profiles": {"budgets", "geometry", "outputs"},
     "calibration": LAYERS

@@ -119,6 +119,7 @@ def main() -> None:
     todo = [("nothing", 0.0), *((mode, d) for mode in MODES for d in arguments.distances)]
     missing = [(mode, d) for mode, d in todo if (mode, f"{d:g}") not in done]
     model, tokenizer = load(MODELS[arguments.family])
+    model.set_attn_implementation("reasoncache")
     problems = mixed(arguments.problems, seed, arguments.family)
     with tqdm(total=len(missing) * arguments.problems, unit="problem") as progress:
         for mode, distance in missing:

@@ -2,215 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
-_MERGE = 16
-"""Pieces of a tail that are joined, so that a step does not concatenate hundreds."""
+from triton_ops.layout import RaggedLayout
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Keys, or values, of some tokens in all layers; never changed, freed with its last entry.
+    """Some tokens of one layer, as a row reads them.
 
     Attributes
     ----------
-    start : int
-        Column of the first token, where it was computed.
-    parts : tuple of Tensor[H_kv, n, D]
-        One per layer.
+    columns : IntTensor[n]
+        Columns of the padded sequence in which the row has them, ascending; on the CPU.
+    keys, values : Tensor[H_kv, n, D], Tensor[H_kv, n, D_v]
+        Perhaps those of other tokens. Never changed, and freed with the last block that has them.
+    offset : int
+        Positions that the keys have moved since they were computed.
     """
 
-    start: int
-    parts: tuple[torch.Tensor, ...]
+    columns: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    offset: int = 0
 
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return self.parts[0].shape[1]
+        return self.keys.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storages."""
-        return sum(part.untyped_storage().nbytes() for part in self.parts)
+    def split(self, size: int) -> list[Block]:
+        """Return blocks of at most `size` tokens; copies, so that each is freed by itself."""
+        return [
+            replace(
+                self,
+                columns=self.columns[first : first + size].clone(),
+                keys=self.keys[:, first : first + size].clone(),
+                values=self.values[:, first : first + size].clone(),
+            )
+            for first in range(0, self.tokens, size)
+        ]
+
+    def at(self, columns: torch.Tensor) -> Block:
+        """Return the same keys and values for tokens in other columns, IntTensor[n]."""
+        moved = int(columns[0]) - int(self.columns[0])
+        return replace(self, columns=columns, offset=self.offset + moved)
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """What a row reads at one place.
+class BlockTable:
+    """Which blocks the rows of one layer read; changes give a new object.
 
     Attributes
     ----------
-    start : int
-        Column of the first token.
-    keys, values : Block
-        Of equally many tokens, perhaps computed elsewhere.
+    rows : tuple of tuple of Block
+        The blocks of every row, oldest first.
     """
 
-    start: int
-    keys: Block
-    values: Block
+    rows: tuple[tuple[Block, ...], ...] = ()
 
-    @property
-    def offset(self) -> int:
-        """Positions that the keys have moved."""
-        return self.start - self.keys.start
+    @staticmethod
+    def of_rows(count: int) -> BlockTable:
+        """Begin with rows that read nothing."""
+        return BlockTable(((),) * count)
 
+    def append(self, row: int, blocks: Iterable[Block]) -> BlockTable:
+        """Let a row read more blocks."""
+        rows = list(self.rows)
+        rows[row] = (*rows[row], *blocks)
+        return BlockTable(tuple(rows))
 
-class BlockLayer(CacheLayerMixin):
-    """One layer: sealed blocks behind a table that all layers share, and a tail per row.
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """LongTensor[B]: tokens per head that each row reads here, on the CPU."""
+        counts = [sum(block.tokens for block in row) for row in self.rows]
+        return torch.tensor(counts, dtype=torch.long, device="cpu")
 
-    `update` returns all keys and values as one tensor, so any attention implementation works; that
-    tensor is a copy which lives for one layer's attention.
+    @cached_property
+    def layout(self) -> RaggedLayout:
+        """Where `gathered` has the tokens of each row and head."""
+        heads = next(chain(*self.rows)).keys.shape[0]
+        longest = int(self.lengths.max())
+        return RaggedLayout(torch.full((len(self.rows), heads), longest, device="cpu"))
 
-    Parameters
-    ----------
-    layer_rank : int
-        Which part of a block is this layer's.
-    table : list of list of Entry
-        Of every row; the cache's, and only read here.
-    rotation : Callable or None
-        Moves keys: see `Rotation.move`. None leaves shared keys where they were computed.
-    """
+    @cached_property
+    def length(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: `lengths` of every head."""
+        return self.lengths[:, None].repeat(1, self.layout.capacity.shape[1])
 
-    is_sliding = False
-    is_croppable = False
+    @cached_property
+    def device_length(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: `length` on the device of the blocks."""
+        return self.length.to(next(chain(*self.rows)).keys.device)
 
-    def __init__(self, layer_rank: int, table: list[list[Entry]], rotation: Any) -> None:
-        super().__init__()
-        self.layer_rank, self.table, self.rotation = layer_rank, table, rotation
-        self.reset()
+    @cached_property
+    def offsets(self) -> torch.Tensor | None:
+        """LongTensor[B, N]: how far the keys of `gathered` have moved; None if none has."""
+        if not any(block.offset for block in chain(*self.rows)):
+            return None
+        longest = int(self.lengths.max())
+        offsets = [[x.offset for x in row for _ in range(x.tokens)] for row in self.rows]
+        padded = [[*row, *[0] * (longest - len(row))] for row in offsets]
+        return torch.tensor(padded, device=self.device_length.device)
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.is_initialized = False
-        self.seen = 0
-        self._tails: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Note dtype and device."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._tails = [([], []) for _ in range(len(key_states))]
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add tokens to the tails and return everything.
+    def gathered(self, name: str) -> torch.Tensor:
+        """Copy the keys or values of all rows to one tensor.
 
         Parameters
         ----------
-        key_states, value_states : Tensor[B, H_kv, T, D]
+        name : {"keys", "values"}
 
         Returns
         -------
-        tuple of Tensor[B, H_kv, N, D]
+        Tensor[B, H_kv, N, D]
+            The tokens of a row in order, then zeros.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.seen += key_states.shape[-2]
-        for row, tail in enumerate(self._tails):
-            for pieces, new in zip(tail, (key_states[row], value_states[row]), strict=True):
-                # A clone: a view would keep the tokens of all rows alive.
-                pieces.append(new.clone())
-                if len(pieces) > _MERGE:
-                    pieces[:] = [torch.cat(pieces, dim=1)]
-        keys = self._gather([entry.keys for row in self.table for entry in row], 0)
-        values = self._gather([entry.values for row in self.table for entry in row], 1)
-        offsets = self._offsets()
-        if self.rotation is not None and bool(offsets.any()):
-            keys = self.rotation(keys, offsets.to(self.device))
-        return keys, values
+        like: torch.Tensor = getattr(next(chain(*self.rows)), name)
+        out = like.new_zeros(*self.layout.capacity.shape, int(self.lengths.max()), like.shape[-1])
+        for row, blocks in enumerate(self.rows):
+            parts = [getattr(block, name) for block in blocks]
+            torch.cat(parts, dim=1, out=out[row, :, : int(self.lengths[row])])
+        return out
 
-    def _gather(self, blocks: Sequence[Block], side: int) -> torch.Tensor:
-        """Tensor[B, H_kv, N, D] of all rows: one concatenation along the tokens."""
-        pieces, blocks_of = [], iter(blocks)
-        for row, tail in enumerate(self._tails):
-            count = len(self.table[row]) if self.table else 0
-            pieces += [next(blocks_of).parts[self.layer_rank] for _ in range(count)]
-            pieces += tail[side]
-        joined = torch.cat(pieces, dim=1)
-        heads, _, size = joined.shape
-        return joined.view(heads, len(self._tails), self.seen, size).transpose(0, 1)
+    def columns(self) -> list[list[int]]:
+        """Columns that each row reads here."""
+        return [[column for block in row for column in block.columns.tolist()] for row in self.rows]
 
-    def _offsets(self) -> torch.Tensor:
-        """LongTensor[B, N]: how far each key has moved."""
-        offsets = torch.zeros(len(self._tails), self.seen, dtype=torch.long)
-        for row, entries in enumerate(self.table):
-            for entry in entries:
-                if entry.offset:
-                    offsets[row, entry.start : entry.start + entry.keys.tokens] = entry.offset
-        return offsets
-
-    def cut(self, row: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the oldest tokens out of a row's tail: keys and values, Tensor[H_kv, tokens, D]."""
-        found = []
-        for pieces in self._tails[row]:
-            whole = torch.cat(pieces, dim=1)
-            found.append(whole[:, :tokens].clone())
-            pieces[:] = [whole[:, tokens:].clone()]
-        return found[0], found[1]
-
-    @property
-    def rows(self) -> int:
-        """Batch rows held."""
-        return len(self._tails)
-
-    @property
-    def tail_bytes(self) -> int:
-        """Bytes of what is in no block yet."""
-        return sum(
-            piece.untyped_storage().nbytes()
-            for tail in self._tails
-            for pieces in tail
-            for piece in pieces
-        )
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens seen."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """Return -1: no limit."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return key length and offset for the mask of `query_length` new tokens."""
-        return self.seen + query_length, 0
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refuse beams."""
-        raise refusal("beam search")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refuse: rows must stay those of the watcher."""
-        raise refusal("dropping rows (branch_generate)")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse: rows must stay those of the watcher."""
-        raise refusal("repeating rows (branch_generate)")
-
-    def activate_past_recording(self) -> None:
-        """Refuse assisted decoding, which announces here that it will take tokens back."""
-        raise refusal("assisted decoding")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to take tokens back: they may be shared."""
-        if int(tokens_to_remove):
-            raise refusal("crop")
-
-    def offload(self) -> None:
-        """Refuse."""
-        raise refusal("offloading")
-
-
-def refusal(what: str) -> ValueError:
-    """The error for a use of generate that blocks do not support."""
-    return ValueError(
-        f"StepShareCache: expected plain generate, greedy or sampled, got {what}; use "
-        "SharedBranchCache, which shares exactly and supports it."
-    )
+    def kv_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield the keys and values of all blocks; what is shared, several times."""
+        for block in chain(*self.rows):
+            yield from (block.keys, block.values)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_reasoncache.report import CacheReport
 
-@dataclass(frozen=True)
-class StepShareReport:
-    """What is shared now.
+
+@dataclass(frozen=True, kw_only=True)
+class StepShareReport(CacheReport):
+    """What is held and shared now.
 
     Attributes
     ----------
@@ -16,7 +18,8 @@ class StepShareReport:
     blocks, shared_blocks : int
         Blocks of generated steps, and those that point at an earlier one.
     held_bytes, saved_bytes : int
-        Bytes of keys and values that are held in blocks and tails, and that sharing steps freed.
+        Bytes of keys and values that are held in blocks and tails, free slots of the pools not
+        counted, and that sharing steps freed.
     prompt_bytes : int
         Bytes that were freed, without any error, since branches have the same prompt.
     key_distance, value_distance : float
@@ -37,9 +40,14 @@ class StepShareReport:
     def __str__(self) -> str:
         whole = self.held_bytes + self.saved_bytes
         share = self.saved_bytes / whole if whole else 0.0
-        return (
-            f"{self.steps} steps, {self.candidates} with a similar one, {self.matched} share; "
-            f"{self.shared_blocks} of {self.blocks} blocks shared; {self.held_bytes:,} bytes held, "
-            f"{self.saved_bytes:,} ({share:.1%}) saved; mean relative distance of keys "
-            f"{self.key_distance:.3f}, of values {self.value_distance:.3f}"
+        return "\n".join(
+            [
+                super().__str__(),
+                f"{self.steps} steps, {self.candidates} with a similar one, {self.matched} share; "
+                f"{self.shared_blocks} of {self.blocks} blocks shared",
+                f"{self.held_bytes:,} bytes in blocks and tails, {self.saved_bytes:,} "
+                f"({share:.1%}) saved",
+                f"mean relative distance of keys {self.key_distance:.3f}, of values "
+                f"{self.value_distance:.3f}",
+            ]
         )

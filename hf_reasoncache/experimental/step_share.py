@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_reasoncache.arguments import require_bool, require_int, require_share
-from hf_reasoncache.experimental.blocks import Block, BlockLayer, Entry, refusal
+from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.experimental.block_store import BlockStore, refusal
+from hf_reasoncache.experimental.blocks import Block
 from hf_reasoncache.experimental.rotation import Rotation
 from hf_reasoncache.experimental.step_report import StepShareReport
 from hf_reasoncache.experimental.step_watcher import StepWatcher
 from hf_reasoncache.experimental.steps import Boundaries, Step, lexical_similarity
-from hf_reasoncache.geometry import supported_layers
+from hf_reasoncache.layer import CacheLayer
+from hf_reasoncache.storage.pool_store import distinct_bytes
 
 Share = Literal["values", "keys_values"]
 
+Sealed = tuple[Block, ...]
+"""Some tokens in all layers: a block of each."""
 
-class StepShareCache(Cache):
+
+class StepShareCache(ReasonCache):
     """A cache in which a step that resembles an earlier one points at that one's blocks.
 
     Approximate: a shared block holds the keys and values of similar tokens, not of
     these. It saves memory, not time: a block is computed before it is compared, and every step
-    gathers the blocks. Any attention implementation works.
+    gathers the blocks.
+
+    The model must run the "reasoncache" attention (or "reasoncache_eager", "reasoncache_fa2").
 
     Parameters
     ----------
@@ -67,6 +75,7 @@ class StepShareCache(Cache):
 
     Examples
     --------
+    >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="reasoncache")
     >>> cache = StepShareCache(model, tokenizer, share="values", distance=0.2)
     >>> model.generate(**inputs, past_key_values=cache, stopping_criteria=[cache.watcher])
     >>> print(cache.report())
@@ -104,34 +113,26 @@ class StepShareCache(Cache):
         self.boundaries = Boundaries() if boundaries is None else boundaries
         self.lexical, self.distance = lexical, distance
         self.block, self.candidates, self.branches = block, candidates, branches
-        self._rotation = Rotation(model).move if share == "keys_values" and rerotate else None
-        self.table: list[list[Entry]] = []
-        layers = supported_layers(model.config)
-        ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        for rank, index in enumerate(ours):
-            layers[index] = BlockLayer(rank, self.table, self._rotation)
-        # Kept unused for `reset`: some releases leave tokens behind in their own layers.
-        self._blank = {
-            index: copy.deepcopy(layer) for index, layer in enumerate(layers) if index not in ours
-        }
-        super().__init__(layers=layers)
-        self._ours: list[BlockLayer] = [layers[index] for index in ours]
+        self._rotation = Rotation(model) if share == "keys_values" and rerotate else None
+        self._stores: list[BlockStore] = []
+
+        def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
+            self._stores.append(BlockStore(self._rotation))
+            return CacheLayer(index, store=self._stores[-1])
+
+        super().__init__(model.config, make_layer)
         self.watcher = StepWatcher(self)
         self._forget()
 
     def _forget(self) -> None:
-        self.table.clear()
-        self._known: list[tuple[int, Step, list[Entry]]] = []
+        self._known: list[tuple[int, Step, list[Sealed]]] = []
         self._steps = self._candidates = self._matched = self._blocks = 0
         self._distances: list[tuple[float, float]] = []
         self._freed = self._prompt_bytes = 0
 
     def reset(self) -> None:
-        """Make the cache new."""
-        for layer in self._ours:
-            layer.reset()
-        for index, blank in self._blank.items():
-            self.layers[index] = copy.deepcopy(blank)
+        """See `ReasonCache.reset`; the watcher gets ready for another generation too."""
+        super().reset()
         self._forget()
         self.watcher.reset()
 
@@ -143,56 +144,73 @@ class StepShareCache(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add tokens to a layer; see `transformers.Cache.update`."""
+        """See `ReasonCache.update`; the watcher must have seen the tokens before these."""
         if layer_idx == 0:
             self.watcher.expect(self.get_seq_length(), key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    @property
+    def is_croppable(self) -> bool:
+        """False: tokens that are taken back may be shared."""
+        return False
+
+    def activate_past_recording(self) -> None:
+        """Refuse assisted decoding, which announces here that it will take tokens back."""
+        raise refusal("assisted decoding")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to take tokens back, which the watcher has seen."""
+        if int(tokens_to_remove):
+            raise refusal("crop")
+
     def begin(self, rows: int) -> None:
         """Prepare for that many rows."""
-        if rows != self._ours[0].rows:
-            raise refusal(f"{rows} rows for the {self._ours[0].rows} in the cache (beam search?)")
-        self.table += [[] for _ in range(rows)]
+        if rows != self._stores[0].rows:
+            raise refusal(f"{rows} rows for the {self._stores[0].rows} in the cache (beam search?)")
 
     @torch.no_grad()
-    def seal_prompt(self, row: int, tokens: int, like: int) -> None:
+    def seal_prompt(self, row: int, end: int, like: int) -> None:
         """Turn a prompt into a block, or point at that of a row with the same prompt.
 
         Parameters
         ----------
-        row, tokens : int
+        row : int
+        end : int
+            Column behind the prompt.
         like : int
             An earlier row with the same tokens, or the row itself.
         """
-        parts = [layer.cut(row, tokens) for layer in self._ours]
+        own = [store.cut(row, end) for store in self._stores]
         if like != row:
-            self.table[row] += self.table[like]
-            self._prompt_bytes += sum(keys.nbytes + values.nbytes for keys, values in parts)
-            return
-        keys, values = (Block(0, tuple(part[side] for part in parts)) for side in (0, 1))
-        self.table[row].append(Entry(0, keys, values))
+            found = [store.table.rows[like][0] for store in self._stores]
+            # Of equal tokens, a mask may hide others.
+            if torch.equal(found[0].columns, own[0].columns):
+                self._prompt_bytes += sum(_nbytes(own))
+                own = found
+        self._add(row, [own])
 
     @torch.no_grad()
     def seal(self, row: int, step: Step) -> None:
         """Turn a step, the oldest tokens of a row's tail, into blocks, shared where they may be."""
-        parts = [layer.cut(row, len(step.ids)) for layer in self._ours]
+        cut = [store.cut(row, step.stop).split(self.block) for store in self._stores]
         similar, shared = self._similar(row, step), len(self._distances)
-        entries = []
-        for place, first in enumerate(range(0, len(step.ids), self.block)):
-            here, start = slice(first, first + self.block), step.start + first
-            keys = Block(start, tuple(k[:, here].clone() for k, _ in parts))
-            values = Block(start, tuple(v[:, here].clone() for _, v in parts))
-            there = [each[place] for each in similar if place < len(each)]
-            entries.append(self._share(Entry(start, keys, values), there))
-        self.table[row] += entries
+        blocks = [
+            self._share(own, [each[place] for each in similar if place < len(each)])
+            for place, own in enumerate(zip(*cut, strict=True))
+        ]
+        self._add(row, blocks)
         self._steps += 1
-        self._blocks += len(entries)
+        self._blocks += len(blocks)
         self._candidates += bool(similar)
         self._matched += len(self._distances) > shared
-        self._known.append((row, step, entries))
+        self._known.append((row, step, blocks))
 
-    def _similar(self, row: int, step: Step) -> list[list[Entry]]:
-        """Entries of the lexically most similar steps, best first, of equals the latest."""
+    def _add(self, row: int, blocks: Iterable[Iterable[Block]]) -> None:
+        for store, parts in zip(self._stores, zip(*blocks, strict=True), strict=True):
+            store.add(row, parts)
+
+    def _similar(self, row: int, step: Step) -> list[list[Sealed]]:
+        """Blocks of the lexically most similar steps, best first, of equals the latest."""
         problem = row // self.branches
         found = [
             (similarity, index)
@@ -203,59 +221,56 @@ class StepShareCache(Cache):
         best = sorted(found, reverse=True)[: self.candidates]
         return [self._known[index][2] for _, index in best]
 
-    def _share(self, own: Entry, candidates: list[Entry]) -> Entry:
-        """Return the nearest candidate's blocks in place of a block's own, if near enough."""
+    def _share(self, own: Sealed, candidates: list[Sealed]) -> Sealed:
+        """Return the nearest candidate in place of a block, if near enough."""
         best, nearest = own, (float("inf"), float("inf"))
-        for entry in candidates:
-            if entry.values.tokens == own.values.tokens:
-                other = Entry(own.start, entry.keys, entry.values)
+        for candidate in candidates:
+            if candidate[0].tokens == own[0].tokens:
+                other = tuple(block.at(own[0].columns) for block in candidate)
                 apart = self._apart(own, other)
                 if self._judged(apart) < self._judged(nearest):
                     best, nearest = other, apart
         if self._judged(nearest) > self.distance or self.distance == 0:
             return own
         self._distances.append(nearest)
-        self._freed += own.values.nbytes
+        keys, values = _nbytes(own)
+        self._freed += values
         if self.share == "values":
-            return Entry(own.start, own.keys, best.values)
-        self._freed += own.keys.nbytes
+            pairs = zip(own, best, strict=True)
+            return tuple(replace(mine, values=other.values) for mine, other in pairs)
+        self._freed += keys
         return best
 
     def _judged(self, apart: tuple[float, float]) -> float:
         return max(apart) if self.share == "keys_values" else apart[1]
 
-    def _apart(self, own: Entry, other: Entry) -> tuple[float, float]:
+    def _apart(self, own: Sealed, other: Sealed) -> tuple[float, float]:
         """Relative distances of keys, NaN where they stay private, and of values."""
-        values = _relative(other.values.parts, own.values.parts)
+        values = _relative((x.values for x in other), [x.values for x in own])
         if self.share == "values":
             return float("nan"), values
-        keys = list(other.keys.parts)
-        if self._rotation is not None and other.offset:
-            keys = [self._rotation(part[None], other.offset)[0] for part in keys]
-        return _relative(keys, own.keys.parts), values
-
-    def _unique(self) -> Iterator[Block]:
-        blocks = {}
-        for row in self.table:
-            for entry in row:
-                blocks.update({id(entry.keys): entry.keys, id(entry.values): entry.values})
-        yield from blocks.values()
+        keys = [block.keys for block in other]
+        if self._rotation is not None and other[0].offset:
+            keys = [self._rotation.move(part[None], other[0].offset)[0] for part in keys]
+        return _relative(keys, [x.keys for x in own]), values
 
     def report(self) -> StepShareReport:
-        """Return what is shared, and how far it is from what it replaced."""
+        """See `ReasonCache.report`; with what is shared, and how far from what it replaced."""
         count = len(self._distances)
         keys, values = (
             sum(pair[side] for pair in self._distances) / count if count else float("nan")
             for side in (0, 1)
         )
+        sealed = (store.table.kv_tensors() for store in self._stores)
         return StepShareReport(
+            **vars(super().report()),
             steps=self._steps,
             candidates=self._candidates,
             matched=self._matched,
             blocks=self._blocks,
             shared_blocks=count,
-            held_bytes=sum(block.nbytes for block in self._unique())
-            + sum(layer.tail_bytes for layer in self._ours),
+            held_bytes=distinct_bytes(chain.from_iterable(sealed))
+            + sum(store.tail_bytes for store in self._stores),
             saved_bytes=self._freed,
             prompt_bytes=self._prompt_bytes,
             key_distance=keys,
@@ -263,7 +278,13 @@ class StepShareCache(Cache):
         )
 
 
-def _relative(candidate: Any, own: Any) -> float:
+def _nbytes(blocks: Iterable[Block]) -> tuple[int, int]:
+    """Bytes of the keys and of the values of some tokens."""
+    pairs = [(block.keys.nbytes, block.values.nbytes) for block in blocks]
+    return sum(keys for keys, _ in pairs), sum(values for _, values in pairs)
+
+
+def _relative(candidate: Iterable[torch.Tensor], own: Sequence[torch.Tensor]) -> float:
     apart = sum(
         float((a.float() - b.float()).square().sum()) for a, b in zip(candidate, own, strict=True)
     )

@@ -20,7 +20,7 @@ class Shared(Protocol):
     def begin(self, rows: int) -> None:
         """Prepare for that many rows."""
 
-    def seal_prompt(self, row: int, tokens: int, like: int) -> None:
+    def seal_prompt(self, row: int, end: int, like: int) -> None:
         """Turn a prompt into a block, or point at that of an earlier row with the same prompt."""
 
     def seal(self, row: int, step: Step) -> None:

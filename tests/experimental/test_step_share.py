@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_reasoncache.experimental.blocks import BlockLayer
 from hf_reasoncache.experimental.rotation import Rotation
 from hf_reasoncache.experimental.step_share import StepShareCache
 from hf_reasoncache.experimental.steps import Boundaries
 from hf_reasoncache.releases import cache_kwarg
+from hf_reasoncache.storage.branch_store import ROOM
 from tests.support.models import build, prompt
 
 STOP = 7
@@ -28,7 +28,7 @@ def make(model, **settings):
 @pytest.mark.parametrize("name", ["llama", "qwen2_sliding", "gpt_oss"])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_without_sharing_it_is_dynamic_cache(name, sampled):
-    model = build(name, "eager" if name == "gpt_oss" else "sdpa")
+    model = build(name, "reasoncache_eager" if name == "gpt_oss" else "reasoncache")
     arguments = prompt() | dict(do_sample=sampled, num_return_sequences=3 if sampled else 1)
     arguments |= dict(max_new_tokens=30, prefill_chunk_size=4)
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def feed(model, cache, ids, shown=True):
 )
 def test_shared_steps_equal_a_cache_that_is_overwritten(share, rerotate):
     """The oracle replaces a repeated step's keys and values in DynamicCache by hand."""
-    model = build("llama", "sdpa")
+    model = build("llama")
     cache, oracle = make(model, share=share, rerotate=rerotate), DynamicCache(config=model.config)
     move = Rotation(model).move
     repeats = {22: (6, 16), 28: (16, 22)}  # after this column: from, to (the latest of equals)
@@ -99,39 +99,44 @@ def test_shared_steps_equal_a_cache_that_is_overwritten(share, rerotate):
     assert report.value_distance > 0
 
 
+def blocks_of(cache, row=0):
+    """Blocks of a row in the second layer, by the column that they begin at."""
+    table = cache.own_layers[1].store.table
+    return {int(block.columns[0]): block for block in table.rows[row]}
+
+
 def test_a_shared_block_is_one_storage():
-    model = build("llama", "sdpa")
+    model = build("llama")
     cache = make(model)
     for _ in feed(model, cache, IDS):
         pass
-    (row,) = cache.table
-    at = {entry.start: entry for entry in row}
+    at = blocks_of(cache)
     assert at[16].values is at[6].values and at[22].values is at[6].values
     assert at[16].keys is not at[6].keys and at[16].offset == 0
     cache = make(model, share="keys_values")
     for _ in feed(model, cache, IDS):
         pass
-    at = {entry.start: entry for entry in cache.table[0]}
+    at = blocks_of(cache)
     assert at[22].keys is at[6].keys and at[22].offset == 16
-    part = at[22].keys.parts[1]
+    part = at[22].keys
     assert part.untyped_storage().nbytes() == part.nbytes  # nothing else is kept alive
 
 
 def test_branches_share_with_each_other_and_problems_do_not():
-    model = build("llama", "sdpa")
+    model = build("llama")
     rows = [[*IDS[:4], first, STOP, *STEP, 24, 25] for first in (20, 21)]
     for branches, shared in ((2, 1), (1, 0)):
         cache = make(model, branches=branches)
         for _ in feed(model, cache, rows):
             pass
         assert cache.report().prompt_bytes == shared * dynamic_bytes(model, 4, 1)
-        assert (cache.table[0][0] is cache.table[1][0]) == bool(shared)
+        assert (blocks_of(cache, 0)[0] is blocks_of(cache, 1)[0]) == bool(shared)
         # Blocks of 4 and 2 tokens of STEP; the short steps differ in half of their tokens.
         assert cache.report().shared_blocks == 2 * shared
 
 
 def test_the_threshold_decides():
-    model = build("llama", "sdpa")
+    model = build("llama")
     found = []
     for distance in (0.0, 0.05, 10.0):
         cache = make(model, distance=distance)
@@ -150,7 +155,7 @@ def test_the_threshold_decides():
 
 
 def test_the_report_fits_a_terminal_and_says_what_is_missing():
-    model = build("llama", "sdpa")
+    model = build("llama")
     cache = make(model)
     assert "nan" in str(cache.report())
     for _ in feed(model, cache, IDS):
@@ -160,7 +165,7 @@ def test_the_report_fits_a_terminal_and_says_what_is_missing():
 
 
 def test_misuse_says_what_to_do():
-    model = build("llama", "sdpa")
+    model = build("llama")
     arguments = prompt(batch=1) | dict(do_sample=False, max_new_tokens=20)
     cache = make(model)
     with pytest.raises(ValueError, match=r"stopping_criteria=\[cache.watcher\]"):
@@ -180,11 +185,71 @@ def test_misuse_says_what_to_do():
         few = make(model, branches=2)
         model.generate(**arguments, **cache_kwarg(few), stopping_criteria=[few.watcher])
     with pytest.raises(ValueError, match=r"one rotary embedding|position_ids"):
-        make(build("gemma3", "sdpa"), share="keys_values")
-    layer = BlockLayer(0, [], None)
-    for refused in (layer.offload, lambda: layer.batch_repeat_interleave(2)):
+        make(build("gemma3"), share="keys_values")
+    layer = cache.own_layers[1]
+    rows = torch.tensor([0, 0])
+    for refused in (
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(rows),
+        lambda: cache.reorder_cache(rows),
+        lambda: cache.crop(-1),
+        lambda: layer.store.crop(20, 20),
+    ):
         with pytest.raises(ValueError, match="SharedBranchCache"):
             refused()
+    assert not cache.is_croppable and layer.seen == 40
+    assert layer.held_positions()[0][0] == list(range(40))
+
+
+def test_nothing_that_is_held_can_be_hidden():
+    model, inputs = build("llama"), prompt(batch=1)
+    cache = make(model)
+    model(**inputs, **cache_kwarg(cache))
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[5]])], 1)
+    cache.watcher(ids, None)
+    mask = torch.ones_like(ids)
+    mask[0, 3] = 0
+    for _ in range(2):
+        with pytest.raises(ValueError, match="an attention mask that hides"):
+            model(ids[:, -1:], attention_mask=mask, **cache_kwarg(cache))
+    model(ids[:, -1:], attention_mask=torch.ones_like(ids), **cache_kwarg(cache))
+
+
+@pytest.mark.parametrize("rerotate", [True, False])
+def test_what_is_held_is_reported_as_in_other_caches(rerotate):
+    model, full = build("llama"), DynamicCache(config=build("llama").config)
+    cache = make(model, share="keys_values", rerotate=rerotate)
+    for _ in feed(model, cache, IDS):
+        pass
+    for _ in feed(model, full, IDS, shown=False):
+        pass
+    layer = cache.own_layers[0]
+    keys, values = layer.keys, layer.values
+    # The first layer's keys and values depend on their token and position alone.
+    torch.testing.assert_close(values, full.layers[0].values)
+    moved = 0 if rerotate else 12
+    assert ((keys - full.layers[0].keys).abs().amax((0, 1, 3)) > 1e-4).sum() == moved
+    assert cache.held_positions(0) == [[list(range(len(IDS)))] * 2]
+    report = cache.report()
+    assert report.layers[1].held == [[len(IDS)] * 2] and report.seen == len(IDS)
+    free = report.kv_bytes - report.held_bytes
+    # A prompt's slots go when it is sealed.
+    assert 0 <= free <= dynamic_bytes(model, 2 * ROOM, 1)
+
+
+def test_a_prompt_under_another_mask_is_another_prompt():
+    model, ids = build("llama"), torch.tensor([IDS[:6]] * 3)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    cache = make(model, branches=3)
+    model(ids, attention_mask=mask, **cache_kwarg(cache))
+    cache.watcher(torch.cat([ids, ids[:, :1]], 1), None)
+    assert cache.report().prompt_bytes == dynamic_bytes(model, 6, 1)
+    assert [heads[0] for heads in cache.held_positions(0)] == [
+        list(range(6)),
+        list(range(2, 6)),
+        list(range(6)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -201,4 +266,4 @@ def test_misuse_says_what_to_do():
 )
 def test_arguments_are_checked(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected"):
-        make(build("llama", "sdpa"), **settings)
+        make(build("llama"), **settings)
