@@ -450,7 +450,7 @@ def test_a_cache_for_another_number_of_layers(llama, layers, kind, make):
         [torch.float16, torch.bfloat16, torch.float64],
         [("llama", exact_cache), ("gemma3", make_cache), ("llama", make_cache)],
     ),
-    ids=str,
+    ids=lambda each: f"{each[0]}-{each[1].__name__}" if isinstance(each, tuple) else str(each),
 )
 def test_another_dtype_in_mid_cache(kind, dtype, what):
     """As after `model.half()` between two turns; going back goes on."""
