@@ -49,7 +49,9 @@ def undisturbed(name: str, trace: Trace) -> torch.Tensor:
 
 def one_by_one(name: str, trace: Trace, eviction: Eviction, budget: int) -> float:
     """The same quantity from two generations' forwards, in float64 logarithms."""
-    evicting = ReasonAllocCache(build(name).config, budget=budget, **vars(eviction))
+    settings = dict(vars(eviction))
+    protect = settings.pop("protect_prompt")
+    evicting = ReasonAllocCache(build(name).config, budget=budget, protect=protect, **settings)
     full = undisturbed(name, trace)
     other = predictions(name, trace, evicting, "reasoncache")
     return float((full.exp() * (full - other)).sum(-1).mean())

@@ -367,7 +367,7 @@ def refused(*words):
     [
         (ReasonAllocCache, ["suffix: expected", "policy", "got"]),
         (make_policy("reason_alloc", protect=False), ["protect=True, got"]),
-        (make_policy("sliding_window", scorer=H2O()), ["attention mass", "RKV"]),
+        (make_policy("sliding_window", scorer=H2O()), ["cumulative attention", "RKV"]),
         (make_policy("reason_alloc", budget=-1), ["budget", "-1"]),
         (SharedBranchCache.policy(), ["expected the policy of", "SharedBranchCache"]),
     ],
