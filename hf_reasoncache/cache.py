@@ -76,7 +76,7 @@ class ReasonCache(Cache):
         return [self.layers[index] for index in self._foreign]
 
     @classmethod
-    def policy(cls, **settings: Any) -> SuffixPolicy:
+    def policy(cls, **settings: Any) -> CacheFactory:
         """Describe how this class compresses, for `SharedBranchCache(suffix=...)`.
 
         Parameters
@@ -90,7 +90,7 @@ class ReasonCache(Cache):
             If the class takes no such argument.
         """
         inspect.signature(cls).bind(None, **settings)
-        return SuffixPolicy(cls, settings)
+        return CacheFactory(cls, settings)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return length and offset for the mask of a layer, at the beginning of a forward.
@@ -315,7 +315,7 @@ class ReasonCache(Cache):
 
 
 @dataclass(frozen=True)
-class SuffixPolicy:
+class CacheFactory:
     """How branches are compressed while they share their prompt; made by `policy` of a cache.
 
     Attributes

@@ -9,7 +9,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_reasoncache.branching.prefill_once import prefill_once
-from hf_reasoncache.cache import SuffixPolicy
+from hf_reasoncache.cache import CacheFactory
 from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.releases import CACHE_ARGUMENT, cache_kwarg, take_cache
 
@@ -22,7 +22,7 @@ def branch_generate(
     num_branches: int,
     past_key_values: SharedBranchCache | None = None,
     cache: SharedBranchCache | None = None,
-    suffix: SuffixPolicy | None = None,
+    suffix: CacheFactory | None = None,
     drop_finished: bool = True,
     **generate_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
@@ -40,7 +40,7 @@ def branch_generate(
     past_key_values, cache : SharedBranchCache, optional
         Empty. Pass your own to look at it later; by default one is made. Two names of one argument,
         with every release of transformers.
-    suffix : SuffixPolicy, optional
+    suffix : CacheFactory, optional
         How branches are compressed, if no cache is passed; see `SharedBranchCache`.
     drop_finished : bool
         See `prefill_once`; beams are never dropped.

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import require_int
-from hf_reasoncache.cache import ReasonCache, SuffixPolicy
+from hf_reasoncache.cache import CacheFactory, ReasonCache
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.base import require_suffix
 from hf_reasoncache.report import BranchReport, CacheReport
@@ -37,7 +37,7 @@ class SharedBranchCache(ReasonCache):
     ----------
     config : PretrainedConfig
         `model.config`.
-    suffix : SuffixPolicy, optional
+    suffix : CacheFactory, optional
         `ReasonAllocCache.policy(...)` or `SlidingWindowCompressCache.policy(...)`: what a branch
         writes itself is compressed, and budgets mean what they mean there: resident tokens per KV
         head *of a branch*, prompt included. The prompt is never evicted. By default every token is
@@ -71,10 +71,10 @@ class SharedBranchCache(ReasonCache):
         self,
         config: PretrainedConfig,
         *,
-        suffix: SuffixPolicy | None = None,
+        suffix: CacheFactory | None = None,
         max_bytes: int | None = None,
     ) -> None:
-        if suffix is not None and not isinstance(suffix, SuffixPolicy):
+        if suffix is not None and not isinstance(suffix, CacheFactory):
             raise ValueError(
                 f"suffix: expected ReasonAllocCache.policy(...) or SlidingWindowCompressCache."
                 f"policy(...), got {suffix!r}."

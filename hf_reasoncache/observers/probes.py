@@ -155,9 +155,9 @@ class Shadow(Observer):
 
     def clone(self) -> Shadow:
         """See `Observer.clone`; stored tensors are never written to."""
-        twin = copy.copy(self)
-        twin._chunks = list(self._chunks)
-        return twin
+        copied = copy.copy(self)
+        copied._chunks = list(self._chunks)
+        return copied
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]

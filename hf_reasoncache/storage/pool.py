@@ -287,16 +287,16 @@ class RaggedPool:
         deep : bool
             True shares no storage and survives compactions too; False copies the statistics only.
         """
-        twin = object.__new__(RaggedPool)
-        twin.layout = self.layout
-        twin._set_length(self.length)
+        copied = object.__new__(RaggedPool)
+        copied.layout = self.layout
+        copied._set_length(self.length)
         shared = () if deep else POOL_FIELDS
         with ordinary_tensors():
-            twin.fields = {
+            copied.fields = {
                 name: field if name in shared else field.clone()
                 for name, field in self.fields.items()
             }
-        return twin
+        return copied
 
     def held(self) -> HeldPositions:
         """Return which positions are held; a view that the next change invalidates."""

@@ -477,9 +477,9 @@ class PoolStore:
 
     def snapshot(self, *, deep: bool) -> PoolStore:
         """Copy, so that later appends leave the copy as it is; see `RaggedPool.snapshot`."""
-        twin = copy.copy(self)
-        twin.tokens = self.tokens.snapshot(deep=deep)
-        return twin
+        copied = copy.copy(self)
+        copied.tokens = self.tokens.snapshot(deep=deep)
+        return copied
 
     # --------------------------------------------------------------------------------------- report
 

@@ -24,7 +24,7 @@ ORDER = 32
 class PromptDeduplicator:
     """Finds rows with the same tokens, once per forward for all layers of a cache.
 
-    The first layer that asks decides, where rounding has had least occasion to grow.
+    The first layer that asks decides, where rounding has had the least chance to grow.
     """
 
     def __init__(self) -> None:

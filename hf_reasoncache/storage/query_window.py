@@ -147,11 +147,11 @@ class QueryWindow:
 
     def clone(self) -> QueryWindow:
         """Return a log that changes independently; kept tensors are never written to."""
-        twin = QueryWindow(self.size)
+        copied = QueryWindow(self.size)
         held = self.last() if self._ring is not None else None
-        twin._chunks = deque(self._chunks if held is None else [held])
-        twin._columns = self._columns if held is None else self._held
-        return twin
+        copied._chunks = deque(self._chunks if held is None else [held])
+        copied._columns = self._columns if held is None else self._held
+        return copied
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield what is kept."""
