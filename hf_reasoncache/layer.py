@@ -292,20 +292,26 @@ class CacheLayer(CacheLayerMixin):
 
     def _attend_to(self, new: NewTokens, end: int) -> torch.Tensor:
         """Store, attend and take note of tokens whose last one is column `end - 1`."""
-        self.store.append(new, end)
-        if self.policy is not None:
-            self._remember(self.policy, new)
+        self._append(new, end)
         out = self.store.attend(new, end)
-        for observer in self.observers:
-            observer.attended(self, new)
+        if self.observers:
+            self._show(new)
         return out
 
     def _store(self, new: NewTokens, end: int) -> None:
         """Like `_attend_to`, where the output is already known."""
+        self._append(new, end)
+        self.store.sum_attention(new, end)
+        self._show(new)
+
+    def _append(self, new: NewTokens, end: int) -> None:
+        """Store tokens, and keep what later evictions will ask with."""
         self.store.append(new, end)
         if self.policy is not None:
             self._remember(self.policy, new)
-        self.store.sum_attention(new, end)
+
+    def _show(self, new: NewTokens) -> None:
+        """Let observers see tokens that have been stored and attended to."""
         for observer in self.observers:
             observer.attended(self, new)
 
@@ -357,8 +363,7 @@ class CacheLayer(CacheLayerMixin):
             if policy is not None:
                 self._remember(policy, new)
             self.store.store_first(new, self.seen, self.shard)
-            for observer in self.observers:
-                observer.attended(self, new)
+            self._show(new)
             if policy is not None:
                 self._cut()
         elif policy.cuts_incoming and not (
@@ -402,18 +407,18 @@ class CacheLayer(CacheLayerMixin):
         whole = new.valid is None and span is None
         self.state, capacity = state, state.capacity(keep.sum(-1).cpu(), self.seen)
         self.store.store_part(new, self.seen, capacity, None if whole else keep, **statistics)
-        for observer in self.observers:
-            observer.attended(self, new)
+        self._show(new)
 
     def _cut(self) -> None:
         """Fix what rows may hold while the prompt grows, and evict what a forward made due."""
         state = self._require_state() if not self._prompt_open else self._allocate()
         rows = state.due(self.store, self.seen, 0)
-        if rows.numel():
-            held = self.store.tokens.held()
-            self._attended = HeldPositions(held.positions.clone(), held.layout, held.length)
+        if not rows.numel():
+            self._fit(self.seen)
+            return
+        held = self.store.tokens.held()
+        self._attended = HeldPositions(held.positions.clone(), held.layout, held.length)
         self._evict(state, rows, self.seen)
-        self._fit(self.seen)
 
     def _allocate(self, held: torch.Tensor | None = None) -> RowState:
         """Say what every row may hold, now that the prompt has been stored.
@@ -546,9 +551,7 @@ class CacheLayer(CacheLayerMixin):
         device = log.device
         if span.low is None or span.high is None:
             log = log[:, :, -wanted:]
-            asked = torch.arange(span.columns - log.shape[2], span.columns, device=device)
-            asked = (asked - first[:, None]).clamp_min(-1)
-            return log.unflatten(1, (heads, -1)), asked
+            return log.unflatten(1, (heads, -1)), span.newest(log.shape[2], first)
         asked = span.now[:, None] + torch.arange(-wanted, 0, device="cpu")
         place = span.first[:, None] + asked - (span.columns - log.shape[2])
         asked = asked.where((asked >= span.low[:, None]) & (place >= 0), -1).to(device)
@@ -564,8 +567,6 @@ class CacheLayer(CacheLayerMixin):
         queries = queries[:, :, -wanted:]
         device = queries.device
         first = span.first.to(device)
-        asked = torch.arange(span.columns - queries.shape[2], span.columns, device=device)
-        asked = (asked - first[:, None]).clamp_min(-1)
         every, place = tokens, None
         if span.low is not None and not tokens.whole:
             every = self.store.read(span.rows)
@@ -576,7 +577,7 @@ class CacheLayer(CacheLayerMixin):
             place = place.masked_fill(~tokens.valid, -1)
         return DamageScale(
             queries=queries.unflatten(1, (tokens.columns.shape[1], -1)),
-            query_positions=asked,
+            query_positions=span.newest(queries.shape[2], first),
             keys=every.field("keys"),
             values=every.field("values"),
             key_positions=every.positions(first),

