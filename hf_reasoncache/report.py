@@ -47,6 +47,8 @@ class LayerReport:
         How far heads with a shadow were from attention to all tokens, if there are any.
     shadow_bytes : int
         CPU memory of the shadow, its log included, in no other number.
+    token_bytes : int
+        Bytes of the key and value of one token in one head; 0 without a pool.
     """
 
     index: int
@@ -62,6 +64,7 @@ class LayerReport:
     probes: RiskLog | None = None
     shadow_bytes: int = 0
     table_bytes: int = 0
+    token_bytes: int = 0
 
     @staticmethod
     def of(index: int, layer: CacheLayer) -> LayerReport:
@@ -83,6 +86,9 @@ class LayerReport:
             probes=logs[0] if logs else None,
             shadow_bytes=sum(observer.nbytes for observer in layer.observers),
             table_bytes=distinct_bytes(tensors_of(layer)) - layer.nbytes,
+            token_bytes=0
+            if pool is None
+            else sum(_bytes_of_one(pool.fields[name]) for name in ("keys", "values")),
         )
 
 
@@ -175,6 +181,21 @@ class CacheReport:
         parked = 0 if self.branches is None else self.branches.parked_bytes
         ours = self.kv_bytes + parked + sum(layer.other_bytes for layer in self.layers)
         return ours + self.table_bytes + self.other_bytes
+
+    @property
+    def dynamic_bytes(self) -> int:
+        """Keys and values that `DynamicCache` would hold in the full-attention layers, padding too.
+
+        Of branches, those of their own tokens alone.
+        """
+        heads = sum(sum(map(len, layer.held)) * layer.token_bytes for layer in self.layers)
+        return self.seen * heads
+
+    @property
+    def saves_nothing(self) -> bool:
+        """Whether the cache has evicted and its full-attention layers hold more than all tokens."""
+        held = sum(layer.kv_bytes + layer.other_bytes for layer in self.layers)
+        return self.branches is None and self.evicted > 0 and held > self.dynamic_bytes
 
     @property
     def evictions(self) -> int:
@@ -274,6 +295,11 @@ class CacheReport:
                 "WARNING: nothing was evicted, since the budget exceeds the text: an output like",
                 "         that of a full cache says nothing about this compression",
             ]
+        if self.saves_nothing:
+            lines += [
+                f"WARNING: that is more than the {self.dynamic_bytes:,} bytes of a DynamicCache;",
+                "         the text is too short for these windows, buffers and counters to pay",
+            ]
         lines += self._lines_of_risk() + self._lines_of_probes()
         risk = self.errors is not None
         lines.append("layer   held per head: min  mean   max     KV bytes" + "  risk 90%" * risk)
@@ -285,6 +311,10 @@ class CacheReport:
                 + (f"{float(layer.risk.error.quantile(0.9)):10.1%}" if layer.risk else "")
             )
         return "\n".join(lines)
+
+
+def _bytes_of_one(storage: torch.Tensor) -> int:
+    return storage.shape[-1] * storage.element_size()
 
 
 def _worst(layer: LayerReport) -> float:

@@ -10,6 +10,7 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.report import storage_bytes
 from hf_reasoncache.scorers import H2O, RKV, Random
 from tests.support.caches import CLASSES, KINDS, exact_cache
 from tests.support.caches import SETTINGS as BY_KIND
@@ -225,6 +226,26 @@ def test_report_of_a_long_run_on_a_large_model_fits_80_columns():
 
     layer = LayerReport(120, [[131072] * 8], [[131072] * 8], 2**33, 2**31, 10**6, 10**9)
     text = str(CacheReport(10**7, (layer,) * 126, 2**33))
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("kind", "new", "warns"),
+    [("sliding_window", 12, True), ("sliding_window", 200, False), ("reason_alloc", 200, False)],
+)
+def test_report_warns_while_a_dynamic_cache_would_hold_less(kind, new, warns):
+    model = build("llama")
+    ours, stock = new_cache(model, kind), DynamicCache(config=model.config)
+    tokens(model, ours, max_new_tokens=new)
+    tokens(model, stock, max_new_tokens=new)
+    report = ours.report()
+    held = sum(storage_bytes(layer) for layer in stock.layers)
+    # transformers' own cache allocates what it holds, so this is exact.
+    assert {layer.keys.shape[-2] for layer in stock.layers} == {report.seen}
+    assert report.dynamic_bytes == held and report.evicted > 0
+    assert report.saves_nothing == warns
+    text = str(report)
+    assert (f"more than the {held:,} bytes of a DynamicCache" in text) == warns
     assert max(map(len, text.splitlines())) <= 80
 
 
