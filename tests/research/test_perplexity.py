@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from examples.real_model import model as real_model
+from examples.real_model.perplexity import CHUNK, forwards, losses
 from examples.research import perplexity
 from tests.support.models import VOCABULARY, build
 
@@ -50,11 +51,12 @@ def test_a_budget_costs_and_one_beyond_the_text_costs_nothing(run):
 def test_losses_are_those_of_one_forward():
     tiny = build("llama")
     ids = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
-    found = perplexity.losses(tiny, ids, perplexity.specs()[0].cache(tiny.config, budget=None))
+    cache = perplexity.specs()[0].cache(tiny.config, budget=None)
+    found = losses(ids, forwards(tiny, ids, cache))
     with torch.no_grad():
         logs = tiny(ids).logits.log_softmax(-1)
     expected = -logs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(found, expected[:, perplexity.CHUNK - 1 :], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected[:, CHUNK - 1 :], atol=1e-4, rtol=1e-4)
 
 
 def test_without_the_wheel_there_is_one_clear_line(monkeypatch, tmp_path):
