@@ -94,6 +94,16 @@ class ExactPolicy(BudgetPolicy):
 
     by_attention: bool
 
+    @property
+    def queries(self) -> int:
+        """See `Policy.queries`: those that the attention is asked for as well."""
+        return max(super().queries, WINDOW * self.by_attention)
+
+    @property
+    def query_columns(self) -> int:
+        """See `Policy.query_columns`."""
+        return self.queries
+
     def begin(self, prompt: PromptRows, before: Any) -> RowBudgets:
         """See `Policy.begin`."""
         state = super().begin(prompt, before)
@@ -172,8 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for scorer in SCORERS:
             first: tuple[torch.Tensor, torch.Tensor] | None = None
             for form in (*FORMS, *given.profiles):
-                if form != "equal" and scorer == "random":
+                if scorer == "random" and form != "equal":
                     continue
+                if scorer == "snapkv" and form == "attention":
+                    continue  # its scores are that attention
                 made = cache(model.config, form, scorer, budget, len(ids))
                 chunks = list(forwards(model, ids, made))
                 found = losses(ids, chunks), divergence(logits, chunks)
