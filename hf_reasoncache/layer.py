@@ -344,6 +344,11 @@ class CacheLayer(CacheLayerMixin):
         if target is not None:
             self.store.relayout(target)
 
+    def adopt(self, state: RowState) -> None:
+        """Hold from the next forward on what another state says."""
+        self.state = state
+        self._fit(self.seen)
+
     def take_back(self, q_len: int) -> None:
         """Undo a forward of `q_len` columns that was refused before or after they were stored."""
         if self.incoming is not None:

@@ -55,6 +55,7 @@ def estimator(name: str, family: str) -> Estimator:
         budgets=tuple(budget * part // 12 for part in (2, 4, 6, 8, 12, 16, 24)),
         budget=budget,
         eviction=Eviction(RKV(queries=WINDOW), BUFFER, WINDOW),
+        every=1,
     )
 
 

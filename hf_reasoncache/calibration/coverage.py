@@ -96,11 +96,10 @@ class Coverage:
         """See `Estimator.resolve`."""
         return self
 
-    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
+    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> int:
         """See `Estimator.cost`."""
         # The last token of a completion is not read: nothing follows it.
-        q_len = sum((len(trace.completion) - 1) // self.interval for trace in traces)
-        return f"{len(traces)} traces: as many passes, {q_len} measurements of each layer"
+        return sum(trace.length - 1 for trace in traces)
 
     @torch.inference_mode()
     def measure(self, model: PreTrainedModel, trace: Trace) -> Record:
@@ -121,7 +120,7 @@ class Coverage:
 
         cache = ReasonCache(model.config, make_layer)
         edges = range(len(trace.prompt), trace.length, self.interval)
-        for _ in replay(model, cache, trace, rows=1, edges=edges, longest=self.interval):
+        for _ in replay(model, cache, trace, edges=edges, longest=self.interval):
             pass
         record = {"count": torch.tensor([layer.count for layer in layers])}
         heads = Geometry.of(model.config).kv_heads

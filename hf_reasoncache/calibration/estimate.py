@@ -62,8 +62,11 @@ class Estimator(Protocol):
         """Fill in the settings that follow from the traces."""
         ...
 
-    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
-        """Describe in a sentence what measuring will take."""
+    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> int:
+        """Count the tokens that measuring feeds through the whole model.
+
+        One that goes through half of the layers counts half.
+        """
         ...
 
     def measure(self, model: PreTrainedModel, trace: Trace) -> Record:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ class _Run:
         if self.processes.is_main:
             self.checkpoint.begin(self.identity(), resume=resume)
         self.processes.wait()
+        self.tell(self.bound())
         traces = self.traces()
         estimator = self.settings.estimator.resolve([traces[place] for place in self.seen])
         records, found = self.estimate(estimator, {place: traces[place] for place in self.seen})
@@ -179,14 +181,13 @@ class _Run:
         self, estimator: Estimator, traces: Mapping[int, Trace]
     ) -> tuple[list[Record], Estimate]:
         """Measure these prompts, by their place, and join what was found."""
-        chosen = list(traces.values())
-        self.tell(f"{estimator.name}: {estimator.cost(chosen, self.geometry)}")
         records = self.records(
             f"{estimator.name}-{digest(plain(estimator))}",
             traces,
             lambda trace: estimator.measure(self.model, trace),
+            lambda some: estimator.cost(some, self.geometry),
         )
-        return records, estimator.estimate(records, chosen)
+        return records, estimator.estimate(records, list(traces.values()))
 
     def tuned(
         self, tune: Tune, found: Estimate, traces: Mapping[int, Trace]
@@ -194,11 +195,11 @@ class _Run:
         """Choose a rule on the prompts held out; also return what the profile says about it."""
         candidates = tune.candidates(found)
         rules = list(candidates.values())
-        self.tell(f"tune: {tune.cost(list(traces.values()), len(rules))}")
         records = self.records(
             f"tune-{digest([plain(tune), found.demand.tolist()])}",
             traces,
             lambda trace: tune.measure(self.model, trace, found, rules),
+            lambda some: tune.cost(some, len(rules)),
         )
         result = choose(torch.stack([record["divergence"] for record in records]), candidates)
         for comparison in result.comparisons:
@@ -210,19 +211,41 @@ class _Run:
         }
 
     def records(
-        self, name: str, traces: Mapping[int, Trace], measure: Callable[[Trace], Record]
+        self,
+        name: str,
+        traces: Mapping[int, Trace],
+        measure: Callable[[Trace], Record],
+        cost: Callable[[Sequence[Trace]], int],
     ) -> list[Record]:
         """Measure prompts, which the processes share; the name is that of the parts."""
-        places = list(traces)
+        places, kind = list(traces), name.partition("-")[0]
+        parts = {place: f"{name}-{place:06d}" for place in places}
+        self.tell(f"{kind}: {cost(list(traces.values())):,} tokens to read")
         mine = self.processes.share(places)
-        kind = name.partition("-")[0]
+        todo = [place for place in mine if self.checkpoint.load(parts[place]) is None]
         with self.processes.bar(len(mine), "prompt", kind, self.progress) as bar:
-            for place in mine:
-                if self.checkpoint.load(f"{name}-{place:06d}") is None:
-                    self.checkpoint.save(f"{name}-{place:06d}", measure(traces[place]))
+            bar.update(len(mine) - len(todo))
+            for count, place in enumerate(todo):
+                begin = time.perf_counter()
+                self.checkpoint.save(parts[place], measure(traces[place]))
+                if count == 0 and len(todo) > 1:
+                    rate = (time.perf_counter() - begin) / max(cost([traces[place]]), 1)
+                    left = rate * cost([traces[other] for other in todo[1:]])
+                    self.tell(f"{kind}: about {max(left / 60, 0.1):.1f} minutes left")
                 bar.update()
         self.processes.wait()
-        return [self.checkpoint.require(f"{name}-{place:06d}") for place in places]
+        return [self.checkpoint.require(part) for part in parts.values()]
+
+    def bound(self) -> str:
+        """Say what the run takes at most, before there are answers."""
+        most = self.settings.traces.max_new_tokens
+        longest = [Trace(tuple(self.ids[place]), (0,) * most) for place in self.seen]
+        estimator = self.settings.estimator.resolve(longest)
+        tuning = f", then tuning on {len(self.held_out)} of the texts" * bool(self.held_out)
+        return (
+            f"answers: at most {len(self.ids)} x {most:,} tokens to write; {estimator.name}: at "
+            f"most {estimator.cost(longest, self.geometry):,} tokens to read{tuning}"
+        )
 
     def tell(self, line: str) -> None:
         """Say something once, however many processes there are."""

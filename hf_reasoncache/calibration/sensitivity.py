@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import ClassVar
@@ -14,7 +14,7 @@ from hf_reasoncache.arguments import require_int
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.allocation import marginal_allocation
 from hf_reasoncache.calibration.estimate import Estimate, Record
-from hf_reasoncache.calibration.squeeze import output_error
+from hf_reasoncache.calibration.squeeze import first_eviction, output_error, rows_per_batch
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.messages import shown
@@ -92,20 +92,24 @@ class Sensitivity:
     heads : bool
         Whether single KV heads are squeezed as well, for the demand of each head: that costs as
         many times more as a layer has KV heads.
-    rows : int
-        Squeezes that share a forward.
+    rows : int or None
+        Squeezes that share a forward; None takes as many as hold 32,768 tokens together.
+    every : int
+        Predictions after every so many tokens of a completion are measured: four times fewer cost
+        a third less and give the same wave.
     """
 
     budgets: tuple[int, ...] = ()
     budget: int | None = None
     eviction: Eviction = field(default_factory=Eviction)
     heads: bool = False
-    rows: int = 8
+    rows: int | None = None
+    every: int = 4
 
     name: ClassVar[str] = "sensitivity"
 
     def __post_init__(self) -> None:
-        for name, value in (("rows", self.rows), ("budget", self.budget)):
+        for name, value in (("rows", self.rows), ("budget", self.budget), ("every", self.every)):
             if value is not None:
                 require_int(name, value, low=1)
         for value in self.budgets:
@@ -157,19 +161,21 @@ class Sensitivity:
         self._expect_text(max(trace.length for trace in traces), budgets[0])
         return replace(self, budgets=budgets, budget=budget)
 
-    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> str:
-        """See `Estimator.cost`."""
-        layers = len(geometry.full_attention_layers)
-        units = layers * (1 + geometry.kv_heads * self.heads)
-        batches = -(-units // self.rows)
-        passes = len(traces) * len(self.budgets) * batches
-        rows = len(traces) * len(self.budgets) * (units + batches)
-        tokens = sum(trace.length for trace in traces) / len(traces)
-        return (
-            f"{len(traces)} traces x {len(self.budgets)} budgets x {units} layers"
-            f"{' and heads' * self.heads}: {passes} batched passes, {rows} rows of {tokens:.0f} "
-            "tokens"
-        )
+    def cost(self, traces: Sequence[Trace], geometry: Geometry) -> int:
+        """See `Estimator.cost`.
+
+        A squeezed row is read from its first eviction on, and in the layers from its own on.
+        """
+        layers = geometry.full_attention_layers
+        depth, units = layers[-1] + 1, 1 + geometry.kv_heads * self.heads
+        above = units * sum(depth - layer for layer in layers) / depth
+        total = 0.0
+        for trace in traces:
+            last, rows = trace.length - 1, units * len(layers) * len(self.budgets)
+            total += -(-rows // rows_per_batch(trace, self.rows)) * last
+            for budget in self.budgets:
+                total += above * max(last - first_eviction(trace, budget, self.eviction.buffer), 0)
+        return round(total)
 
     def measure(self, model: PreTrainedModel, trace: Trace) -> Record:
         """See `Estimator.measure`.
@@ -182,22 +188,25 @@ class Sensitivity:
         """
         geometry = Geometry.of(model.config)
         layers, heads = len(geometry.full_attention_layers), geometry.kv_heads
-        # Which heads [L, H_kv] each unit squeezes: whole layers, then single heads.
-        units = torch.eye(layers, dtype=torch.bool)[:, :, None].expand(-1, -1, heads)
+        # Which heads [U, H_kv] of a layer are squeezed: all, then each.
+        units = torch.ones(1, heads, dtype=torch.bool)
         if self.heads:
-            single = torch.eye(layers * heads, dtype=torch.bool).view(-1, layers, heads)
-            units = torch.cat([units, single])
-        policy = self.eviction.policy()
-
-        def errors(budget: int) -> Iterator[torch.Tensor]:
-            for some in units.split(self.rows):
-                kept = torch.full(some.shape, trace.length).masked_fill(some, budget)
-                yield output_error(model, trace, policy, kept)
-
-        found = torch.stack([torch.cat(list(errors(budget))) for budget in self.budgets], 1)
-        record = {"divergence": found[:layers]}
+            units = torch.cat([units, torch.eye(heads, dtype=torch.bool)])
+        kept = torch.full((layers, len(units), len(self.budgets), layers, heads), trace.length)
+        for layer in range(layers):
+            for place, budget in enumerate(self.budgets):
+                kept[layer, :, place, layer].masked_fill_(units, budget)
+        found = output_error(
+            model,
+            trace,
+            self.eviction.policy(),
+            kept.flatten(0, 2),
+            rows=self.rows,
+            every=self.every,
+        ).view(layers, len(units), -1)
+        record = {"divergence": found[:, 0]}
         if self.heads:
-            record["head_divergence"] = found[layers:].view(layers, heads, -1)
+            record["head_divergence"] = found[:, 1:]
         return record
 
     def estimate(self, records: Sequence[Record], traces: Sequence[Trace]) -> Estimate:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.estimate import Estimator
+from hf_reasoncache.calibration.sensitivity import Sensitivity
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.scorers.base import Scorer
@@ -25,7 +25,7 @@ class CalibrationSettings:
     Attributes
     ----------
     estimator : Estimator
-        `Coverage`, the paper's, or `Sensitivity`, ours.
+        `Sensitivity`, ours, or `Coverage`, the paper's.
     traces : TraceSettings
         How the model answers the prompts.
     tune : Tune or None
@@ -34,7 +34,7 @@ class CalibrationSettings:
         Whether prompts of plain text become the message of a user.
     """
 
-    estimator: Estimator = field(default_factory=Coverage)
+    estimator: Estimator = field(default_factory=Sensitivity)
     traces: TraceSettings = field(default_factory=TraceSettings)
     tune: Tune | None = None
     chat: bool = False

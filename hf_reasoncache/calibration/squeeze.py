@@ -1,13 +1,17 @@
 """What eviction does to a model's output: the error of many budgets at once.
 
-Every row of a batch reads the same trace, and every row has its own budget in each layer and head.
-The first row keeps everything; the others are compared with it.
+The first row of a batch reads a trace with the full cache. A squeezed row differs from it only
+after its first eviction, and only above the lowest layer that evicts, so that is where it joins the
+batch: what it shares with the first row is computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -17,34 +21,36 @@ from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.budget import BudgetPolicy
+from hf_reasoncache.policies.row_budgets import RowBudgets
+
+TOKENS = 2048
+"""Tokens of all rows per forward: bounds the logits, 614 MB in bfloat16 for 150k words."""
+
+HELD = 32_768
+"""Tokens that the rows of a batch may hold together: bounds the cache, 4 GB for a Llama 3.1 8B."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class GivenBudgets(BudgetPolicy):
-    """Every head of every row has a budget of its own.
+def rows_per_batch(trace: Trace, rows: int | None) -> int:
+    """Squeezes that share the forwards of a trace: `rows`, or as many as hold `HELD` tokens."""
+    return rows or max(1, HELD // trace.length)
 
-    Attributes
-    ----------
-    heads : LongTensor[B, H_kv]
-        Tokens that each head of each row keeps; `budget` is not used.
+
+def first_eviction(trace: Trace, budget: int, buffer: int) -> int:
+    """Column before which a budget evicts first.
+
+    A prompt beyond the capacity is cut at once, a shorter one when the buffer is full.
     """
-
-    heads: torch.Tensor
-
-    def tokens_per_head(self, protected: torch.Tensor, heads: int) -> torch.Tensor:
-        """See `BudgetPolicy.tokens_per_head`."""
-        floor = protected + self.window
-        if bool((self.heads < floor[:, None]).any()):
-            raise ValueError(
-                f"heads: expected budgets >= {int(floor.max())} (protected prompt and window "
-                f"of {self.window}), got {int(self.heads.min())}; raise the smallest budget or "
-                "do not protect the prompt."
-            )
-        return self.heads
+    return max(len(trace.prompt), budget + buffer)
 
 
 def output_error(
-    model: PreTrainedModel, trace: Trace, policy: BudgetPolicy, budgets: torch.Tensor
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: BudgetPolicy,
+    budgets: torch.Tensor,
+    *,
+    rows: int | None = None,
+    every: int = 1,
 ) -> torch.Tensor:
     """Divergence of the next-token distribution from the full cache, for many budgets at once.
 
@@ -57,48 +63,214 @@ def output_error(
         How a layer evicts; its budget and demand are not used.
     budgets : LongTensor[R, L, H_kv]
         Tokens each head keeps in each of `R` settings; the trace's length or more keeps all.
+        Neighbours share forwards, so settings whose lowest evicting layers are near belong
+        together.
+    rows : int, optional
+        See `rows_per_batch`.
+    every : int
+        Measure the predictions after every so many tokens of the completion.
 
     Returns
     -------
     Tensor[R]
-        `KL(full || evicted)` in nats, averaged over the predictions after the first generated
-        token, which the prompt's exact attention makes; float64.
+        `KL(full || evicted)` in nats, averaged over the measured predictions from that after the
+        first generated token on, which the prompt's exact attention makes; float64.
+
+    Raises
+    ------
+    ValueError
+        If a budget cannot hold the protected prompt and the window, or the model has no list of
+        blocks at which rows could join.
     """
-    # What keeps everything never evicts; more room than the trace would only cost memory.
-    kept = budgets.clamp(max=trace.length)
-    kept = torch.cat([torch.full_like(kept[:1], trace.length), kept])
-
-    def make_layer(index: int, rank: int, layers: int) -> CacheLayer:
-        heads = kept[:, rank]
-        return CacheLayer(index, GivenBudgets(**(vars(policy) | {"heads": heads})))
-
-    cache = ReasonCache(model.config, make_layer)
-    edges = eviction_columns(trace, kept, policy.buffer)
-    total = torch.zeros(len(budgets), dtype=torch.float64)
-    with torch.inference_mode():
-        for logits in replay(model, cache, trace, rows=len(kept), edges=sorted(edges)):
-            total += _divergence(logits)
-    return total / max(len(trace.completion) - 1, 1)
+    settings = [_Squeeze.of(trace, each, policy.buffer) for each in budgets]
+    size = rows_per_batch(trace, rows)
+    parts = [settings[place : place + size] for place in range(0, len(settings), size)]
+    return torch.cat([_errors(model, trace, policy, part, every) for part in parts])
 
 
-def eviction_columns(trace: Trace, budgets: torch.Tensor, buffer: int) -> set[int]:
-    """Columns before which some row evicts; chunks that end there need no second pass."""
-    begin = len(trace.prompt)
-    edges: set[int] = set()
-    for budget in budgets.unique().tolist():
-        # A prompt beyond the capacity is cut at once, a shorter one when the buffer is full.
-        edges |= set(range(max(begin, budget + buffer), trace.length, buffer))
-    return edges
+def _errors(
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: BudgetPolicy,
+    settings: Sequence[_Squeeze],
+    every: int,
+) -> torch.Tensor:
+    """`output_error` of settings that share their forwards."""
+    measured = range(len(trace.prompt), trace.length - 1, every)
+    total = torch.zeros(len(settings), dtype=torch.float64)
+    if not any(each.evictions for each in settings):
+        return total
+    batch = _Batch(model, trace, policy, settings)
+    forwards = replay(
+        model,
+        batch.cache,
+        trace,
+        edges={column for each in settings for column in each.evictions},
+        longest=max(1, TOKENS // (1 + len(settings))),
+        measured=measured,
+    )
+    with torch.inference_mode(), batch.growing():
+        for end, logits in forwards:
+            if len(logits) > 1:
+                total[batch.members] += divergence(logits)
+            batch.join(end)
+    return total / max(len(measured), 1)
 
 
-def _divergence(logits: torch.Tensor) -> torch.Tensor:
-    """Sum over `T` of KL(row 0 || row r) for logits `[1 + R, T, V]`: Tensor `[R]`, float64."""
-    full = logits[0].float().log_softmax(-1)
+@dataclass(frozen=True, eq=False)
+class _Squeeze:
+    """One setting of the budgets, and where it begins to matter.
+
+    Attributes
+    ----------
+    kept : LongTensor[L, H_kv]
+        Tokens that each head keeps; what keeps all has the trace's length.
+    rank : int
+        The lowest full-attention layer that evicts.
+    evictions : tuple of int
+        Columns before which it evicts, ascending; a chunk that ends there needs no second pass.
+    """
+
+    kept: torch.Tensor
+    rank: int
+    evictions: tuple[int, ...]
+
+    @staticmethod
+    def of(trace: Trace, budgets: torch.Tensor, buffer: int) -> _Squeeze:
+        """Read it from budgets, LongTensor[L, H_kv]."""
+        kept, last = budgets.clamp(max=trace.length), trace.length - 1
+        starts = {first_eviction(trace, budget, buffer) for budget in kept.unique().tolist()}
+        columns = {column for start in starts for column in range(start, last, buffer)}
+        evicts = (kept < trace.length).any(-1).nonzero()
+        rank = int(evicts[0]) if len(evicts) else len(kept)
+        return _Squeeze(kept, rank, tuple(sorted(columns)))
+
+
+class _Batch:
+    """The rows of a model's blocks: the full one, and behind it those that have joined.
+
+    A block computes the squeezes of its layer and of those below it, in the order of their layers.
+
+    Attributes
+    ----------
+    members : list of int
+        Settings of the rows behind the first one at the last block.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trace: Trace,
+        policy: BudgetPolicy,
+        settings: Sequence[_Squeeze],
+    ) -> None:
+        # No token of this trace is ever evicted from a row with so much room.
+        self.everything = trace.length + policy.window
+        whole = replace(policy, budget=self.everything, demand=None)
+        self.cache = ReasonCache(model.config, lambda index, rank, layers: CacheLayer(index, whole))
+        self.blocks = decoder_blocks(model, [layer.index for layer in self.cache.own_layers])
+        self.settings, self.members = settings, list[int]()
+        indices = [layer.index for layer in self.cache.own_layers]
+        self.home = {
+            place: indices[each.rank] for place, each in enumerate(settings) if each.evictions
+        }
+
+    def at(self, block: int) -> list[int]:
+        """Settings of the rows behind the first one at a block."""
+        return [place for place in self.members if self.home[place] <= block]
+
+    def join(self, column: int) -> None:
+        """Let those join that evict for the first time before this column."""
+        settings = enumerate(self.settings)
+        new = [place for place, each in settings if each.evictions[:1] == (column,)]
+        if not new:
+            return
+        before = {block: self.at(block) for block in range(len(self.cache.layers))}
+        self.members = sorted([*self.members, *new], key=lambda place: self.home[place])
+        for block, layer in enumerate(self.cache.layers):
+            if self.at(block) != before[block]:
+                old = {place: row for row, place in enumerate(before[block], 1)}
+                rows = torch.LongTensor([0, *(old.get(place, 0) for place in self.at(block))])
+                layer.reorder_cache(rows)
+        for rank, layer in enumerate(self.cache.own_layers):
+            places = self.at(layer.index)
+            joined = [row for row, place in enumerate(places, 1) if place in new]
+            if joined:
+                kept = [self.settings[places[row - 1]].kept[rank] for row in joined]
+                self._squeeze(layer, torch.tensor(joined), torch.stack(kept))
+
+    def _squeeze(self, layer: CacheLayer, rows: torch.Tensor, heads: torch.Tensor) -> None:
+        """Give the heads of some rows of a layer their budgets, LongTensor[R, H_kv]."""
+        state = cast(RowBudgets, layer.state)
+        floor = state.floor[rows]
+        if bool((heads < floor[:, None]).any()):
+            raise ValueError(
+                f"heads: expected budgets >= {int(floor.max())} (protected prompt and window of "
+                f"{state.policy.window}), got {int(heads.min())}; raise the smallest budget or do "
+                "not protect the prompt."
+            )
+        layer.adopt(replace(state, heads=state.heads.index_put((rows,), heads)))
+
+    @contextmanager
+    def growing(self) -> Iterator[None]:
+        """Make the model's blocks append the rows that join there."""
+        with ExitStack() as hooks:
+            for index, block in enumerate(self.blocks):
+                hook = block.register_forward_pre_hook(
+                    partial(self._append, index), with_kwargs=True
+                )
+                hooks.callback(hook.remove)
+            yield
+
+    def _append(
+        self, index: int, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Append copies of the full row's hidden state, Tensor[B, T, D], to a block's input."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        new = 1 + len(self.at(index)) - len(hidden)
+        if not new:
+            return args, kwargs
+        hidden = torch.cat([hidden, hidden[:1].expand(new, -1, -1)])
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def decoder_blocks(model: PreTrainedModel, layers: Sequence[int]) -> torch.nn.ModuleList:
+    """Return a model's blocks: the list whose block `i` has the attention of layer `i`.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    for found in model.modules():
+        if isinstance(found, torch.nn.ModuleList) and len(found) > max(layers):
+            parts = ((index, part) for index in layers for part in found[index].modules())
+            owned = {index for index, part in parts if getattr(part, "layer_idx", None) == index}
+            if owned == {*layers}:
+                return found
+    raise ValueError(
+        f"{type(model).__name__}: expected a list of blocks with the attention of layers "
+        f"{list(layers)} (`layer_idx`), got none; measure coverage instead."
+    )
+
+
+def divergence(logits: torch.Tensor) -> torch.Tensor:
+    """Sum over `T` of KL(row 0 || row r) for logits `[1 + R, T, V]`: Tensor `[R]`, float64.
+
+    With `d` the difference of a row's logits to those of row 0, and means over row 0's
+    probabilities, KL = log(1 + mean(exp(d) - 1)) - mean(d): two dot products, and no difference of
+    large numbers where rows are nearly the same.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    full = logits[0].to(dtype)
+    weight = full.softmax(-1)
 
     def each() -> Iterator[torch.Tensor]:
         # Row by row: the probabilities of a large vocabulary are the largest tensors here.
         for row in logits[1:]:
-            other = row.float().log_softmax(-1)
-            yield (full.exp() * (full - other)).sum().cpu().double()
+            apart = row - full
+            mean = torch.linalg.vecdot(weight, apart)
+            grown = torch.linalg.vecdot(weight, apart.expm1_())
+            yield (grown.log1p() - mean).sum().cpu().double()
 
     return torch.stack(list(each()))

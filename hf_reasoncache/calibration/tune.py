@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -15,7 +15,7 @@ from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.calibration.bootstrap import mean_interval
 from hf_reasoncache.calibration.estimate import Estimate, Record
 from hf_reasoncache.calibration.sensitivity import Eviction
-from hf_reasoncache.calibration.squeeze import output_error
+from hf_reasoncache.calibration.squeeze import output_error, rows_per_batch
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 
@@ -41,8 +41,8 @@ class Tune:
         Bounds in multiples of the mean budget.
     held_out : float
         Share of the prompts that are kept from the demand, at least 4 prompts.
-    rows : int
-        Rules that share a forward.
+    rows : int or None
+        Rules that share a forward; None takes as many as hold 32,768 tokens together.
     """
 
     budget: int | None = None
@@ -51,7 +51,7 @@ class Tune:
     lows: tuple[float, ...] = (0.1, 0.25, 0.5)
     highs: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0)
     held_out: float = 1 / 3
-    rows: int = 8
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -105,14 +105,13 @@ class Tune:
     def _split(self, rule: BudgetRule, demand: Sequence[float], floor: int) -> list[int]:
         return rule.layer_budgets(demand, self.budget or 1, floor=floor)
 
-    def cost(self, traces: Sequence[Trace], candidates: int) -> str:
-        """Describe in a sentence what measuring will take."""
-        tokens = sum(trace.length for trace in traces) / len(traces)
-        passes = len(traces) * -(-candidates // self.rows)
-        return (
-            f"{len(traces)} held-out traces x {candidates} splits: {passes} batched passes, "
-            f"{len(traces) * candidates + passes} rows of {tokens:.0f} tokens"
-        )
+    def cost(self, traces: Sequence[Trace], candidates: int) -> int:
+        """Count the tokens that measuring feeds through the whole model."""
+        total = 0
+        for trace in traces:
+            last, batches = trace.length - 1, -(-candidates // rows_per_batch(trace, self.rows))
+            total += last * (batches + candidates)
+        return total
 
     def measure(
         self, model: PreTrainedModel, trace: Trace, estimate: Estimate, rules: Sequence[BudgetRule]
@@ -122,13 +121,8 @@ class Tune:
         policy, demand = self.eviction.policy(), estimate.demand.tolist()
         floor = policy.window + len(trace.prompt) * policy.protect_prompt
         splits = [self._split(rule, demand, floor) for rule in rules]
-
-        def errors() -> Iterator[torch.Tensor]:
-            for some in torch.tensor(splits).split(self.rows):
-                budgets = some[:, :, None].expand(-1, -1, heads)
-                yield output_error(model, trace, policy, budgets)
-
-        return {"divergence": torch.cat(list(errors()))}
+        budgets = torch.tensor(splits)[:, :, None].expand(-1, -1, heads)
+        return {"divergence": output_error(model, trace, policy, budgets, rows=self.rows)}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,11 @@ from hf_reasoncache.profiles.summary import facts, layer_rows, title
 _BAR = 24  # characters of the largest demand
 
 Profile = Annotated[
-    str, typer.Argument(metavar="PROFILE", help="A directory, or a repository ORG/NAME.")
+    str,
+    typer.Argument(
+        metavar="PROFILE",
+        help="A directory, a profile of this package (MODEL/ESTIMATOR), or a repository ORG/NAME.",
+    ),
 ]
 Revision = Annotated[
     str | None,

@@ -50,13 +50,12 @@ def require_repo_id(name: str | os.PathLike[str]) -> str:
     Raises
     ------
     ValueError
-        Otherwise; names of directories that do not exist end here as well.
+        Otherwise.
     """
     repo_id = os.fspath(name)
     if not is_repo_id(repo_id):
         raise ValueError(
-            "profile: expected a directory that exists, or a repository ORG/NAME of the Hub, got "
-            f"{shown(repo_id)}."
+            f"profile: expected a repository ORG/NAME of the Hub, got {shown(repo_id)}."
         )
     return repo_id
 

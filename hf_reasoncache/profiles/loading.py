@@ -6,8 +6,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from hf_reasoncache.messages import shown
 from hf_reasoncache.profiles.encoding import statistics_digest
 from hf_reasoncache.profiles.files import CONFIG, STATISTICS, read_bounded
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""Profiles inside the package, `MODEL/ESTIMATOR`."""
+
+
+def shipped() -> list[str]:
+    """Return the names of the profiles inside the package."""
+    found = SHIPPED.glob(f"*/*/{CONFIG}")
+    return sorted(path.parent.relative_to(SHIPPED).as_posix() for path in found)
+
+
+def is_shipped(name: str) -> bool:
+    """Whether `name` is that of a profile inside the package.
+
+    Raises
+    ------
+    ValueError
+        If it has no such profile, but others of that model.
+    """
+    names = shipped()
+    if name in names:
+        return True
+    if name.partition("/")[0] in {each.partition("/")[0] for each in names}:
+        raise unknown(name)
+    return False
+
+
+def unknown(name: str) -> ValueError:
+    """The error for a name of nothing."""
+    return ValueError(
+        "profile: expected a directory that exists, a profile of this package "
+        f"({', '.join(shipped())}), or a repository ORG/NAME of the Hub, got {shown(name)}."
+    )
 
 
 class Source(Protocol):

@@ -16,7 +16,14 @@ from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.profiles import files, schema
 from hf_reasoncache.profiles.encoding import PARTS, decode, encode
 from hf_reasoncache.profiles.fingerprint import fingerprint
-from hf_reasoncache.profiles.loading import Directory, Source, read_profile
+from hf_reasoncache.profiles.loading import (
+    SHIPPED,
+    Directory,
+    Source,
+    is_shipped,
+    read_profile,
+    unknown,
+)
 from hf_reasoncache.profiles.provenance import Calibration
 from hf_reasoncache.profiles.statistics import check_statistics
 
@@ -177,14 +184,15 @@ class BudgetProfile:
         token: str | bool | None = None,
         with_statistics: bool = True,
     ) -> BudgetProfile:
-        """Load a profile from a directory, or from the Hub.
+        """Load a profile from a directory, from this package, or from the Hub.
 
         Parameters
         ----------
         path_or_repo : str or path
-            A directory; where there is none of that name, a repository ORG/NAME.
+            A directory; where there is none of that name, a profile of this package, as
+            "SmolLM2-135M-Instruct/sensitivity"; otherwise a repository ORG/NAME.
         revision : str, optional
-            Branch, tag or commit of the repository.
+            Branch, tag or commit of the repository; with one, the package is not looked at.
         local_files_only : bool
             Whether to look for the repository in the Hub's cache only; so does HF_HUB_OFFLINE=1.
         cache_dir : path, optional
@@ -197,19 +205,24 @@ class BudgetProfile:
         Raises
         ------
         ValueError
-            If the files are no valid profile, or the name is neither a directory nor a repository.
+            If the files are no valid profile, or the name is neither a directory nor a repository;
+            it lists the profiles of this package.
         OSError
             If a file is not there or cannot be read, or the Hub refuses or cannot be reached.
         """
         source: Source
-        if Path(path_or_repo).is_dir():
-            source = Directory(Path(path_or_repo))
+        name = os.fspath(path_or_repo)
+        if Path(name).is_dir():
+            source = Directory(Path(name))
+        elif revision is None and is_shipped(name):
+            source = Directory(SHIPPED / name)
         else:
             # Caches import this module, and a cache with a local profile needs no network.
-            from hf_reasoncache.profiles.hub import Repository, require_repo_id
+            from hf_reasoncache.profiles.hub import Repository, is_repo_id
 
-            repo_id = require_repo_id(path_or_repo)
-            source = Repository(repo_id, revision, local_files_only, cache_dir, token)
+            if not is_repo_id(name):
+                raise unknown(name)
+            source = Repository(name, revision, local_files_only, cache_dir, token)
         content = read_profile(source, with_statistics=with_statistics)
         return cls.from_files(content, name=source.name)
 

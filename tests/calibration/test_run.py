@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from dataclasses import replace
@@ -39,6 +40,7 @@ TUNED = CalibrationSettings(
     tune=Tune(budget=32, eviction=EVICTION, exponents=(0.5, 1.0), lows=(0.25,), highs=(2.0, 3.0)),
 )
 OPTIONS = {
+    "--estimator": "coverage",
     "--dtype": "float32",
     "--threads": "1",
     "--max-new-tokens": "40",
@@ -114,7 +116,16 @@ def test_the_profile_says_what_was_done_and_works(tuned: tuple[Path, list[str]])
     best = tune["outcome"]["best"]
     rule = best if tune["outcome"]["adopted"] else vars(BudgetRule(exponent=1.0))
     assert vars(loaded.rule) == rule
-    assert [line.split(":")[0] for line in said[:2]] == ["sensitivity", "tune"]
+    bound, measured, left, tuning = said[:4]
+    assert bound.startswith("answers: at most 6 x 40 tokens to write; sensitivity: at most ")
+    assert bound.endswith(" tokens to read, then tuning on 4 of the texts")
+    assert re.fullmatch(r"sensitivity: [\d,]+ tokens to read", measured)
+    assert re.fullmatch(r"sensitivity: about [\d.]+ minutes left", left)
+    assert re.fullmatch(r"tune: [\d,]+ tokens to read", tuning)
+    counts = [
+        int(re.findall(r"([\d,]+) tokens to read", line)[0].replace(",", "")) for line in said[:2]
+    ]
+    assert 0 < counts[1] <= counts[0]
     assert sum(loaded.layer_budgets(64)) == 4 * 64
     model = AutoModelForCausalLM.from_pretrained(MODELS["llama"])
     loaded.check(model)
@@ -239,5 +250,10 @@ def test_a_killed_command_goes_on_and_gives_the_same_profile(
     process = Copy(launched_commands.run, command(prompts, out))
     assert process.wait(120) == 0, process.stderr
     assert process.stdout == f"{out}\n"
-    assert process.stderr == "coverage: 6 traces: as many passes, 12 measurements of each layer\n"
+    assert re.fullmatch(
+        r"answers: at most 6 x 40 tokens to write; coverage: at most [\d,]+ tokens to read\n"
+        r"coverage: [\d,]+ tokens to read\n"
+        r"(coverage: about [\d.]+ minutes left\n)?",
+        process.stderr,
+    )
     assert content(out) == reference

@@ -22,7 +22,7 @@ def test_one_layer_at_a_time_is_squeezed(name: str, rows: int) -> None:
     model, trace = build(name), make_trace()
     geometry = Geometry.of(model.config)
     layers = len(geometry.full_attention_layers)
-    settings = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION, rows=rows)
+    settings = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION, rows=rows, every=1)
     found = settings.measure(model, trace)["divergence"]
     assert found.shape == (layers, 2)
     for layer in range(layers):
@@ -35,10 +35,10 @@ def test_one_layer_at_a_time_is_squeezed(name: str, rows: int) -> None:
 
 def test_single_heads_are_squeezed_too() -> None:
     model, traces = build("llama"), [make_trace(seed=seed) for seed in (1, 2)]
-    settings = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION, heads=True)
+    settings = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION, heads=True, every=1)
     records = [settings.measure(model, trace) for trace in traces]
     assert records[0]["head_divergence"].shape == (3, 2, 2)
-    whole = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION)
+    whole = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION, every=1)
     expected = whole.measure(model, traces[0])["divergence"]
     torch.testing.assert_close(records[0]["divergence"], expected, rtol=1e-4, atol=1e-7)
     kept = torch.full((1, 3, 2), traces[0].length)
@@ -85,17 +85,28 @@ def test_curves_become_tokens_that_add_up_to_the_budget() -> None:
         settings.estimate(same[:1], traces[:1])
 
 
-def test_the_cost_counts_every_squeezed_row() -> None:
-    traces = [make_trace(prompt=10, completion=90)] * 4
-    settings = Sensitivity(budgets=(10, 20), budget=10, eviction=EVICTION, rows=2)
-    cost = settings.cost(traces, Geometry((0, 1, 2), kv_heads=2, head_size=16))
-    assert cost == ("4 traces x 2 budgets x 3 layers: 16 batched passes, 40 rows of 100 tokens")
+def test_the_cost_is_what_the_blocks_compute() -> None:
+    model, traces = build("llama"), [make_trace(completion=n) for n in (40, 12)]
+    settings = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION, heads=True, rows=5)
+    computed = 0
+    for block in model.model.layers:
+
+        def count(block: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+            nonlocal computed
+            computed += output.shape[0] * output.shape[1]
+
+        block.register_forward_hook(count)
+    for trace in traces:
+        settings.measure(model, trace)
+    cost = settings.cost(traces, Geometry.of(model.config))
+    assert cost == pytest.approx(computed / len(model.model.layers), abs=1)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"rows": 0}, "rows: expected an integer >= 1"),
+        ({"every": 0}, "every: expected an integer >= 1"),
         ({"budget": 0}, "budget: expected an integer >= 1"),
         ({"budgets": (20, 10)}, "ascending"),
         ({"budgets": (8, 20)}, "more than the window of 8"),

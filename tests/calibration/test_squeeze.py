@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from transformers import Cache, DynamicCache
 
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.sensitivity import Eviction
-from hf_reasoncache.calibration.squeeze import output_error
+from hf_reasoncache.calibration.squeeze import divergence, output_error
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
+from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
-from tests.support.models import build
+from tests.support.models import BUILDERS, build
 from tests.support.pairs import in_turn
 from tests.support.traces import make_trace, token_ids
 
@@ -52,9 +56,73 @@ def one_by_one(name: str, trace: Trace, eviction: Eviction, budget: int) -> floa
     settings = dict(vars(eviction))
     protect = settings.pop("protect_prompt")
     evicting = ReasonAllocCache(build(name).config, budget=budget, protect=protect, **settings)
+    return float(by_token(name, trace, evicting).mean())
+
+
+def by_token(name: str, trace: Trace, evicting: Cache) -> torch.Tensor:
+    """Tensor[T]: the divergence of every prediction, from two generations' forwards."""
     full = undisturbed(name, trace)
     other = predictions(name, trace, evicting, "reasoncache")
-    return float((full.exp() * (full - other)).sum(-1).mean())
+    return (full.exp() * (full - other)).sum(-1)
+
+
+def one_layer(name: str, eviction: Eviction, rank: int, budget: int) -> ReasonCache:
+    """A cache whose layer `rank` alone evicts."""
+    policy = replace(eviction.policy(), budget=budget)
+
+    def make_layer(index: int, at: int, layers: int) -> CacheLayer:
+        return CacheLayer(index, policy if at == rank else None)
+
+    return ReasonCache(build(name).config, make_layer)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_layers_squeezed_together_are_measured_as_if_each_were_alone(name: str) -> None:
+    trace, every = make_trace(), 3
+    eviction = Eviction(scorer=RKV(queries=4), buffer=6, window=4)
+    geometry = Geometry.of(build(name).config)
+    layers = len(geometry.full_attention_layers)
+    # The second joins while the first is evicting already; the third never evicts.
+    budgets = (10, 27, trace.length)
+    kept = torch.full((layers, len(budgets), layers, geometry.kv_heads), trace.length)
+    for rank, place in product(range(layers), range(len(budgets))):
+        kept[rank, place, rank] = budgets[place]
+    # Neither the order of the settings nor how they are batched matters.
+    order = torch.randperm(layers * len(budgets), generator=torch.Generator().manual_seed(0))
+    settings = (trace, eviction.policy(), kept.flatten(0, 1)[order])
+    found = output_error(build(name), *settings)
+    expected = torch.stack(
+        [
+            by_token(name, trace, one_layer(name, eviction, rank, budget))
+            for rank, budget in product(range(layers), budgets)
+        ]
+    )[order]
+    torch.testing.assert_close(found, expected.mean(-1), rtol=1e-3, atol=1e-6)
+    assert ((found > 1e-4) == (order % len(budgets) < 2)).all()
+    few = output_error(build(name), *settings, rows=2, every=every)
+    torch.testing.assert_close(few, expected[:, ::every].mean(-1), rtol=1e-3, atol=1e-6)
+
+
+def test_divergence_is_exact_where_rows_are_nearly_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    full = 5 * torch.randn(1, 4, 2000, generator=generator)
+    noise = torch.randn(3, 4, 2000, generator=generator)
+    scale = torch.tensor([1e-3, 1e-2, 1.0])[:, None, None]
+    logits = torch.cat([full, full + scale * noise])
+    logs = logits.double().log_softmax(-1)
+    expected = (logs[0].exp() * (logs[0] - logs[1:])).sum((-1, -2))
+    assert expected[0] < 1e-5
+    torch.testing.assert_close(divergence(logits), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(divergence(logits.double()), expected, rtol=1e-6, atol=0)
+
+
+def test_a_model_without_a_list_of_blocks_is_refused() -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        del layer.self_attn.layer_idx
+    with pytest.raises(ValueError, match=r"list of blocks .* layers \[0, 1, 2\] .* got none"):
+        policy = Eviction(buffer=6, window=4).policy()
+        output_error(model, make_trace(), policy, everywhere("llama", (10,)))
 
 
 @pytest.mark.parametrize(
@@ -100,5 +168,6 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     policy = Eviction(scorer=RKV(queries=4), buffer=6, window=4).policy()
     budgets = everywhere("llama", BUDGETS)
     together = output_error(model, trace, policy, budgets)
+    torch.testing.assert_close(output_error(model, trace, policy, budgets, rows=2), together)
     alone = torch.cat([output_error(model, trace, policy, row[None]) for row in budgets])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-7)

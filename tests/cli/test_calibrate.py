@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,20 +32,24 @@ def test_help_fits_80_columns_and_names_the_launcher(run) -> None:
 
 def test_settings_reach_the_profile(run, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "wave"
-    options = ["--estimator", "sensitivity", "--budgets", "12,40", "--budget", "24", "--heads"]
+    options = ["--budgets", "12,40", "--budget", "24", "--heads"]
     options += ["--window", "6", "--buffer", "9", "--scorer", "snapkv", "--rows", "3"]
+    options += ["--every", "2"]
     status, printed, said = run(
         "calibrate", MODEL, "--prompts", prompts, "--out", out, *SHORT, *options
     )
     assert (status, printed) == (0, f"{out}\n")
-    assert said == (
-        "sensitivity: 2 traces x 2 budgets x 20 layers and heads: 28 batched passes, 108 rows of "
-        f"{said.split()[-2]} tokens\n"
+    assert re.fullmatch(
+        r"answers: at most 2 x 24 tokens to write; sensitivity: at most [\d,]+ tokens to read\n"
+        r"sensitivity: [\d,]+ tokens to read\n"
+        r"sensitivity: about [\d.]+ minutes left\n",
+        said,
     )
     profile = BudgetProfile.from_pretrained(out)
-    assert profile.head_demand is not None
+    assert profile.estimator == "sensitivity" and profile.head_demand is not None
     settings = profile.calibration.settings
     assert settings["estimator"]["budgets"] == [12, 40]
+    assert (settings["estimator"]["rows"], settings["estimator"]["every"]) == (3, 2)
     assert settings["estimator"]["eviction"] == {
         "scorer": "SnapKV(queries=6, kernel=5)",
         "buffer": 9,
@@ -69,8 +74,8 @@ def test_settings_reach_the_profile(run, prompts: Path, tmp_path: Path) -> None:
 def test_an_error_is_one_line(
     run, prompts: Path, tmp_path: Path, options: list[str], status: int, message: str
 ) -> None:
-    if options[0] == "--budgets":
-        options = ["--estimator", "sensitivity", *options]
+    if options[0] == "--interval":
+        options = ["--estimator", "coverage", *options]
     arguments = [MODEL, "--prompts", prompts, "--out", tmp_path / "wave", *SHORT, *options]
     got, out, error = run("calibrate", *arguments)
     assert (got, out) == (status, "")

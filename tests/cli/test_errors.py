@@ -80,7 +80,7 @@ WORK = ["evaluate", "audit", "calibrate"]
         (["evaluate", "--task", "x" * 9999], "expected FILE.jsonl or module:name"),
         (["calibrate", "--seed", "9" * 30], "seed: expected an integer <= 2147483647"),
         (["calibrate", "--tune", "--budget", "9" * 30], "budget: expected an integer <="),
-        (["calibrate", "--push-to", "nonsense"], "expected a directory that exists, or a repos"),
+        (["calibrate", "--push-to", "nonsense"], "expected a repository ORG/NAME"),
         *((["evaluate", "--device", name], "--device: expected a device of this machine")
           for name in ("cuda:99", "nonsense", "meta", "x" * 9999)),
         (["generate", "--memory", "x" * 9999], "--memory: expected an amount"),

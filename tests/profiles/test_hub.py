@@ -247,6 +247,8 @@ def test_server_error_while_pulling(hub: Hub, tmp_path: Path) -> None:
     "name", ["no-slash", "a/b/c", "../../never", "org/..", "/etc/passwd", "org/na me", "org/n\0"]
 )
 def test_names_that_are_no_repository(hub: Hub, name: str) -> None:
-    with pytest.raises(ValueError, match="expected a directory that exists, or a repository"):
+    with pytest.raises(
+        ValueError, match="expected a directory that exists, a profile of this package"
+    ):
         BudgetProfile.from_pretrained(name)
     assert hub.requests == []
