@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.tiny_reasoner import MODELS, make_problems
 from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.prompts import Prompt, PromptSet
 from hf_reasoncache.calibration.run import calibrate
+from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
 
 
@@ -28,11 +28,13 @@ def main() -> None:
 
     with TemporaryDirectory() as folder:
         wave = Path(folder) / "wave"
-        # By default it looks at the attention every 128 tokens, which these answers seldom reach.
-        settings = CalibrationSettings(Coverage(interval=32))
-        profile = calibrate(model, tokenizer, PromptSet("walk", None, prompts), wave, settings)
-        demand = " ".join(f"{tokens:.2f}" for tokens in profile.demand)
-        print(f"tokens that hold 93% of the attention, by layer: {demand}")
+        # Evict as the cache below will.
+        eviction = Eviction(buffer=16, window=16)
+        settings = CalibrationSettings(Sensitivity(budget=112, eviction=eviction))
+        found = PromptSet("walk", None, prompts)
+        profile = calibrate(model, tokenizer, found, wave, settings, say=print)
+        demand = " ".join(f"{tokens:.0f}" for tokens in profile.demand)
+        print(f"tokens that each layer needs: {demand}")
 
         cache = ReasonAllocCache(model.config, budget=112, buffer=16, window=16, profile=wave)
     inputs = tokenizer(problems[0].prompt, return_tensors="pt")

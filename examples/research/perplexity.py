@@ -33,6 +33,10 @@ from hf_reasoncache.evaluation import CacheSpec
 TOKENS = 832
 COMMON = {"buffer": 64, "window": 8, "head_budgets": False, "protect": False}
 
+_EQUAL, _OURS, _PAPERS = ("", None), (", sensitivity", "sensitivity"), (", coverage", "coverage")
+PROFILED = {"rkv": (_EQUAL, _OURS, _PAPERS), "h2o": (_EQUAL, _OURS), "random": (_EQUAL, _OURS)}
+"""Profiles that every scorer is given; the paper's estimator goes with the paper's scorer."""
+
 
 def specs() -> list[CacheSpec]:
     """What is compared, the first with all others."""
@@ -44,7 +48,7 @@ def specs() -> list[CacheSpec]:
             scorer,
         )
         for name, scorer in (("R-KV", "rkv"), ("H2O", "h2o"), ("random", "random"))
-        for label, profile in (("", None), (", sensitivity", "sensitivity"))
+        for label, profile in PROFILED[scorer]
     ]
 
 

@@ -96,6 +96,10 @@ class Coverage:
         """See `Estimator.resolve`."""
         return self
 
+    def bound(self, prompts: Sequence[int], most: int, geometry: Geometry) -> int:
+        """See `Estimator.bound`."""
+        return sum(prompt + most - 1 for prompt in prompts)
+
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> int:
         """See `Estimator.cost`."""
         # The last token of a completion is not read: nothing follows it.

@@ -62,6 +62,10 @@ class Estimator(Protocol):
         """Fill in the settings that follow from the traces."""
         ...
 
+    def bound(self, prompts: Sequence[int], most: int, geometry: Geometry) -> int:
+        """Bound `cost` from above, before there are answers; arguments as in `expect`."""
+        ...
+
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> int:
         """Count the tokens that measuring feeds through the whole model.
 

@@ -238,13 +238,12 @@ class _Run:
 
     def bound(self) -> str:
         """Say what the run takes at most, before there are answers."""
-        most = self.settings.traces.max_new_tokens
-        longest = [Trace(tuple(self.ids[place]), (0,) * most) for place in self.seen]
-        estimator = self.settings.estimator.resolve(longest)
+        most, estimator = self.settings.traces.max_new_tokens, self.settings.estimator
+        tokens = estimator.bound([len(self.ids[p]) for p in self.seen], most, self.geometry)
         tuning = f", then tuning on {len(self.held_out)} of the texts" * bool(self.held_out)
         return (
             f"answers: at most {len(self.ids)} x {most:,} tokens to write; {estimator.name}: at "
-            f"most {estimator.cost(longest, self.geometry):,} tokens to read{tuning}"
+            f"most {tokens:,} tokens to read{tuning}"
         )
 
     def tell(self, line: str) -> None:

@@ -161,6 +161,14 @@ class Sensitivity:
         self._expect_text(max(trace.length for trace in traces), budgets[0])
         return replace(self, budgets=budgets, budget=budget)
 
+    def bound(self, prompts: Sequence[int], most: int, geometry: Geometry) -> int:
+        """See `Estimator.bound`."""
+        longest = [Trace((0,) * prompt, (0,) * most) for prompt in prompts]
+        # Where the budgets follow from the answers, no four of them evict earlier than these.
+        least = self.eviction.window + 1
+        budgets = self.budgets or tuple(range(least, least + 4))
+        return replace(self, budgets=budgets, budget=None).cost(longest, geometry)
+
     def cost(self, traces: Sequence[Trace], geometry: Geometry) -> int:
         """See `Estimator.cost`.
 

@@ -102,6 +102,17 @@ def test_the_cost_is_what_the_blocks_compute() -> None:
     assert cost == pytest.approx(computed / len(model.model.layers), abs=1)
 
 
+@pytest.mark.parametrize("budgets", [(), (8, 20)])
+def test_no_answers_cost_more_than_the_bound(budgets: tuple[int, ...]) -> None:
+    geometry = Geometry((0, 1, 2), kv_heads=2, head_size=16)
+    settings = Sensitivity(budgets=budgets, eviction=EVICTION, rows=2)
+    bound = settings.bound([21, 21], 200, geometry)
+    assert 0 < bound < 10**5
+    for lengths in ([200, 200], [200, 30], [13, 40], [60, 59]):
+        traces = [make_trace(completion=n) for n in lengths]
+        assert settings.resolve(traces).cost(traces, geometry) <= bound
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
