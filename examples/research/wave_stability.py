@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from examples.real_model.model import FOLDER, PROFILES, load
-from examples.research.perplexity import COMMON, TOPICS, difference, losses, texts
+from examples.real_model.perplexity import TOPICS, difference, forwards, losses, texts
+from examples.research.perplexity import COMMON, TOKENS
 from examples.research.tables import publish, versions
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.calibration.estimate import Record
@@ -53,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the waves, print the table, write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=FOLDER)
-    parser.add_argument("--pages", type=int, default=4, help="read up to 256 tokens")
-    parser.add_argument("--long", type=int, default=2, help="of them, read up to 512 tokens")
+    parser.add_argument("--pages", type=int, default=4, help="of each length")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--threads", type=int, default=1)
@@ -74,26 +74,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "answers, second half": wave(answers[half:], answered[half:]),
     }
     for length in LENGTHS:
-        count = given.long if length > ANSWERS else given.pages
-        read = pages(tokenizer, count, length)
+        read = pages(tokenizer, given.pages, length)
         found = [ESTIMATOR.measure(model, trace) for trace in read]
         name = f"pages, {length} tokens"
-        waves[f"{name}, first half"] = wave(found[: count // 2], read[: count // 2])
-        waves[f"{name}, second half"] = wave(found[count // 2 :], read[count // 2 :])
+        half = given.pages // 2
+        waves[f"{name}, first half"] = wave(found[:half], read[:half])
+        waves[f"{name}, second half"] = wave(found[half:], read[half:])
         waves[name] = wave(found, read)
         print(f"{name}: {time.process_time() - begin:.0f} s", flush=True)
 
     # 2. What they gain.
-    ids = texts(tokenizer)
-    equal = losses(model, ids, ReasonAllocCache(model.config, budget=BUDGET, **COMMON))
+    ids = texts(tokenizer, TOKENS)
+
+    def loss(profile: BudgetProfile | None) -> torch.Tensor:
+        cache = ReasonAllocCache(model.config, budget=BUDGET, profile=profile, **COMMON)
+        return losses(ids, forwards(model, ids, cache))
+
+    equal = loss(None)
     rows = []
     for name, demand in {"answers (shipped)": shipped.demand, **waves}.items():
         other = waves.get(name.replace("first", "second")) if "first" in name else None
         gain = ""
         if "pages" not in name or "half" not in name:
-            profile = replace(shipped, demand=demand, statistics={})
-            cache = ReasonAllocCache(model.config, budget=BUDGET, profile=profile, **COMMON)
-            gain = difference(losses(model, ids, cache), equal)
+            gain = difference(loss(replace(shipped, demand=demand, statistics={})), equal)
         rows.append(
             {
                 "wave from": name,
@@ -107,11 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*rows[-1].values(), sep="  ", flush=True)
     note = (
         f"SmolLM2-135M-Instruct in bfloat16; the shipped wave is of {len(answers)} answers of up "
-        f"to {ANSWERS} tokens, the others of {given.pages} pages of Python's documentation "
-        f"({given.long} of 512 tokens). R-KV at budget {BUDGET} on the texts of `perplexity`, "
+        f"to {ANSWERS} tokens, the others of {given.pages} pages of Python's documentation. "
+        f"R-KV at budget {BUDGET} on the texts of `perplexity`, "
         "which no wave has seen; mean difference of the loss in nats with its 95% interval. Only "
         "the intervals draw at random (seed 0). `python -m examples.research.wave_stability "
-        f"--pages {given.pages} --long {given.long}`, {versions()}, "
+        f"--pages {given.pages}`, {versions()}, "
         f"{(time.process_time() - begin) / 60:.0f} minutes on one core."
     )
     publish(rows, note, "wave_stability", given.output, given.document)
