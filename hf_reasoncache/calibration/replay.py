@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ def replay(
     edges: Collection[int],
     longest: int,
     measured: Collection[int] = (),
+    rows: Callable[[], int] = lambda: 1,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Force a trace through a model.
 
@@ -42,6 +43,8 @@ def replay(
     measured : collection of int
         Columns of the completion whose predictions are asked for. The others have no logits, which
         a large vocabulary makes expensive.
+    rows : Callable[[], int]
+        How often the next chunk is fed.
 
     Yields
     ------
@@ -62,7 +65,7 @@ def replay(
             end = min(edge, begin + longest)
             asked = [column - begin for column in range(begin, end) if column in measured]
             logits = model(
-                input_ids=ids[:, begin:end],
+                input_ids=ids[:, begin:end].expand(rows(), -1),
                 **cache_kwarg(cache),
                 use_cache=True,
                 logits_to_keep=torch.tensor(asked, device=ids.device) if asked else 1,

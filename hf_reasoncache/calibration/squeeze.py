@@ -7,7 +7,7 @@ batch: what it shares with the first row is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.budget import BudgetPolicy
 from hf_reasoncache.policies.row_budgets import RowBudgets
+from hf_reasoncache.releases import cache_kwarg
 
 TOKENS = 2048
 """Tokens of all rows per forward: bounds the logits, 614 MB in bfloat16 for 150k words."""
@@ -79,8 +80,7 @@ def output_error(
     Raises
     ------
     ValueError
-        If a budget cannot hold the protected prompt and the window, or the model has no list of
-        blocks at which rows could join.
+        If a budget cannot hold the protected prompt and the window.
     """
     settings = [_Squeeze.of(trace, each, policy.buffer) for each in budgets]
     size = rows_per_batch(trace, rows)
@@ -108,6 +108,7 @@ def _errors(
         edges={column for each in settings for column in each.evictions},
         longest=max(1, TOKENS // (1 + len(settings))),
         measured=measured,
+        rows=lambda: batch.fed,
     )
     with torch.inference_mode(), batch.growing():
         for end, logits in forwards:
@@ -150,11 +151,14 @@ class _Batch:
     """The rows of a model's blocks: the full one, and behind it those that have joined.
 
     A block computes the squeezes of its layer and of those below it, in the order of their layers.
+    Where a model does not let rows join between two blocks, they run through all of them.
 
     Attributes
     ----------
     members : list of int
         Settings of the rows behind the first one at the last block.
+    blocks : sequence of Module
+        Where rows join; empty if they are fed from the first block on.
     """
 
     def __init__(
@@ -168,12 +172,19 @@ class _Batch:
         self.everything = trace.length + policy.window
         whole = replace(policy, budget=self.everything, demand=None)
         self.cache = ReasonCache(model.config, lambda index, rank, layers: CacheLayer(index, whole))
-        self.blocks = decoder_blocks(model, [layer.index for layer in self.cache.own_layers])
         self.settings, self.members = settings, list[int]()
         indices = [layer.index for layer in self.cache.own_layers]
+        self.blocks = joinable_blocks(model, indices)
+        # The cache counts its rows at block 0 and at its own first layer: these are to agree.
+        homes = [0, *indices[1:]] if self.blocks else [0] * len(indices)
         self.home = {
-            place: indices[each.rank] for place, each in enumerate(settings) if each.evictions
+            place: homes[each.rank] for place, each in enumerate(settings) if each.evictions
         }
+
+    @property
+    def fed(self) -> int:
+        """Rows that the model is fed."""
+        return 1 if self.blocks else 1 + len(self.members)
 
     def at(self, block: int) -> list[int]:
         """Settings of the rows behind the first one at a block."""
@@ -216,42 +227,57 @@ class _Batch:
         """Make the model's blocks append the rows that join there."""
         with ExitStack() as hooks:
             for index, block in enumerate(self.blocks):
-                hook = block.register_forward_pre_hook(
-                    partial(self._append, index), with_kwargs=True
-                )
-                hooks.callback(hook.remove)
+                rows = partial(lambda index: 1 + len(self.at(index)), index)
+                hooks.enter_context(appending(block, rows))
             yield
 
-    def _append(
-        self, index: int, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+
+@contextmanager
+def appending(block: torch.nn.Module, rows: Callable[[], int]) -> Iterator[None]:
+    """Make a block append copies of the first row to its hidden states, up to so many rows."""
+
+    def append(
+        block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Append copies of the full row's hidden state, Tensor[B, T, D], to a block's input."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        new = 1 + len(self.at(index)) - len(hidden)
-        if not new:
-            return args, kwargs
-        hidden = torch.cat([hidden, hidden[:1].expand(new, -1, -1)])
+        hidden = torch.cat([hidden, hidden[:1].expand(rows() - len(hidden), -1, -1)])
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
+    hook = block.register_forward_pre_hook(append, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
-def decoder_blocks(model: PreTrainedModel, layers: Sequence[int]) -> torch.nn.ModuleList:
-    """Return a model's blocks: the list whose block `i` has the attention of layer `i`.
 
-    Raises
-    ------
-    ValueError
-        If there is none.
+def joinable_blocks(model: PreTrainedModel, layers: Sequence[int]) -> Sequence[torch.nn.Module]:
+    """Return a model's blocks, where block `i` has the attention of layer `i`.
+
+    Empty if there is no such list, or if the model relies on the number of rows that it was fed.
     """
     for found in model.modules():
         if isinstance(found, torch.nn.ModuleList) and len(found) > max(layers):
             parts = ((index, part) for index in layers for part in found[index].modules())
             owned = {index for index, part in parts if getattr(part, "layer_idx", None) == index}
             if owned == {*layers}:
-                return found
-    raise ValueError(
-        f"{type(model).__name__}: expected a list of blocks with the attention of layers "
-        f"{list(layers)} (`layer_idx`), got none; measure coverage instead."
-    )
+                return list(found) if _rows_may_join(model, found[0]) else []
+    return []
+
+
+@torch.inference_mode()
+def _rows_may_join(model: PreTrainedModel, block: torch.nn.Module) -> bool:
+    """Try it with a few tokens: a row that joins at the first block is to see what row 0 does."""
+    cache = ReasonCache(model.config, lambda index, rank, layers: CacheLayer(index))
+    ids = torch.ones(1, 4, dtype=torch.long, device=model.device)
+    model(input_ids=ids, **cache_kwarg(cache), use_cache=True)
+    for layer in cache.layers:
+        layer.reorder_cache(torch.LongTensor([0, 0]))
+    try:
+        with appending(block, lambda: 2):
+            logits = model(input_ids=ids[:, :2], **cache_kwarg(cache), use_cache=True).logits
+    except (RuntimeError, ValueError):
+        return False
+    return len(logits) == 2 and torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2)
 
 
 def divergence(logits: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
-from tests.support.models import BUILDERS, build
+from tests.support.models import BUILDERS, build, sliding_first
 from tests.support.pairs import in_turn
 from tests.support.traces import make_trace, token_ids
 
@@ -76,21 +76,34 @@ def one_layer(name: str, eviction: Eviction, rank: int, budget: int) -> ReasonCa
     return ReasonCache(build(name).config, make_layer)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_layers_squeezed_together_are_measured_as_if_each_were_alone(name: str) -> None:
-    trace, every = make_trace(), 3
-    eviction = Eviction(scorer=RKV(queries=4), buffer=6, window=4)
+def single_layers(name: str, budgets: tuple[int, ...]) -> torch.Tensor:
+    """LongTensor[L * budgets, L, H_kv]: each layer at each budget, the others keep everything."""
     geometry = Geometry.of(build(name).config)
-    layers = len(geometry.full_attention_layers)
-    # The second joins while the first is evicting already; the third never evicts.
-    budgets = (10, 27, trace.length)
-    kept = torch.full((layers, len(budgets), layers, geometry.kv_heads), trace.length)
+    layers, everything = len(geometry.full_attention_layers), 10**9
+    kept = torch.full((layers, len(budgets), layers, geometry.kv_heads), everything)
     for rank, place in product(range(layers), range(len(budgets))):
         kept[rank, place, rank] = budgets[place]
+    return kept.flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, "gemma3, sliding first", "gpt_oss, sliding first"])
+def test_layers_squeezed_together_are_measured_as_if_each_were_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if "sliding first" in name:
+        name = name.partition(",")[0]
+        monkeypatch.setattr(f"{__name__}.build", sliding_first)
+        monkeypatch.setattr(f"{__name__}.undisturbed", undisturbed.__wrapped__)
+    model, trace, every = build(name), make_trace(), 3
+    eviction = Eviction(scorer=RKV(queries=4), buffer=6, window=4)
+    # The second joins while the first is evicting already; the third never evicts.
+    budgets = (10, 27, trace.length)
+    kept = single_layers(name, budgets)
+    layers = kept.shape[1]
     # Neither the order of the settings nor how they are batched matters.
-    order = torch.randperm(layers * len(budgets), generator=torch.Generator().manual_seed(0))
-    settings = (trace, eviction.policy(), kept.flatten(0, 1)[order])
-    found = output_error(build(name), *settings)
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
+    settings = (trace, eviction.policy(), kept[order])
+    found = output_error(model, *settings)
     expected = torch.stack(
         [
             by_token(name, trace, one_layer(name, eviction, rank, budget))
@@ -99,7 +112,7 @@ def test_layers_squeezed_together_are_measured_as_if_each_were_alone(name: str) 
     )[order]
     torch.testing.assert_close(found, expected.mean(-1), rtol=1e-3, atol=1e-6)
     assert ((found > 1e-4) == (order % len(budgets) < 2)).all()
-    few = output_error(build(name), *settings, rows=2, every=every)
+    few = output_error(model, *settings, rows=2, every=every)
     torch.testing.assert_close(few, expected[:, ::every].mean(-1), rtol=1e-3, atol=1e-6)
 
 
@@ -116,13 +129,32 @@ def test_divergence_is_exact_where_rows_are_nearly_the_same() -> None:
     torch.testing.assert_close(divergence(logits.double()), expected, rtol=1e-6, atol=0)
 
 
-def test_a_model_without_a_list_of_blocks_is_refused() -> None:
-    model = build("llama")
-    for layer in model.model.layers:
-        del layer.self_attn.layer_idx
-    with pytest.raises(ValueError, match=r"list of blocks .* layers \[0, 1, 2\] .* got none"):
-        policy = Eviction(buffer=6, window=4).policy()
-        output_error(model, make_trace(), policy, everywhere("llama", (10,)))
+@pytest.mark.parametrize("obstacle", ["no list of blocks", "rows are counted"])
+def test_where_rows_cannot_join_at_their_layer_they_run_through_all(
+    monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    model, trace = build("llama"), make_trace()
+    settings = (trace, Eviction(RKV(queries=4), 6, 4).policy(), single_layers("llama", (10, 27)))
+    expected = output_error(model, *settings)
+    assert expected.min() > 1e-4
+    widest = []
+    model.model.layers[0].register_forward_hook(lambda block, args, out: widest.append(len(out)))
+    output_error(model, *settings)
+    assert max(widest) == 3, "the full row, and the first layer at two budgets"
+    if obstacle == "no list of blocks":
+        monkeypatch.setattr(torch.nn, "ModuleList", type(None))
+    else:
+        embed = model.model.embed_tokens
+        fed = []
+        embed.register_forward_pre_hook(lambda module, args: fed.append(len(args[0])))
+
+        def count(norm: torch.nn.Module, args: tuple) -> None:
+            if len(args[0]) != fed[-1]:
+                raise RuntimeError("another number of rows than was fed")
+
+        model.model.norm.register_forward_pre_hook(count)
+    torch.testing.assert_close(output_error(model, *settings), expected, rtol=1e-4, atol=1e-7)
+    assert max(widest) == 7
 
 
 @pytest.mark.parametrize(
