@@ -136,7 +136,8 @@ def test_protect(run: Callable[[str], str]) -> None:
 
 @old_name
 def test_calibrate(run: Callable[[str], str]) -> None:
-    demand, seen, *_, first, second, third, fourth = run("calibrate").splitlines()
+    bound, exact, _, demand, seen, *_, first, second, third, fourth = run("calibrate").splitlines()
+    assert "at most" in bound and "tokens to read" in exact
     needed = [float(each) for each in demand.rpartition(": ")[2].split()]
     held = [float(line.split()[2]) for line in (first, second, third, fourth)]
     assert len(needed) == 4
