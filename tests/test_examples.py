@@ -136,8 +136,9 @@ def test_protect(run: Callable[[str], str]) -> None:
 
 @old_name
 def test_calibrate(run: Callable[[str], str]) -> None:
-    bound, exact, _, demand, seen, *_, first, second, third, fourth = run("calibrate").splitlines()
-    assert "at most" in bound and "tokens to read" in exact
+    *costs, demand, seen = (lines := run("calibrate").splitlines())[:6]
+    *_, first, second, third, fourth = lines
+    assert [cost.split(":")[0] for cost in costs] == ["answers", *["sensitivity"] * 3]
     needed = [float(each) for each in demand.rpartition(": ")[2].split()]
     held = [float(line.split()[2]) for line in (first, second, third, fourth)]
     assert len(needed) == 4

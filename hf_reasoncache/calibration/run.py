@@ -115,7 +115,7 @@ class _Run:
         if self.processes.is_main:
             self.checkpoint.begin(self.identity(), resume=resume)
         self.processes.wait()
-        self.tell(self.bound())
+        self.tell_bounds()
         traces = self.traces()
         estimator = self.settings.estimator.resolve([traces[place] for place in self.seen])
         records, found = self.estimate(estimator, {place: traces[place] for place in self.seen})
@@ -236,15 +236,13 @@ class _Run:
         self.processes.wait()
         return [self.checkpoint.require(part) for part in parts.values()]
 
-    def bound(self) -> str:
+    def tell_bounds(self) -> None:
         """Say what the run takes at most, before there are answers."""
         most, estimator = self.settings.traces.max_new_tokens, self.settings.estimator
         tokens = estimator.bound([len(self.ids[p]) for p in self.seen], most, self.geometry)
+        self.tell(f"answers: at most {len(self.ids)} x {most:,} tokens to write")
         tuning = f", then tuning on {len(self.held_out)} of the texts" * bool(self.held_out)
-        return (
-            f"answers: at most {len(self.ids)} x {most:,} tokens to write; {estimator.name}: at "
-            f"most {tokens:,} tokens to read{tuning}"
-        )
+        self.tell(f"{estimator.name}: at most {tokens:,} tokens to read{tuning}")
 
     def tell(self, line: str) -> None:
         """Say something once, however many processes there are."""

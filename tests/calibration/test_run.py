@@ -116,16 +116,19 @@ def test_the_profile_says_what_was_done_and_works(tuned: tuple[Path, list[str]])
     best = tune["outcome"]["best"]
     rule = best if tune["outcome"]["adopted"] else vars(BudgetRule(exponent=1.0))
     assert vars(loaded.rule) == rule
-    bound, measured, left, tuning = said[:4]
-    assert bound.startswith("answers: at most 6 x 40 tokens to write; sensitivity: at most ")
-    assert bound.endswith(" tokens to read, then tuning on 4 of the texts")
+    answers, bound, measured, left, tuning = said[:5]
+    assert answers == "answers: at most 6 x 40 tokens to write"
+    assert re.fullmatch(
+        r"sensitivity: at most [\d,]+ tokens to read, then tuning on 4 of the texts", bound
+    )
     assert re.fullmatch(r"sensitivity: [\d,]+ tokens to read", measured)
     assert re.fullmatch(r"sensitivity: about [\d.]+ minutes left", left)
     assert re.fullmatch(r"tune: [\d,]+ tokens to read", tuning)
     counts = [
-        int(re.findall(r"([\d,]+) tokens to read", line)[0].replace(",", "")) for line in said[:2]
+        int(re.findall(r"([\d,]+) tokens to read", line)[0].replace(",", ""))
+        for line in (measured, bound)
     ]
-    assert 0 < counts[1] <= counts[0]
+    assert 0 < counts[0] <= counts[1]
     assert sum(loaded.layer_budgets(64)) == 4 * 64
     model = AutoModelForCausalLM.from_pretrained(MODELS["llama"])
     loaded.check(model)
@@ -251,7 +254,8 @@ def test_a_killed_command_goes_on_and_gives_the_same_profile(
     assert process.wait(120) == 0, process.stderr
     assert process.stdout == f"{out}\n"
     assert re.fullmatch(
-        r"answers: at most 6 x 40 tokens to write; coverage: at most [\d,]+ tokens to read\n"
+        r"answers: at most 6 x 40 tokens to write\n"
+        r"coverage: at most [\d,]+ tokens to read\n"
         r"coverage: [\d,]+ tokens to read\n"
         r"(coverage: about [\d.]+ minutes left\n)?",
         process.stderr,

@@ -40,7 +40,8 @@ def test_settings_reach_the_profile(run, prompts: Path, tmp_path: Path) -> None:
     )
     assert (status, printed) == (0, f"{out}\n")
     assert re.fullmatch(
-        r"answers: at most 2 x 24 tokens to write; sensitivity: at most [\d,]+ tokens to read\n"
+        r"answers: at most 2 x 24 tokens to write\n"
+        r"sensitivity: at most [\d,]+ tokens to read\n"
         r"sensitivity: [\d,]+ tokens to read\n"
         r"sensitivity: about [\d.]+ minutes left\n",
         said,
