@@ -50,7 +50,7 @@ class Run:
 def caches(family: str, budgets: Sequence[int]) -> dict[str, Callable[[PreTrainedConfig], Cache]]:
     """Return what is compared: the full cache, a budget split by a calibrated profile, chance."""
     # Chains of thought have 200 to 400 tokens here, so the defaults (128 and 8) are too far apart.
-    common = {"buffer": 16, "window": 16, "head_budgets": False, "protect": False}
+    common = {"buffer": 16, "window": 16, "protect": False}
     ours = {"scorer": H2O(recent_ratio=0.0), "profile": MODELS[family] / "tuned", **common}
 
     def make(budget: int, settings: dict) -> Callable[[PreTrainedConfig], Cache]:

@@ -47,9 +47,7 @@ def caches(budget: int, period: int, ratio: float) -> dict[str, Maker]:
     windows = {"window": period, "ratio": ratio, "recent": period // 4, "protect": False}
     return {
         "threshold, R-KV + heads": lambda config: ReasonAllocCache(config, **threshold),
-        "threshold, SnapKV": lambda config: ReasonAllocCache(
-            config, scorer=SnapKV(), head_budgets=False, **threshold
-        ),
+        "threshold, SnapKV": lambda config: ReasonAllocCache(config, scorer=SnapKV(), **threshold),
         "windows, bounded": lambda config: SlidingWindowCompressCache(
             config, max_budget=budget, **windows
         ),

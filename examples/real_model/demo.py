@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from examples.real_model.model import FOLDER, PROFILES, load
+from examples.real_model.model import FOLDER, load
 from examples.real_model.perplexity import TOPICS, difference, forwards, losses, texts
 from examples.real_model.tasks import tasks
 from examples.research.tables import publish, versions
@@ -45,8 +45,8 @@ TOKENS = 512
 """Of each text whose perplexity is measured."""
 
 # Prompts have 90 to 170 tokens here: the default buffer of 128 would leave nothing to evict.
-COMMON = {"buffer": 16, "window": 8, "head_budgets": False, "protect": False}
-PROFILED_SETTINGS = COMMON | {"profile": str(PROFILES / "sensitivity")}
+COMMON = {"buffer": 16, "window": 8, "protect": False}
+PROFILED_SETTINGS = COMMON | {"profile": "SmolLM2-135M-Instruct/sensitivity"}
 UNIFORM, PROFILED, CHANCE = "R-KV", "R-KV, profile", "random, profile"
 
 Cell = tuple[str, Budget | None]

@@ -31,7 +31,7 @@ from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import CacheSpec
 
 TOKENS = 832
-COMMON = {"buffer": 64, "window": 8, "head_budgets": False, "protect": False}
+COMMON = {"buffer": 64, "window": 8, "protect": False}
 
 _EQUAL, _OURS, _PAPERS = ("", None), (", sensitivity", "sensitivity"), (", coverage", "coverage")
 PROFILED = {"rkv": (_EQUAL, _OURS, _PAPERS), "h2o": (_EQUAL, _OURS), "random": (_EQUAL, _OURS)}

@@ -39,7 +39,7 @@ TREATMENTS = ("default", "whitelist", "fair")
 
 def methods(family: str) -> list[CacheSpec]:
     """The methods as they are, the prompt evictable."""
-    common = {"window": WINDOW, "buffer": BUFFER, "protect": False, "head_budgets": False}
+    common = {"window": WINDOW, "buffer": BUFFER, "protect": False}
     scorers = {
         "random": "random",
         "StreamingLLM": "streaming-llm",

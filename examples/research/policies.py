@@ -27,7 +27,7 @@ BUFFER = WINDOW = 16
 """Smaller than the defaults (128 and 8): chains of thought here are 200 to 400 tokens long, and the
 observation window must span more than one step of about 8 tokens."""
 
-COMMON: dict[str, Any] = {"buffer": BUFFER, "window": WINDOW, "head_budgets": False}
+COMMON: dict[str, Any] = {"buffer": BUFFER, "window": WINDOW}
 
 
 def wave(family: str, estimator: str) -> BudgetProfile:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from examples.real_model.model import FOLDER, PROFILES, load
+from examples.real_model.model import FOLDER, load
 from examples.real_model.perplexity import (
     BLOCK,
     CHUNK,
@@ -37,7 +37,7 @@ from hf_reasoncache.report import CacheReport
 from hf_reasoncache.scorers import RKV, Bidirectional, Random
 
 TOKENS = 1024
-PROFILE = {"profile": str(PROFILES / "sensitivity")}
+PROFILE = {"profile": "SmolLM2-135M-Instruct/sensitivity"}
 RECENT, WINDOW = 32, 128  # the defaults of `SlidingWindowCompressCache`
 BUFFER = 64
 
@@ -51,7 +51,7 @@ def caches(config: PretrainedConfig, ratio: float) -> dict[str, ReasonCache]:
         return SlidingWindowCompressCache(config, ratio=ratio, protect=False, **settings)
 
     def threshold(**settings: Any) -> ReasonCache:
-        common = {"budget": held, "buffer": BUFFER, "head_budgets": False, "protect": False}
+        common = {"budget": held, "buffer": BUFFER, "protect": False}
         return ReasonAllocCache(config, **common, **settings)
 
     return {

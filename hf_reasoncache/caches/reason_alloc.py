@@ -44,7 +44,9 @@ class ReasonAllocCache(ReasonCache):
     scorer : Scorer or str, optional
         Decides which tokens a head keeps, or its name; R-KV by default, as in the paper.
     head_budgets : bool
-        Whether the heads of a layer share its budget by demand, re-allocated every 128 tokens.
+        Whether the heads of a layer share its budget by demand, re-allocated every 128 tokens (the
+        paper's second level). Off, because it helped on no model measured here; on pretrained
+        weights three of four scorers did not gain and two lost (docs/results.md).
     buffer : int
         Tokens between two compactions.
     window : int
@@ -101,7 +103,7 @@ class ReasonAllocCache(ReasonCache):
         budget: int | None,
         profile: Profile | None = None,
         scorer: Scorer | str | None = None,
-        head_budgets: bool = True,
+        head_budgets: bool = False,
         buffer: int = 128,
         window: int = 8,
         protect: Protect | bool | Spans | Ranges = True,

@@ -174,7 +174,7 @@ FULL = CacheSpec("full")
 
 def baseline(window: int, buffer: int) -> CacheSpec:
     """Return random eviction beside a protected prompt, which every method has to beat."""
-    settings = {"head_budgets": False, "window": window, "buffer": buffer}
+    settings = {"window": window, "buffer": buffer}
     return CacheSpec("random, prompt kept", ReasonAllocCache, settings, scorer="random")
 
 
@@ -202,11 +202,10 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
     Parameters
     ----------
     text : str
-        One of `CACHES`, or of `SCORERS` (that is `ReasonAllocCache` with this scorer and equal
-        budgets for all heads), then a colon and settings with commas between them: `scorer=NAME`,
-        `profile=DIR`, `heads=on|off`, `prompt=keep|evict`, `protect` (the question's spans),
-        `fair=0.5`, `fair_window=128`, and for `sliding-window` `ratio=0.3`, `recent=32`. Example:
-        `snapkv:protect,fair=0.5`.
+        One of `CACHES`, or of `SCORERS` (that is `ReasonAllocCache` with this scorer), then a colon
+        and settings with commas between them: `scorer=NAME`, `profile=DIR`, `heads=on|off`,
+        `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`, `fair_window=128`, and
+        for `sliding-window` `ratio=0.3`, `recent=32`. Example: `snapkv:protect,fair=0.5`.
     window, buffer : int
         For caches with a budget; `window` and `buffer` among the settings go before. Of
         `sliding-window`, a window is what is compressed at once, 128 by default.
@@ -227,9 +226,7 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
     # Caches that compress at a threshold: `window` means another thing to those by windows.
     usual = {"window": window, "buffer": buffer}
     settings: dict[str, Any] = usual if _takes(cache, "buffer") else {}
-    scorer: str | None = None
-    if name in SCORERS:
-        scorer, settings["head_budgets"] = name, False
+    scorer = name if name in SCORERS else None
     chosen: dict[str, Any] = {}
     for key, value in given.items():
         try:

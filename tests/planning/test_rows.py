@@ -66,7 +66,7 @@ CASES = {
     "full": ("full", {}),
     "exact": ("exact", {}),
     "budget": ("budget", {}),
-    "budget, equal heads": ("budget", dict(head_budgets=False)),
+    "budget, head budgets": ("budget", dict(head_budgets=True)),
     "budget, long buffer": ("budget", dict(buffer=24, scorer=RKV(queries=4))),
     "budget, no queries": ("budget", dict(scorer=KeyNorm())),
     "budget, mass": ("budget", dict(scorer=H2O())),

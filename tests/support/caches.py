@@ -4,7 +4,8 @@ from hf_reasoncache import ReasonAllocCache, SharedBranchCache, SlidingWindowCom
 
 CLASSES = {"reason_alloc": ReasonAllocCache, "sliding_window": SlidingWindowCompressCache}
 SETTINGS = {
-    "reason_alloc": dict(budget=40, buffer=8, window=4),
+    # Heads of many lengths are the harder case.
+    "reason_alloc": dict(budget=40, buffer=8, window=4, head_budgets=True),
     "sliding_window": dict(window=8, ratio=0.4, recent=4),
 }
 EXACT = {"reason_alloc": dict(budget=None), "sliding_window": dict(window=8, ratio=1.0, recent=4)}

@@ -53,6 +53,7 @@ CALM: dict[str, Any] = dict(budget=24, buffer=8, window=2)
 """Settings with which no row is due in the first forwards."""
 FULL: dict[str, Any] = dict(budget=16, buffer=2, window=2)
 """Settings with which a row without padding evicts before tokens 10, 12, ... after the prompt."""
+HEADS: dict[str, Any] = FULL | dict(head_budgets=True)
 
 MakeCache = Callable[[LlamaConfig], Cache]
 
@@ -135,10 +136,10 @@ CASES = (
     Case("branches, pool grows", branches(), before=17, rows=3, moves=True),
     Case("branches, budget", branches(**CALM), rows=3),
     Case("windows", windows),
-    Case("budget, first eviction", reason(**FULL), before=9, evicts=1, moves=True),
+    Case("budget, head budgets, first eviction", reason(**HEADS), before=9, evicts=1, moves=True),
     Case("budget, eviction", reason(**FULL), before=11, evicts=1),
     Case("budget, one of two rows evicts", reason(**FULL), before=11, rows=2, padding=3, evicts=1),
-    Case("budget, eviction, equal heads", reason(**FULL, head_budgets=False), before=11, evicts=1),
+    Case("budget, head budgets, eviction", reason(**HEADS), before=11, evicts=1),
     Case("budget, eviction, risk", reason(**FULL, risk=True), before=11, evicts=1),
     Case("budget, eviction, risk limit kept", reason(**FULL, risk=9.0), before=11, evicts=1),
     Case("budget, eviction, risk limit missed", reason(**FULL, risk=1e-6), before=11, evicts=1),

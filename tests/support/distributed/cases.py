@@ -18,7 +18,7 @@ from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.risk import Probes, Risk
 from hf_reasoncache.scorers import H2O, Random
 
-ALLOC = dict(budget=44, buffer=8, window=4)
+ALLOC = dict(budget=44, buffer=8, window=4, head_budgets=True)
 KARA = dict(window=16, ratio=0.4, recent=4)
 LOOSE = dict(protect=False)
 FAIR = Protect(prompt=False, spans=[(2, 9)], fair=Fair(0.5, window=8))
