@@ -283,9 +283,9 @@ def _rows_may_join(model: PreTrainedModel, block: torch.nn.Module) -> bool:
 def divergence(logits: torch.Tensor) -> torch.Tensor:
     """Sum over `T` of KL(row 0 || row r) for logits `[1 + R, T, V]`: Tensor `[R]`, float64.
 
-    With `d` the difference of a row's logits to those of row 0, and means over row 0's
-    probabilities, KL = log(1 + mean(exp(d) - 1)) - mean(d): two dot products, and no difference of
-    large numbers where rows are nearly the same.
+    With `d` the difference of a row's logits to those of row 0, less its mean over row 0's
+    probabilities, KL = log(1 + mean(exp(d) - 1)): two dot products, and no difference of large
+    numbers where rows are nearly the same.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     full = logits[0].to(dtype)
@@ -295,8 +295,12 @@ def divergence(logits: torch.Tensor) -> torch.Tensor:
         # Row by row: the probabilities of a large vocabulary are the largest tensors here.
         for row in logits[1:]:
             apart = row - full
-            mean = torch.linalg.vecdot(weight, apart)
-            grown = torch.linalg.vecdot(weight, apart.expm1_())
-            yield (grown.log1p() - mean).sum().cpu().double()
+            apart -= torch.linalg.vecdot(weight, apart)[..., None]
+            found = torch.linalg.vecdot(weight, apart.expm1_()).log1p().sum()
+            if not bool(found.isfinite()):
+                # A token that had next to no weight has nearly all: exp overflows.
+                ours, theirs = full.double().log_softmax(-1), row.double().log_softmax(-1)
+                found = (ours.exp() * (ours - theirs)).sum()
+            yield found.cpu().double()
 
     return torch.stack(list(each()))

@@ -129,6 +129,16 @@ def test_divergence_is_exact_where_rows_are_nearly_the_same() -> None:
     torch.testing.assert_close(divergence(logits.double()), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shift", [0.0, -60.0, 300.0])
+@pytest.mark.parametrize("drop", [1.0, 30.0, 200.0])
+def test_divergence_where_weights_vanish(shift: float, drop: float) -> None:
+    full = torch.tensor([[[drop, 0.0, -1.0]]])
+    logits = torch.cat([full, torch.tensor([[[0.0, 3.0, -drop]]]) + shift])
+    logs = logits.double().log_softmax(-1)
+    expected = (logs[0].exp() * (logs[0] - logs[1])).sum()
+    torch.testing.assert_close(divergence(logits)[0], expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("obstacle", ["no list of blocks", "rows are counted"])
 def test_where_rows_cannot_join_at_their_layer_they_run_through_all(
     monkeypatch: pytest.MonkeyPatch, obstacle: str
