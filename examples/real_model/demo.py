@@ -41,10 +41,10 @@ from hf_reasoncache.report import storage_bytes
 
 SEED = 1000
 BUDGETS = (48, 64)
-TOKENS = 512
+TOKENS = 384
 """Of each text whose perplexity is measured."""
 
-# Prompts have 90 to 170 tokens here: the default buffer of 128 would leave nothing to evict.
+# Prompts have 60 to 140 tokens here: the default buffer of 128 would leave nothing to evict.
 COMMON = {"buffer": 16, "window": 8, "protect": False}
 PROFILED_SETTINGS = COMMON | {"profile": "SmolLM2-135M-Instruct/sensitivity"}
 UNIFORM, PROFILED, CHANCE = "R-KV", "R-KV, profile", "random, profile"

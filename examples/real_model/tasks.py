@@ -60,7 +60,7 @@ class Copy:
     """Write a numbered list of words again."""
 
     count: int = 100
-    words: int = 10
+    words: int = 8
     name: str = "copy"
 
     def questions(self, seed: int) -> Sequence[Question]:
@@ -83,7 +83,7 @@ class Recall:
     """Find one of three pass codes among notes about other things."""
 
     count: int = 100
-    notes: int = 5
+    notes: int = 4
     codes: int = 3
     name: str = "recall"
 
@@ -113,7 +113,7 @@ class Table:
     """Read rows of a table of prices; an answered question before shows what is wanted."""
 
     count: int = 100
-    rows: int = 8
+    rows: int = 7
     name: str = "table"
 
     def questions(self, seed: int) -> Sequence[Question]:

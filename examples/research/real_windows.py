@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the texts with all caches, print the table, write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=FOLDER)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3])
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--document", type=Path, default=Path("docs/windows.md"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
