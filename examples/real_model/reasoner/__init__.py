@@ -1,0 +1,1 @@
+"""A test reasoner on pretrained weights: problems in plain English, their checker, an adapter."""
