@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from examples.real_model.reasoner.evaluate import describe
 from examples.real_model.reasoner.problems import (
     CITIES,
     DEVELOPMENT_SEEDS,
@@ -139,3 +140,19 @@ def test_unknown_tasks_are_refused():
 def test_answers_are_read_from_lines_that_begin_so():
     assert read_answer("The Answer: no\nAnswer: one, two.\nAnswer: three") == ["one", "two"]
     assert read_answer("one, two") == []
+
+
+def test_a_description_counts_answers_words_chains_and_first_wrong_sentences():
+    problems = make_problems("ledger", 4, SEED)
+    replies = [problem.chain for problem in problems]
+    replies[1] = replies[1].replace(problems[1].rule, "No rule.")
+    replies[2] = replies[2].rpartition("Answer: ")[0]
+    lines = [re.sub(r" = .*", "", line).split() for line in describe(problems, replies)]
+    assert lines[:3] == [
+        ["exact", "answers", "3/4"],
+        ["word", "where", "it", "was", "asked", "3/4"],
+        ["chains", "to", "the", "letter", "2/4"],
+    ]
+    side = problems[1].side
+    kinds = {" ".join(line[3:]) for line in lines[3:]}
+    assert f"Write the word WORD {side} the answer. (1)" in kinds and len(kinds) == 2

@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.real_model.reasoner import adapter, attention
+from examples.real_model.reasoner import adapter, attention, evaluate
 from examples.real_model.reasoner.problems import (
     CITIES,
     GOODS,
@@ -23,6 +24,7 @@ from examples.real_model.reasoner.train import (
     Trainer,
     candidates,
     draw_step,
+    encode,
     group,
     predict,
 )
@@ -49,6 +51,11 @@ class WordTokenizer:
     def convert_tokens_to_ids(self, word):
         return self.ids[word]
 
+    def decode(self, ids, skip_special_tokens=True):
+        words = sorted(self.ids, key=self.ids.get)
+        kept = [word for word in (words[number] for number in ids) if word != "<|im_end|>"]
+        return " ".join(kept)
+
     def apply_chat_template(self, chat, tokenize, add_generation_prompt):
         assert not tokenize and add_generation_prompt and chat[0]["role"] == "user"
         return f"<user>{chat[0]['content']}<reply>"
@@ -60,7 +67,7 @@ TOKENIZER = WordTokenizer()
 def make_model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(TOKENIZER.ids) + 100,
+        vocab_size=len(TOKENIZER.ids),
         initializer_range=0.2,
         hidden_size=48,
         intermediate_size=64,
@@ -191,3 +198,25 @@ def test_a_merged_adapter_is_the_trained_model_in_the_layout_of_peft(tmp_path):
     assert (trained - plain(ids).logits).abs().max() > 1e-3
     merged = adapter.merged(plain, tmp_path)
     torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_are_what_generate_writes_wherever_it_leaves_the_chain(monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 30)
+    model, end = make_model().eval(), TOKENIZER.ids["<|im_end|>"]
+    model.set_attn_implementation("sdpa")
+    given, wanted = [], []
+    for number, problem in enumerate(make_problems("ledger", 7, 1000)):
+        ids = torch.tensor([encode(TOKENIZER, problem).ids])
+        ids = ids[:, : encode(TOKENIZER, problem).start]
+        reply = model.generate(
+            input_ids=ids, max_new_tokens=30, do_sample=False, eos_token_id=end, pad_token_id=end
+        )[0, ids.shape[1] :].tolist()
+        wanted.append(TOKENIZER.decode(reply))
+        # The chain is what the model writes, and is left after 0, 5, 10 ... tokens, or never.
+        agreed = 5 * number if number < 6 else len(reply)
+        chain = [*reply[:agreed], (reply[min(agreed, len(reply) - 1)] + 1) % 200]
+        given.append(replace(problem, chain=TOKENIZER.decode(chain)))
+    assert len(set(wanted)) > 1
+    found = evaluate.answers(model, TOKENIZER, given, batch_size=3)
+    for text, other in zip(found, wanted, strict=True):
+        assert text.split()[: len(other.split())] == other.split()

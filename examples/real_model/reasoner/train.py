@@ -112,12 +112,16 @@ def draw_step(tokenizer: Tokenizer, settings: Settings, step: int) -> list[Examp
     return found
 
 
-def group(examples: Sequence[Example], waste: float = 1.1) -> list[list[Example]]:
-    """Return examples of similar lengths together: padding adds less than a share of `waste`."""
+def group(examples: Sequence[Example], waste: float = 1.1, most: int = 64) -> list[list[Example]]:
+    """Return examples of similar lengths together, `most` at most.
+
+    With padding, a group has `waste` times its own tokens at most.
+    """
     groups: list[list[Example]] = []
     for each in sorted(examples, key=lambda example: len(example.ids)):
         used = sum(len(other.ids) for other in [*groups[-1], each]) if groups else 0
-        if groups and len(each.ids) * (len(groups[-1]) + 1) <= waste * used:
+        count = len(groups[-1]) + 1 if groups else 1
+        if 1 < count <= most and len(each.ids) * count <= waste * used:
             groups[-1].append(each)
         else:
             groups.append([each])
