@@ -1,8 +1,10 @@
 """Training of the reasoner's adapter, on a tiny random model with words as tokens."""
 
 import json
+import random
 import re
 from dataclasses import replace
+from string import ascii_uppercase
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from examples.real_model.reasoner.train import (
     Trainer,
     candidates,
     draw_step,
+    draw_sums,
     encode,
     group,
     predict,
@@ -39,7 +42,17 @@ class WordTokenizer:
         problems = [problem for task in TASKS for problem in make_problems(task, 40, 1000)]
         texts = [problem.prompt + problem.chain for problem in problems]
         words = {word for text in texts for word in self.split(text)}
-        words |= {*NAMES, *GOODS, *CITIES, *WORDS, *NUMBERS, "<|im_end|>", "<user>", "<reply>"}
+        words |= {
+            *ascii_uppercase,
+            *NAMES,
+            *GOODS,
+            *CITIES,
+            *WORDS,
+            *NUMBERS,
+            "<|im_end|>",
+            "<user>",
+            "<reply>",
+        }
         self.ids = {word: number for number, word in enumerate(sorted(words))}
 
     def split(self, text):
@@ -100,6 +113,27 @@ def test_problems_grow_to_full_size():
         max(len(each.ids) for each in draw_step(TOKENIZER, SETTINGS, step)) for step in (0, 6)
     ]
     assert lengths[0] * 2 < lengths[1]
+
+
+def test_the_mix_says_what_is_drawn():
+    settings = replace(SETTINGS, tokens=3000, mix="sums trades trades trades")
+    tasks = [
+        each.problem.task for step in range(6) for each in draw_step(TOKENIZER, settings, step)
+    ]
+    assert set(tasks) == {"sums", "trades"} and tasks.count("sums") * 2 < len(tasks)
+
+
+def test_sums_are_right():
+    signs = []
+    for seed in range(20):
+        problem = draw_sums(random.Random(seed), 5)
+        for line, asked in zip(problem.chain.split("\n"), problem.prompt.split("\n"), strict=True):
+            assert line.startswith(f"{asked} is ")
+            one, sign, two, _, result = line.rstrip(".").split()[1:]
+            first, second, found = map(NUMBERS.index, (one, two, result))
+            assert found == (first + second if sign == "plus" else first - second)
+            signs.append(sign)
+    assert len(signs) == 100 and 10 < signs.count("plus") < 40
 
 
 def test_groups_hold_every_example_once_with_little_padding():

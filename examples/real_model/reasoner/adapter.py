@@ -1,11 +1,14 @@
 """Low-rank adapters in the format of PEFT, without PEFT: attach, save, merge.
 
-`merged` gives a plain model, which serves every cache; `PeftModel.from_pretrained` reads the same
-folder.
+    python -m examples.real_model.reasoner.adapter --out build/reasoner-merged
+
+saves the model with the adapter of this folder merged into its weights: a plain model, which the
+commands of hf-reasoncache read. `PeftModel.from_pretrained` reads the adapter as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -14,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from examples.real_model import model as real_model
+
+HERE = Path(__file__).parent
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
 """How PEFT calls the model that an adapter belongs to."""
@@ -95,3 +101,19 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             product = scale * (high.float() @ low.float())
             weight.copy_(weight.float() + product)
     return model
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Save the model with its adapter merged.")
+    parser.add_argument("--folder", type=Path, default=real_model.FOLDER, help="of the model")
+    parser.add_argument("--adapter", type=Path, default=HERE, help="folder of the adapter")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    model, tokenizer = real_model.load(torch.float32, arguments.folder)
+    merged(model, arguments.adapter).save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,11 @@ def answers(
 
     model.set_attn_implementation("sdpa")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    alone = [place for place, reply in enumerate(replies) if reply[-1] != end]
+    alone = [
+        place
+        for place, reply in enumerate(replies)
+        if reply[-1] != end and len(reply) < MAX_NEW_TOKENS
+    ]
     for first in range(0, len(alone), batch_size):
         places = alone[first : first + batch_size]
         rows = [examples[place].ids[: examples[place].start] + replies[place] for place in places]
@@ -149,10 +153,9 @@ def kind_of(sentence: str) -> str:
 
 def main() -> None:
     """Run the command line."""
-    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description="Measure the reasoner with the full cache.")
     parser.add_argument("--folder", type=Path, default=real_model.FOLDER, help="of the model")
-    parser.add_argument("--adapter", type=Path, default=here, help="folder of the adapter")
+    parser.add_argument("--adapter", type=Path, default=adapter.HERE, help="folder of the adapter")
     parser.add_argument("--dtype", default="float32", help="of the merged weights")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--count", type=int, default=200, help="problems of each task")

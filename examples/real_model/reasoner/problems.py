@@ -308,6 +308,10 @@ class ReasonerTask:
         return check(_made(self.name, self.count, int(seed))[int(number)], answer)
 
 
+TRADES, LEDGER, ROUTES = (ReasonerTask(name) for name in TASKS)
+"""For `hf-reasoncache evaluate --task`."""
+
+
 @lru_cache(maxsize=8)
 def _made(task: str, count: int, seed: int) -> list[Problem]:
     return make_problems(task, count, seed)

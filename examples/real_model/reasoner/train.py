@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from torch.nn import functional as F
@@ -26,9 +27,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from examples.real_model import model as real_model
 
 from . import adapter, attention
-from .problems import EASY, FULL, TASKS, TRAINING_SEEDS, Problem, draw
+from .problems import EASY, FULL, NUMBERS, TASKS, TRAINING_SEEDS, Problem, draw
 
 IGNORED = -100
+SUMS = "sums"
+"""A task for training alone."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Settings:
         Scale of the adapter, times its rank.
     negatives : int
         Wrong tokens drawn at each step, beside those that it contains: the softmax is over these.
+    mix : str
+        Tasks to draw from, and `SUMS`; one that stands there twice is drawn twice as often.
     """
 
     seed: int = 0
@@ -67,6 +72,7 @@ class Settings:
     rank: int = 8
     alpha: float = 16.0
     negatives: int = 2048
+    mix: str = " ".join(TASKS)
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -99,17 +105,35 @@ def encode(tokenizer: Tokenizer, problem: Problem) -> Example:
 
 
 def draw_step(tokenizer: Tokenizer, settings: Settings, step: int) -> list[Example]:
-    """Return the examples of a step, the same number of each task."""
+    """Return the examples of a step."""
     rng = random.Random(f"{settings.seed}/{step}")
     grown = settings.share_at(step)
     found: list[Example] = []
     while sum(len(each.ids) for each in found) < settings.tokens:
         # Half of them as large as they may be.
         share = max(rng.random(), 0.5 + rng.random()) * grown if grown < 1 else 1.0
-        for task in TASKS:
-            size = EASY.towards(FULL[task], min(share, grown))
-            found.append(encode(tokenizer, draw(task, rng, size)))
+        task = rng.choice(settings.mix.split())
+        if task == SUMS:
+            problem = draw_sums(rng)
+        else:
+            problem = draw(task, rng, EASY.towards(FULL[task], min(share, grown)))
+        found.append(encode(tokenizer, problem))
     return found
+
+
+def draw_sums(rng: random.Random, count: int = 26) -> Problem:
+    """Return single-digit sums to work out, three of four with minus: practice for ``ledger``."""
+    lines, results = [], []
+    for label in ascii_uppercase[:count]:
+        less, more = sorted(rng.randrange(len(NUMBERS)) for _ in range(2))
+        if rng.random() < 0.75:
+            lines.append(f"{label}. {NUMBERS[more]} minus {NUMBERS[less]}")
+            results.append(NUMBERS[more - less])
+        else:
+            lines.append(f"{label}. {NUMBERS[more - less]} plus {NUMBERS[less]}")
+            results.append(NUMBERS[more])
+    chain = [f"{line} is {result}." for line, result in zip(lines, results, strict=True)]
+    return Problem(SUMS, "\n".join(lines), "\n".join(chain), (), "", "before")
 
 
 def group(examples: Sequence[Example], waste: float = 1.1, most: int = 64) -> list[list[Example]]:
@@ -258,8 +282,7 @@ def report(trainer: Trainer, seen: dict[str, list[Outcome]]) -> None:
         f"step {trainer.step} size {settings.share_at(trainer.step - 1):.2f} "
         f"tokens {trainer.tokens} cpu {trainer.seconds:.0f} s"
     )
-    for task in TASKS:
-        outcomes = seen[task]
+    for task, outcomes in sorted(seen.items()):
         loss = torch.cat([each.losses for each in outcomes]).mean()
         count = sum(len(each.predicted) for each in outcomes)
         wrong = sum(len(each.wrong) for each in outcomes)
