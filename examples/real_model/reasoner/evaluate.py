@@ -71,11 +71,10 @@ def answers(
         Problems in a forward, and rows that go on alone together.
     """
     examples = [encode(tokenizer, problem) for problem in problems]
-    everything = torch.arange(model.config.vocab_size)
     agreed: dict[int, list[int]] = {}
     model.set_attn_implementation(attention.NAME)
     for some in group(examples, most=batch_size):
-        logits, targets = predict(model, some, everything)
+        logits, targets = predict(model, some)
         lengths = [len(each.ids) - each.start for each in some]
         parts = zip(some, logits.argmax(-1).split(lengths), targets.split(lengths), strict=True)
         agreed |= {id(each): _agreed(chosen, true) for each, chosen, true in parts}

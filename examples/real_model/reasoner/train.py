@@ -56,8 +56,6 @@ class Settings:
         Of the adapter.
     alpha : float
         Scale of the adapter, times its rank.
-    negatives : int
-        Wrong tokens drawn at each step, beside those that it contains: the softmax is over these.
     mix : str
         Tasks to draw from, and `SUMS`; one that stands there twice is drawn twice as often.
     """
@@ -71,7 +69,6 @@ class Settings:
     cooldown: int = 0
     rank: int = 8
     alpha: float = 16.0
-    negatives: int = 2048
     mix: str = " ".join(TASKS)
 
     def rate_at(self, step: int) -> float:
@@ -152,17 +149,10 @@ def group(examples: Sequence[Example], waste: float = 1.1, most: int = 64) -> li
     return groups
 
 
-def candidates(examples: Sequence[Example], vocabulary: int, count: int, step: int) -> torch.Tensor:
-    """Return the sorted tokens of a step and `count` random ones, some of them the same."""
-    own = torch.tensor(sorted({token for each in examples for token in each.ids}))
-    others = torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(step))
-    return torch.cat([own, others]).unique()
-
-
 def predict(
-    model: PreTrainedModel, examples: Sequence[Example], tokens: torch.Tensor
+    model: PreTrainedModel, examples: Sequence[Example]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits over the candidates and the indices of the true ones, for chains end to end.
+    """Return the logits of every token of the chains, end to end, and the tokens.
 
     Rows are padded on the right, where a causal mask is all that they need.
     """
@@ -174,8 +164,7 @@ def predict(
         labels[row, each.start - 1 : len(each.ids) - 1] = ids[row, each.start : len(each.ids)]
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
     learned = labels != IGNORED
-    rows = model.get_output_embeddings().weight[tokens]
-    return F.linear(hidden[learned], rows).float(), torch.searchsorted(tokens, labels[learned])
+    return model.get_output_embeddings()(hidden[learned]).float(), labels[learned]
 
 
 class Trainer:
@@ -209,17 +198,17 @@ class Trainer:
         """Learn from the examples of a step; return what was predicted before, by task."""
         began = time.process_time()
         examples = draw_step(self.tokenizer, self.settings, self.step)
-        vocabulary = self.model.config.vocab_size
-        tokens = candidates(examples, vocabulary, self.settings.negatives, self.step)
         learned = sum(len(each.ids) - each.start for each in examples)
         outcomes: dict[str, list[Outcome]] = defaultdict(list)
         for some in group(examples):
-            logits, targets = predict(self.model, some, tokens)
+            logits, targets = predict(self.model, some)
             losses = F.cross_entropy(logits, targets, reduction="none")
             (losses.sum() / learned).backward()
-            predicted = tokens[logits.argmax(-1)].split([len(e.ids) - e.start for e in some])
-            parts = losses.detach().split([len(e.ids) - e.start for e in some])
-            for example, guess, loss in zip(some, predicted, parts, strict=True):
+            lengths = [len(each.ids) - each.start for each in some]
+            guesses = logits.argmax(-1).split(lengths)
+            for example, guess, loss in zip(
+                some, guesses, losses.detach().split(lengths), strict=True
+            ):
                 outcomes[example.problem.task].append(Outcome(example, guess, loss))
         torch.nn.utils.clip_grad_norm_(self.adapter.values(), 1.0)
         for each in self.optimizer.param_groups:
