@@ -2,8 +2,8 @@
 
     python -m examples.real_model.reasoner.adapter --out build/reasoner-merged
 
-saves the model with the adapter of this folder merged into its weights: a plain model, which the
-commands of hf-reasoncache read. `PeftModel.from_pretrained` reads the adapter as well.
+saves the model with the adapter of this folder merged into its weights, in bfloat16: a plain model,
+which the commands of hf-reasoncache read. `PeftModel.from_pretrained` reads the adapter as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from examples.real_model import model as real_model
 
@@ -110,9 +110,10 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=HERE, help="folder of the adapter")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    model, tokenizer = real_model.load(torch.float32, arguments.folder)
-    merged(model, arguments.adapter).save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    folder = real_model.saved(arguments.folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    merged(model, arguments.adapter).to(torch.bfloat16).save_pretrained(arguments.out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(arguments.out)
 
 
 if __name__ == "__main__":
