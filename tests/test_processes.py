@@ -43,7 +43,7 @@ def command(name: str, inputs: Path, out: Path) -> list[str]:
         "evaluate": f"--task {prompts} --cache snapkv:prompt=evict --budgets 48 {small} "
         "--temperature 0.7",
         "audit": f"--suite {suite} --cache random:prompt=evict --budgets 48 {small}",
-        "calibrate": f"--prompts {prompts} --interval 8 --temperature 0.7",
+        "calibrate": f"--prompts {prompts} --estimator coverage --interval 8 --temperature 0.7",
         "generate": f"--prompts {prompts} --cache snapkv:prompt=evict --budget 48 {small} "
         "--memory 1GB --samples 3 --temperature 0.7",
     }

@@ -36,7 +36,6 @@ from examples.research.tables import publish, versions
 from hf_reasoncache.budgets import robustify
 from hf_reasoncache.budgets.heads import pooled_demand
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.calibration.squeeze import GivenBudgets
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.base import EvictionSpan, PromptRows
 from hf_reasoncache.policies.budget import BudgetPolicy
@@ -110,7 +109,18 @@ class ExactPolicy(BudgetPolicy):
         return ExactHeads(**vars(state), by_attention=self.by_attention)
 
 
-def cache(config: PretrainedConfig, form: str, scorer: str, budget: int, rows: int) -> ReasonCache:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GivenPolicy(BudgetPolicy):
+    """`BudgetPolicy` whose heads have given budgets, LongTensor[H_kv]."""
+
+    given: torch.Tensor
+
+    def tokens_per_head(self, protected: torch.Tensor, heads: int) -> torch.Tensor:
+        """See `BudgetPolicy.tokens_per_head`; nothing is protected here."""
+        return self.given.expand(len(protected), heads).contiguous()
+
+
+def cache(config: PretrainedConfig, form: str, scorer: str, budget: int) -> ReasonCache:
     """Return a cache whose heads share `budget` by a form, or by the profile of a directory."""
     usual = {
         "budget": budget,
@@ -128,10 +138,10 @@ def cache(config: PretrainedConfig, form: str, scorer: str, budget: int, rows: i
         if form in FORMS:
             return CacheLayer(index, BudgetPolicy(**usual))
         demand = torch.tensor(BudgetProfile.from_pretrained(form).head_demand)[layer_rank]
-        total, count = budget * len(demand), len(demand)
+        total = budget * len(demand)
         low, high = max(LOW * budget, WINDOW + 1), HIGH * budget
         shares = robustify(demand, total, exponent=EXPONENT, low=low, high=high)
-        return CacheLayer(index, GivenBudgets(**usual, heads=shares.expand(rows, count)))
+        return CacheLayer(index, GivenPolicy(**usual, given=shares))
 
     return ReasonCache(config, make_layer)
 
@@ -186,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     continue
                 if scorer == "snapkv" and form == "attention":
                     continue  # its scores are that attention
-                made = cache(model.config, form, scorer, budget, len(ids))
+                made = cache(model.config, form, scorer, budget)
                 chunks = list(forwards(model, ids, made))
                 found = losses(ids, chunks), divergence(logits, chunks)
                 first = first or found

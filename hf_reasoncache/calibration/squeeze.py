@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.replay import replay
 from hf_reasoncache.calibration.traces import Trace
+from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.budget import BudgetPolicy
 from hf_reasoncache.policies.row_budgets import RowBudgets
@@ -85,11 +86,13 @@ def output_error(
     settings = [_Squeeze.of(trace, each, policy.buffer) for each in budgets]
     size = rows_per_batch(trace, rows)
     parts = [settings[place : place + size] for place in range(0, len(settings), size)]
-    return torch.cat([_errors(model, trace, policy, part, every) for part in parts])
+    blocks = joinable_blocks(model, Geometry.of(model.config).full_attention_layers)
+    return torch.cat([_errors(model, blocks, trace, policy, part, every) for part in parts])
 
 
 def _errors(
     model: PreTrainedModel,
+    blocks: Sequence[torch.nn.Module],
     trace: Trace,
     policy: BudgetPolicy,
     settings: Sequence[_Squeeze],
@@ -100,7 +103,7 @@ def _errors(
     total = torch.zeros(len(settings), dtype=torch.float64)
     if not any(each.evictions for each in settings):
         return total
-    batch = _Batch(model, trace, policy, settings)
+    batch = _Batch(model, blocks, trace, policy, settings)
     forwards = replay(
         model,
         batch.cache,
@@ -164,6 +167,7 @@ class _Batch:
     def __init__(
         self,
         model: PreTrainedModel,
+        blocks: Sequence[torch.nn.Module],
         trace: Trace,
         policy: BudgetPolicy,
         settings: Sequence[_Squeeze],
@@ -174,7 +178,7 @@ class _Batch:
         self.cache = ReasonCache(model.config, lambda index, rank, layers: CacheLayer(index, whole))
         self.settings, self.members = settings, list[int]()
         indices = [layer.index for layer in self.cache.own_layers]
-        self.blocks = joinable_blocks(model, indices)
+        self.blocks = blocks
         # The cache counts its rows at block 0 and at its own first layer: these are to agree.
         homes = [0, *indices[1:]] if self.blocks else [0] * len(indices)
         self.home = {

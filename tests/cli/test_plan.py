@@ -86,10 +86,11 @@ def test_a_profile_is_respected(run, tmp_path: Path) -> None:
     """One that gives layers different budgets has the same mean, hence the same bytes."""
     wave = TINY / "llama" / "tuned"
     tiny = ("plan", TINY / "llama", "--memory", "10MB", "--context", 400, "--prompt", 60)
+    moving = ("--cache", "reason-alloc:heads=on")
     facts = []
     for number, extra in enumerate(((), ("--profile", wave))):
         place = tmp_path / str(number)
-        assert run(*tiny, "--budget", 96, "--out", place, *extra)[0] == 0
+        assert run(*tiny, *moving, "--budget", 96, "--out", place, *extra)[0] == 0
         facts.append(json.loads((place / "plan.json").read_text())[-1])
     assert facts[0]["bytes"]["own"] == facts[1]["bytes"]["own"]
     # The layer that moves is larger.

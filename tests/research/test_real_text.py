@@ -40,7 +40,7 @@ def test_forms_of_head_budgets_spend_the_same(monkeypatch):
     ids = torch.randint(3, VOCABULARY, (2, 96), generator=torch.Generator().manual_seed(0))
     spread = {}
     for form in head_budgets.FORMS:
-        made = head_budgets.cache(model.config, form, "rkv", 24, len(ids))
+        made = head_budgets.cache(model.config, form, "rkv", 24)
         assert len(list(forwards(model, ids, made))) == 12
         for layer in made.own_layers:
             assert layer.state.heads.sum(-1).tolist() == [24 * HEADS] * 2
