@@ -173,7 +173,9 @@ class Holds(Uncompressed):
 
 
 class Compressed(Decoder):
-    """Our cache with a budget, R-KV and head budgets: one eviction per round, row and layer."""
+    """Our cache with a budget and R-KV: one eviction per round, row and layer."""
+
+    head_budgets = False
 
     attention = "reasoncache"
 
@@ -192,10 +194,11 @@ class Compressed(Decoder):
             budget=self.work.budget,
             buffer=self.work.buffer,
             scorer=self._scorer(),
+            head_budgets=self.head_budgets,
             protect=False,
         )
         for layer in cache.layers:
-            # Every eviction shares the heads out anew, as it does with the default buffer.
+            # With head budgets every eviction shares them out anew, as with the default buffer.
             layer.policy = replace(layer.policy, head_interval=self.work.buffer)
         self._fill(cache)
         return cache

@@ -98,6 +98,7 @@ class MovingGraphs(CompressedGraphs):
     """
 
     name = "moving heads, graphs"
+    head_budgets = True
 
     def __init__(self, model: LlamaForCausalLM, work: Work) -> None:
         super().__init__(model, work)

@@ -46,7 +46,9 @@ def caches(budget: int, period: int, ratio: float) -> dict[str, Maker]:
     threshold = {"budget": budget, "buffer": period, "protect": False}
     windows = {"window": period, "ratio": ratio, "recent": period // 4, "protect": False}
     return {
-        "threshold, R-KV + heads": lambda config: ReasonAllocCache(config, **threshold),
+        "threshold, R-KV + heads": lambda config: ReasonAllocCache(
+            config, head_budgets=True, **threshold
+        ),
         "threshold, SnapKV": lambda config: ReasonAllocCache(config, scorer=SnapKV(), **threshold),
         "windows, bounded": lambda config: SlidingWindowCompressCache(
             config, max_budget=budget, **windows

@@ -47,6 +47,7 @@ def caches(budget: int) -> dict[str, Any]:
         "buffer": BUFFER,
         "window": WINDOW,
         "protect": False,
+        "head_budgets": True,
     }
     # Attention mass differs much more from head to head than the default scorer's scores.
     alloc["scorer"] = H2O(recent_ratio=0.0)
