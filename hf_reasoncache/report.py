@@ -186,10 +186,10 @@ class CacheReport:
     def dynamic_bytes(self) -> int:
         """Keys and values that `DynamicCache` would hold in the full-attention layers, padding too.
 
-        Of branches, those of their own tokens alone.
+        0 where no layer has a pool.
         """
-        heads = sum(sum(map(len, layer.held)) * layer.token_bytes for layer in self.layers)
-        return self.seen * heads
+        column = sum(sum(map(len, layer.held)) * layer.token_bytes for layer in self.layers)
+        return self.seen * column
 
     @property
     def saves_nothing(self) -> bool:

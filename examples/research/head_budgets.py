@@ -5,13 +5,12 @@
 
 Every form spends the same tokens in every layer. `lattice` is `head_budgets=True`; `exact` is the
 same without the lattice that makes heads equally long, `attention` is `exact` by the attention of
-the newest queries, whatever the scorer; `coverage` and `sensitivity` give every head a fixed share,
-as profiles calibrated with `--heads` say.
+the newest queries, whatever the scorer. `--profiles` adds fixed shares, by the heads' demand in
+profiles (coverage has one, sensitivity if calibrated with `--heads`); the published table has none.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from typing import Any, cast
 import torch
 from transformers import PretrainedConfig
 
-from examples.real_model.model import FOLDER, load
+from examples.real_model.model import load
 from examples.real_model.perplexity import (
     BLOCK,
     CHUNK,
@@ -32,9 +31,9 @@ from examples.real_model.perplexity import (
     losses,
     texts,
 )
+from examples.research.arguments import parse, real_parser
 from examples.research.tables import publish, versions
-from hf_reasoncache.budgets import robustify
-from hf_reasoncache.budgets.heads import pooled_demand
+from hf_reasoncache.budgets import head_budgets, robustify
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.base import EvictionSpan, PromptRows
@@ -47,7 +46,7 @@ from hf_reasoncache.scorers.base import HeldTokens
 
 TOKENS = 512
 BUFFER, WINDOW = 32, 8
-EXPONENT, LOW, HIGH = 0.5, 0.25, 2.0  # the paper's rule for heads
+EXPONENT, LOW, HIGH = 0.5, 0.25, 2.0  # the paper's rule, for shares by a profile
 FORMS = ("equal", "lattice", "exact", "attention")
 SCORERS = ("rkv", "snapkv", "h2o", "random")
 
@@ -75,16 +74,14 @@ class ExactHeads(RowBudgets):
     def _shares(
         self, heads: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        total, count = heads[rows].sum(-1), heads.shape[1]
-        comparable = "raw" if self.by_attention else self.policy.scorer.comparable
-        low = torch.maximum((LOW * total / count).ceil(), self.floor[rows])
-        return robustify(
-            pooled_demand(scores, valid, total, comparable).cpu(),
-            total,
-            exponent=EXPONENT,
-            low=low[:, None],
-            high=(HIGH * total / count)[:, None],
-        )
+        return head_budgets(
+            scores,
+            valid,
+            heads[rows].sum(-1),
+            floor=self.floor[rows],
+            comparable="raw" if self.by_attention else self.policy.scorer.comparable,
+            lattice=False,
+        ).cpu()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,7 +118,7 @@ class GivenPolicy(BudgetPolicy):
 
 
 def cache(config: PretrainedConfig, form: str, scorer: str, budget: int) -> ReasonCache:
-    """Return a cache whose heads share `budget` by a form, or by the profile of a directory."""
+    """Return a cache whose heads share `budget` by a form, or by a profile."""
     usual = {
         "budget": budget,
         "buffer": BUFFER,
@@ -137,7 +134,10 @@ def cache(config: PretrainedConfig, form: str, scorer: str, budget: int) -> Reas
             return CacheLayer(index, ExactPolicy(**usual, by_attention=by_attention))
         if form in FORMS:
             return CacheLayer(index, BudgetPolicy(**usual))
-        demand = torch.tensor(BudgetProfile.from_pretrained(form).head_demand)[layer_rank]
+        by_head = BudgetProfile.from_pretrained(form).head_demand
+        if by_head is None:
+            raise SystemExit(f"error: expected a profile with a demand for each head, got {form}")
+        demand = torch.tensor(by_head[layer_rank])
         total = budget * len(demand)
         low, high = max(LOW * budget, WINDOW + 1), HIGH * budget
         shares = robustify(demand, total, exponent=EXPONENT, low=low, high=high)
@@ -163,15 +163,10 @@ def spread(made: ReasonCache) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all forms, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=FOLDER)
+    parser = real_parser(__doc__, "results.md")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 96, 128])
     parser.add_argument("--profiles", nargs="*", default=[], help="with a demand for each head")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    given = parse(parser, arguments)
     begin = time.perf_counter()
     model, tokenizer = load(torch.bfloat16, given.model)
     ids = texts(tokenizer, TOKENS)

@@ -8,15 +8,13 @@ Every cache evicts from all of a text.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from examples.real_model.model import FOLDER, PROFILES, load
+from examples.real_model.model import COVERAGE, SENSITIVITY, load
 from examples.real_model.perplexity import (
     BLOCK,
     TOPICS,
@@ -26,6 +24,7 @@ from examples.real_model.perplexity import (
     losses,
     texts,
 )
+from examples.research.arguments import parse, real_parser
 from examples.research.tables import publish, versions
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import CacheSpec
@@ -33,7 +32,7 @@ from hf_reasoncache.evaluation import CacheSpec
 TOKENS = 832
 COMMON = {"buffer": 64, "window": 8, "protect": False}
 
-_EQUAL, _OURS, _PAPERS = ("", None), (", sensitivity", "sensitivity"), (", coverage", "coverage")
+_EQUAL, _OURS, _PAPERS = ("", None), (", sensitivity", SENSITIVITY), (", coverage", COVERAGE)
 PROFILED = {"rkv": (_EQUAL, _OURS, _PAPERS), "h2o": (_EQUAL, _OURS), "random": (_EQUAL, _OURS)}
 """Profiles that every scorer is given; the paper's estimator goes with the paper's scorer."""
 
@@ -44,7 +43,7 @@ def specs() -> list[CacheSpec]:
         CacheSpec(
             f"{name}{label}",
             ReasonAllocCache,
-            COMMON | ({} if profile is None else {"profile": str(PROFILES / profile)}),
+            COMMON | ({} if profile is None else {"profile": profile}),
             scorer,
         )
         for name, scorer in (("R-KV", "rkv"), ("H2O", "h2o"), ("random", "random"))
@@ -54,14 +53,9 @@ def specs() -> list[CacheSpec]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all caches, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=FOLDER)
+    parser = real_parser(__doc__, "results.md")
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    given = parse(parser, arguments)
     begin = time.perf_counter()
     model, tokenizer = load(torch.bfloat16, given.model)
     ids = texts(tokenizer, TOKENS)

@@ -10,16 +10,14 @@ windows of the same ratio.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from examples.real_model.model import FOLDER, load
+from examples.real_model.model import SENSITIVITY, load
 from examples.real_model.perplexity import (
     BLOCK,
     CHUNK,
@@ -30,6 +28,7 @@ from examples.real_model.perplexity import (
     losses,
     texts,
 )
+from examples.research.arguments import parse, real_parser
 from examples.research.tables import publish, versions
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.cache import ReasonCache
@@ -37,7 +36,7 @@ from hf_reasoncache.report import CacheReport
 from hf_reasoncache.scorers import RKV, Bidirectional, Random
 
 TOKENS = 1024
-PROFILE = {"profile": "SmolLM2-135M-Instruct/sensitivity"}
+PROFILE = {"profile": SENSITIVITY}
 RECENT, WINDOW = 32, 128  # the defaults of `SlidingWindowCompressCache`
 BUFFER = 64
 
@@ -89,14 +88,9 @@ def pays_from(reports: Sequence[CacheReport]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the texts with all caches, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=FOLDER)
+    parser = real_parser(__doc__, "windows.md")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3])
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--document", type=Path, default=Path("docs/windows.md"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    given = parse(parser, arguments)
     begin = time.perf_counter()
     model, tokenizer = load(torch.bfloat16, given.model)
     ids = texts(tokenizer, TOKENS)

@@ -9,17 +9,16 @@ halves are from each other, and what each one gains on text that none of them ha
 
 from __future__ import annotations
 
-import argparse
 import pydoc_data.topics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from examples.real_model.model import FOLDER, PROFILES, load
+from examples.real_model.model import SENSITIVITY, load
 from examples.real_model.perplexity import TOPICS, difference, forwards, losses, texts
+from examples.research.arguments import parse, real_parser
 from examples.research.perplexity import COMMON, TOKENS
 from examples.research.tables import publish, versions
 from hf_reasoncache import BudgetProfile, ReasonAllocCache
@@ -52,17 +51,12 @@ def pages(tokenizer, count: int, length: int) -> list[Trace]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the waves, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=FOLDER)
+    parser = real_parser(__doc__, "results.md", threads=1)
     parser.add_argument("--pages", type=int, default=4, help="of each length")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    given = parse(parser, arguments)
     begin = time.process_time()
     model, tokenizer = load(torch.bfloat16, given.model)
-    shipped = BudgetProfile.from_pretrained(PROFILES / "sensitivity")
+    shipped = BudgetProfile.from_pretrained(SENSITIVITY)
 
     # 1. Waves. Those of the answers are in the shipped profile, prompt by prompt.
     divergence = shipped.statistics["divergence"]

@@ -24,6 +24,7 @@ def head_budgets(
     low: float = 0.25,
     high: float = 2.0,
     comparable: Comparable = "length",
+    lattice: bool = True,
 ) -> torch.Tensor:
     """Split a layer's budget over its heads by where the best tokens of all heads are.
 
@@ -59,6 +60,8 @@ def head_budgets(
         "length" multiplies a score by its head's number of held tokens before pooling: for scores
         normalised over each head's own tokens (R-KV), which shrink as a head holds more. "raw"
         pools scores as they are: for attention mass and for scores without a normalisation.
+    lattice : bool
+        Whether budgets lie on the lattice; without it each is what its share rounds to.
 
     Returns
     -------
@@ -91,14 +94,16 @@ def head_budgets(
             f"{least.tolist()}, heads = {heads} and total = {budget.tolist()}; raise the budget, "
             "or protect fewer tokens."
         )
-    demand = pooled_demand(scores, valid, torch.from_numpy(budget), comparable).cpu().numpy()
+    demand = _reaching(scores, valid, torch.from_numpy(budget), comparable).cpu().numpy()
     mean = budget / heads
     # The mean's own integers keep bounds of 1 solvable when the heads do not divide the total.
     lower = np.minimum(np.ceil(low * mean - 1e-9), np.floor(mean)).astype(np.int64)
     upper = np.maximum(np.floor(high * mean + 1e-9), np.ceil(mean)).astype(np.int64)
     lower = np.maximum(lower, least)
-    exact = split(demand, budget, exponent=exponent, low=lower[:, None], high=upper[:, None])
-    return torch.from_numpy(_on_lattice(exact, budget, lower, upper)).to(scores.device)
+    found = split(demand, budget, exponent=exponent, low=lower[:, None], high=upper[:, None])
+    if lattice:
+        found = _on_lattice(found, budget, lower, upper)
+    return torch.from_numpy(found).to(scores.device)
 
 
 def _per_row(name: str, value: int | torch.Tensor, rows: int) -> Integers:
@@ -110,13 +115,10 @@ def _per_row(name: str, value: int | torch.Tensor, rows: int) -> Integers:
     return np.full(rows, array)
 
 
-def pooled_demand(
-    scores: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor, comparable: Comparable
+def _reaching(
+    scores: torch.Tensor, valid: torch.Tensor, budget: torch.Tensor, comparable: str
 ) -> torch.Tensor:
-    """Count each head's tokens among the `budget` (LongTensor[R]) best of its row.
-
-    Arguments are those of `head_budgets`; returns LongTensor[R, H].
-    """
+    """Count each head's tokens among the `budget` best of its row: LongTensor `[R, H]`."""
     utility = scores
     if comparable == "length":
         # Filler is masked below; until then its product may be anything.

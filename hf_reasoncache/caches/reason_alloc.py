@@ -45,8 +45,8 @@ class ReasonAllocCache(ReasonCache):
         Decides which tokens a head keeps, or its name; R-KV by default, as in the paper.
     head_budgets : bool
         Whether the heads of a layer share its budget by demand, re-allocated every 128 tokens (the
-        paper's second level). Off, because it helped on no model measured here; on pretrained
-        weights three of four scorers did not gain and two lost (docs/results.md).
+        paper's second level). Off, because it helped on no model measured here: on pretrained
+        weights R-KV did not gain beyond chance, and SnapKV and H2O lost (docs/results.md).
     buffer : int
         Tokens between two compactions.
     window : int

@@ -89,6 +89,19 @@ def test_without_a_lattice_it_is_r_of_the_pooled_counts(comparable, seed):
         assert budgets[row].tolist() == expected
 
 
+@pytest.mark.parametrize("comparable", ["length", "raw"])
+@given(seed=st.integers(0, 9999))
+def test_lattice_off_is_r_of_the_pooled_counts_for_any_mean(comparable, seed):
+    scores, valid = example(seed, 2, 5, 400)
+    total = torch.tensor([643, 500])
+    budgets = head_budgets(scores, valid, total, comparable=comparable, lattice=False)
+    for row in range(2):
+        mean = int(total[row]) / 5
+        demand = reaching(scores[row], valid[row], int(total[row]), comparable)
+        expected = robustify(demand, int(total[row]), exponent=0.5, low=0.25 * mean, high=2 * mean)
+        assert budgets[row].tolist() == expected
+
+
 @given(seed=st.integers(0, 9999))
 # Three heads at R's upper bound, which the lattice does not reach: others get what they lose.
 @hypothesis.example(seed=6322)

@@ -87,7 +87,7 @@ def test_curves_become_tokens_that_add_up_to_the_budget() -> None:
 
 
 def test_the_cost_is_what_the_blocks_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Known, instead of tried on a few tokens for each text and budget.
+    # Known, instead of tried on a few tokens for each text.
     monkeypatch.setattr(squeeze, "_rows_may_join", lambda model, block: True)
     model, traces = build("llama"), [make_trace(completion=n) for n in (40, 12)]
     settings = Sensitivity(budgets=(8, 20), budget=12, eviction=EVICTION, heads=True, rows=5)

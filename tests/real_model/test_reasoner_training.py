@@ -228,6 +228,7 @@ def test_a_merged_adapter_is_the_trained_model_in_the_layout_of_peft(tmp_path):
 def test_answers_are_what_generate_writes_wherever_it_leaves_the_chain(monkeypatch):
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 30)
     model, end = make_model().eval(), TOKENIZER.ids["<|im_end|>"]
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
     model.set_attn_implementation("sdpa")
     given, wanted = [], []
     for number, problem in enumerate(make_problems("ledger", 7, 1000)):

@@ -9,13 +9,7 @@ from examples.real_model import model as real_model
 from examples.real_model.perplexity import CHUNK, forwards, losses
 from examples.research import perplexity
 from tests.support.models import VOCABULARY, build
-
-
-class Letters:
-    """A tokenizer whose tokens are letters."""
-
-    def __call__(self, text):
-        return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}
+from tests.support.tokenizers import Letters
 
 
 @pytest.fixture

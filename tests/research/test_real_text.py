@@ -1,20 +1,17 @@
 """The studies on real text, on a tiny random model instead of the pretrained one."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
 
 from examples.real_model.perplexity import forwards
 from examples.research import head_budgets, real_windows
+from hf_reasoncache.geometry import Geometry
 from tests.support.models import HEADS, VOCABULARY, build
-
-
-class Letters:
-    """A tokenizer whose tokens are letters."""
-
-    def __call__(self, text):
-        return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}
+from tests.support.profiles import make_profile
+from tests.support.tokenizers import Letters
 
 
 @pytest.fixture
@@ -47,6 +44,24 @@ def test_forms_of_head_budgets_spend_the_same(monkeypatch):
             assert layer.state.heads.shape == (2, HEADS) and layer.evictions > 0
         spread[form] = head_budgets.spread(made)
     assert spread["equal"] == 0 < spread["attention"]
+
+
+def test_heads_have_fixed_shares_by_a_profile(monkeypatch, tmp_path):
+    monkeypatch.setattr(head_budgets, "WINDOW", 4)
+    monkeypatch.setattr(head_budgets, "BUFFER", 8)
+    model = build("llama")
+    shape = {"geometry": Geometry.of(model.config), "demand": (1.0,) * 3, "statistics": {}}
+    by_head = ((1.0, 4.0), (1.0, 1.0), (9.0, 1.0))
+    made = make_profile(**shape, standard_error=(0.0,) * 3, head_demand=by_head)
+    made.save_pretrained(tmp_path / "heads")
+    cache = head_budgets.cache(model.config, str(tmp_path / "heads"), "rkv", 24)
+    assert len(list(forwards(model, torch.full((2, 96), 7), cache))) == 12
+    # In proportion to the root of the demand.
+    found = [layer.state.heads.tolist() for layer in cache.own_layers]
+    assert found == [[[16, 32]] * 2, [[24, 24]] * 2, [[36, 12]] * 2]
+    replace(made, head_demand=None).save_pretrained(tmp_path / "none")
+    with pytest.raises(SystemExit, match="expected a profile with a demand for each head"):
+        head_budgets.cache(model.config, str(tmp_path / "none"), "rkv", 24)
 
 
 def test_head_budgets_table(run):

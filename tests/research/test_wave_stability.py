@@ -10,15 +10,9 @@ import torch
 from examples.research import wave_stability
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.geometry import Geometry
-from tests.support.models import VOCABULARY, build
+from tests.support.models import build
 from tests.support.profiles import make_profile
-
-
-class Letters:
-    """A tokenizer whose tokens are letters."""
-
-    def __call__(self, text):
-        return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}
+from tests.support.tokenizers import Letters
 
 
 def test_every_wave_has_a_distance_and_every_text_a_gain(
@@ -35,7 +29,7 @@ def test_every_wave_has_a_distance_and_every_text_a_gain(
     ).save_pretrained(tmp_path / "sensitivity")
     changes = {
         "load": lambda dtype, folder: (model, Letters()),
-        "PROFILES": tmp_path,
+        "SENSITIVITY": tmp_path / "sensitivity",
         "ESTIMATOR": Sensitivity((8, 16), 12, Eviction(buffer=6, window=4)),
         "COMMON": wave_stability.COMMON | {"buffer": 8, "window": 4},
         "TOKENS": 96,

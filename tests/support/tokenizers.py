@@ -1,7 +1,9 @@
-"""A byte-level tokenizer with a chat template, trained on a few words."""
+"""A byte-level tokenizer with a chat template, trained on a few words, and one of letters."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.support.models import VOCABULARY
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
@@ -29,3 +31,10 @@ def make_tokenizer(template=TEMPLATE, prefix_space=False):
         padding_side="left",
         chat_template=template,
     )
+
+
+class Letters:
+    """What makes every letter a token of the tiny models' vocabulary."""
+
+    def __call__(self, text):
+        return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}

@@ -18,10 +18,11 @@ from pathlib import Path
 from string import ascii_uppercase
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from examples.real_model import model as real_model
+from hf_reasoncache.evaluation.generation import answer_batch
 from hf_reasoncache.evaluation.statistics import Share
 
 from . import adapter, attention
@@ -92,10 +93,10 @@ def answers(
         places = alone[first : first + batch_size]
         rows = [examples[place].ids[: examples[place].start] + replies[place] for place in places]
         shortest = min(len(replies[place]) for place in places)
-        for place, more in zip(
-            places, _go_on(model, rows, MAX_NEW_TOKENS - shortest, end), strict=True
-        ):
-            replies[place] += more
+        cache = DynamicCache(config=model.config)
+        found = answer_batch(model, rows, cache, max_new_tokens=MAX_NEW_TOKENS - shortest)
+        for place, answer in zip(places, found.answers, strict=True):
+            replies[place] += answer.tokens
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in replies]
 
 
@@ -103,24 +104,6 @@ def _agreed(chosen: torch.Tensor, true: torch.Tensor) -> list[int]:
     """Return the choices up to the first one that differs, which is the last of them."""
     wrong = (chosen != true).nonzero()[:, 0].tolist()
     return chosen[: wrong[0] + 1 if wrong else None].tolist()
-
-
-def _go_on(
-    model: PreTrainedModel, rows: Sequence[list[int]], most: int, end: int
-) -> list[list[int]]:
-    """Return `most` tokens or fewer for each row, with `end` behind those that end sooner."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[end] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=most,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    return output[:, longest:].tolist()
 
 
 def describe(problems: Sequence[Problem], replies: Sequence[str]) -> list[str]:
