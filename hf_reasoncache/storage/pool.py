@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hf_reasoncache.storage.held_positions import HeldPositions
+from triton_ops.append import append
 from triton_ops.compact import compact
 from triton_ops.layout import RaggedLayout
 
@@ -105,6 +106,11 @@ class RaggedPool:
         return self._device_length
 
     @property
+    def _counts_there(self) -> bool:
+        """Whether lengths are on the device as well, and appending must count them there."""
+        return self._device_length is not None
+
+    @property
     def capacity(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: slots owned by each head."""
         return self.layout.capacity
@@ -142,6 +148,13 @@ class RaggedPool:
                 f"RaggedPool.append: expected room for {q_len} tokens in every head, got "
                 f"{self.least_free} free slots; relayout the pool first."
             )
+        one_column = isinstance(columns, int) or columns.numel() == 1
+        if q_len == 1 and one_column and keep is None and not statistics and self._counts_there:
+            stored = (self.fields["keys"], self.fields["values"], self.fields["positions"])
+            start = self.layout.start_on(keys.device)
+            append(stored, start, self.device_length, keys, values, columns)
+            self.count_appended(1)
+            return
         new = {"keys": keys, "values": values, "positions": columns, **statistics}
         if added is None and self.is_even and self._device_length is None:
             fresh = slice(self.longest, self.longest + q_len)

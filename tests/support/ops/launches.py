@@ -99,6 +99,15 @@ def fill_holes(dtype, head_size):
     compact_triton([keys, values, positions, torch.empty(layout.slots)], slots, slots, slots.bool())
 
 
+def one_token(dtype, head_size):
+    """Launch what `append` launches."""
+    from triton_ops.append.kernel import append_triton
+
+    *fields, layout, length = pool(dtype, head_size)
+    new = torch.empty(BATCH, KV_HEADS, 1, head_size, dtype=dtype)
+    append_triton(tuple(fields), layout.start, length, new, new, 7)
+
+
 # What is launched, and how many programs of each kernel must fit one multiprocessor: two wherever
 # latency has to be hidden, one where a single program fills it.
 CASES = {
@@ -134,4 +143,7 @@ CASES = {
     "redundancy: float32, size 256": (1, lambda: repeats(torch.float32, 256)),
     "compact": (2, lambda: fill_holes(torch.bfloat16, 128)),
     "compact: size 80": (2, lambda: fill_holes(torch.float32, 80)),
+    "append": (2, lambda: one_token(torch.bfloat16, 128)),
+    "append: size 512": (2, lambda: one_token(torch.bfloat16, 512)),
+    "append: float32, size 96": (2, lambda: one_token(torch.float32, 96)),
 }

@@ -50,6 +50,15 @@ def test_a_layer_neither_waits_nor_copies_in_an_ordinary_step():
         assert rest.synchronisations <= looks and rest.copies == 0, case.name
 
 
+def test_a_step_asks_for_no_more_than_that_of_a_dynamic_cache():
+    costs, theirs = documented(), documented()["DynamicCache"]
+    ordinary = ("no budget", "no budget, padded rows", "budget", "budget, padded rows")
+    for name in (*ordinary, "budget, risk limit", "branches", "branches, budget", "windows"):
+        for mine, its in ((costs[name].layer, theirs.layer), (costs[name].rest, theirs.rest)):
+            assert mine.operations + mine.launches <= its.operations + its.launches, name
+            assert mine.synchronisations <= its.synchronisations, name
+
+
 def test_a_rise_and_a_fall_are_told_apart():
     base, less, more = (Cost(Counts(n), Counts()) for n in (5, 4, 6))
     assert "rose" in judge("x", base, more) and "fell" not in judge("x", base, more)
@@ -95,7 +104,7 @@ def test_another_step_than_the_case_says_is_an_error(changes):
 def test_the_command_shows_the_lines_of_a_case(capsys):
     count_steps.main(["no budget"])
     lines = capsys.readouterr().out
-    assert "launch          attend_kernel" in lines and "hf_reasoncache.storage.pool:" in lines
+    assert "launch          attend_kernel" in lines and "triton_ops.append.kernel:" in lines
     assert "mark" not in lines
     with pytest.raises(SystemExit):
         count_steps.main(["nothing"])

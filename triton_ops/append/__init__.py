@@ -1,0 +1,54 @@
+"""Append one token to every head of a ragged pool whose lengths are on its device."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backend import uses_triton
+from .reference import append_reference
+
+__all__ = ["append"]
+
+
+def append(
+    pool: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    start: torch.Tensor,
+    length: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    column: torch.Tensor | int,
+) -> None:
+    """Write a token behind the last one of every head, and count it; there must be room.
+
+    Nothing is read on the host, so that a captured step can be repeated.
+
+    Parameters
+    ----------
+    pool : three of Tensor
+        Keys `[slots, D]`, values `[slots, D_v]` and positions, IntTensor[slots]; contiguous.
+    start : LongTensor[B, H_kv]
+        First slot of each head.
+    length : LongTensor[B, H_kv]
+        Slots in use of each head, on the pool's device; increased by one.
+    keys, values : Tensor[B, H_kv, 1, D], Tensor[B, H_kv, 1, D_v]
+        Of the pool's type.
+    column : LongTensor[1] or int
+        Position of the token.
+
+    Raises
+    ------
+    ValueError
+        If the shapes or types do not fit together.
+    """
+    held = [(field.dtype, field.shape[-1]) for field in pool[:2]]
+    new = [(each.dtype, each.shape[-1]) for each in (keys, values)]
+    if held != new or not (keys.shape[:3] == values.shape[:3] == (*length.shape, 1)):
+        raise ValueError(
+            f"append: expected one token for each of {list(length.shape)} heads, in {held}, got "
+            f"{list(keys.shape)} and {list(values.shape)} in {new}."
+        )
+    if uses_triton(pool[0]):
+        from .kernel import append_triton as run
+    else:
+        run = append_reference
+    run(pool, start, length, keys, values, column)

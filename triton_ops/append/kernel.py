@@ -1,0 +1,82 @@
+"""Kernel of `append`: one program for each head."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import launcher
+from ..tiles import block_d
+
+
+@triton.jit(do_not_specialize=["column"])
+def append_kernel(
+    pool_keys,
+    pool_values,
+    positions,
+    start,
+    length,
+    keys,
+    values,
+    clock,
+    column,
+    heads,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Write the token of one head, and count it."""
+    head = tl.program_id(0)
+    row, number = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    held = tl.load(length + head)
+    slot = tl.load(start + head) + held
+    if clock is not None:
+        column = tl.load(clock)
+    tl.store(positions + slot, column.to(tl.int32))
+    place = tl.arange(0, BLOCK_D)
+    key = tl.load(keys + row * key_row + number * key_head + place, mask=place < D)
+    tl.store(pool_keys + slot * D + place, key, mask=place < D)
+    place = tl.arange(0, BLOCK_DV)
+    value = tl.load(values + row * value_row + number * value_head + place, mask=place < DV)
+    tl.store(pool_values + slot * DV + place, value, mask=place < DV)
+    # All threads have read the length before one of them changes it.
+    tl.debug_barrier()
+    tl.store(length + head, held + 1)
+
+
+@launcher
+def append_triton(
+    pool: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    start: torch.Tensor,
+    length: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    column: torch.Tensor | int,
+) -> None:
+    """See `triton_ops.append.append`."""
+    batch, heads = length.shape
+    keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (keys, values))
+    on_device = isinstance(column, torch.Tensor)
+    append_kernel[(batch * heads,)](
+        *pool,
+        start,
+        length,
+        keys,
+        values,
+        column if on_device else None,
+        0 if on_device else column,
+        heads,
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        keys.shape[-1],
+        values.shape[-1],
+        BLOCK_D=block_d(keys.shape[-1]),
+        BLOCK_DV=block_d(values.shape[-1]),
+        num_warps=1,
+    )
