@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_reasoncache.geometry import supported_layers
 from hf_reasoncache.guards import GuardTensor, LogicalLength
+from hf_reasoncache.joint_evictions import JointEvictions
 from hf_reasoncache.keep_rates import keep_rates
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.precision import as_attended
@@ -64,6 +65,7 @@ class ReasonCache(Cache):
             layer = layers[index] = make_layer(index, layer_rank, len(ours))
             layer.tp_mode, layer.layers = self.tp_mode, len(layers)
             self.own_layers.append(layer)
+        self._joint = JointEvictions(self.own_layers)
         self._foreign = [index for index in range(len(layers)) if index not in ours]
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
         self._blank = {index: copy.deepcopy(layers[index]) for index in self._foreign}
@@ -254,6 +256,15 @@ class ReasonCache(Cache):
                 f"expected keys and values in {first.dtype} as before, got {keys.dtype}; reset() "
                 "the cache, or use a new one, for a model in another type."
             )
+        if keys.shape[-2] == 1:
+            self.evict_due()
+
+    def evict_due(self) -> None:
+        """Evict what is due before one more token, from all layers at once where that is possible.
+
+        Layers do the rest themselves.
+        """
+        self._joint.run()
 
     def report(self) -> CacheReport:
         """Return what is held now, and what it took; of the KV heads that this process holds."""

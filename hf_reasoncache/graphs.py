@@ -96,6 +96,7 @@ class DecodeGraphs:
         ids, positions = settings.pop("input_ids"), settings.pop("position_ids", None)
         self._place(ids, positions)
         layers = self.cache.own_layers
+        self.cache.evict_due()
         for layer in layers:
             layer.prepare()
         parts = [*self._inputs, *(part for layer in layers for part in layer.static_parts())]

@@ -36,6 +36,7 @@ from hf_reasoncache.storage.pool_store import PoolStore, distinct_bytes
 from hf_reasoncache.storage.query_window import QueryWindow
 from hf_reasoncache.storage.segment import Path
 from hf_reasoncache.storage.stored_tokens import IncomingCounts, StoredTokens, incoming_tokens
+from triton_ops.launch import send
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +120,8 @@ class CacheLayer(CacheLayerMixin):
         Whether the model would give the tokens that are stored a gradient.
     gives_weights : bool
         Whether the model's config asks for attention weights.
+    settings : dict
+        `scaling`, `softcap`, `s_aux` of the last attention.
     evictions, evicted : int
         Compactions so far, each row counted; tokens evicted so far, each row and head counted.
     """
@@ -165,7 +168,7 @@ class CacheLayer(CacheLayerMixin):
         for observer in self.observers:
             observer.reset()
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
         self._prompt_open = True  # whether more tokens at once would belong to the prompt
         self._by_token = False  # whether the first forward had a single token
         self._calm = False  # whether nobody will ask for the queries of this forward
@@ -317,7 +320,7 @@ class CacheLayer(CacheLayerMixin):
 
     def _remember(self, policy: Policy, new: NewTokens) -> None:
         """Take note of what later evictions will ask with."""
-        self._settings = new.settings
+        self.settings = new.settings
         if self.state is not None and self.state.first is not self.store.first:
             self.state = self.state.with_first(self.store.first)
         if self._calm:
@@ -403,7 +406,7 @@ class CacheLayer(CacheLayerMixin):
         if span is not None:
             self._attended = AllPositions(keep.shape, new.valid)
             tokens = incoming_tokens(new, rows)
-            state, held, chosen = self._choose(state, span, tokens)
+            state, held, chosen, _ = self._choose(state, span, tokens)
             keep[rows] = torch.zeros_like(keep[rows]).scatter_(-1, tokens.place, chosen)
             if held.scorer_state is not None:
                 noted = torch.zeros_like(keep, dtype=torch.int32)
@@ -460,6 +463,11 @@ class CacheLayer(CacheLayerMixin):
         return self._prompt_open and more and not self.record_past
 
     @property
+    def prompt_is_complete(self) -> bool:
+        """Whether what rows may hold has been fixed for good."""
+        return self.is_initialized and not self._prompt_open
+
+    @property
     def expects_prompt(self) -> bool:
         """Whether a single token would still be part of the prompt."""
         return self._grows_prompt(self.seen, 1)
@@ -486,16 +494,28 @@ class CacheLayer(CacheLayerMixin):
             tokens = self.store.read(span.rows, span.bounds)
             if not tokens.columns.shape[-1]:
                 continue
-            state, held, keep = self._choose(state, span, tokens)
+            state, held, keep, kept = self._choose(state, span, tokens)
             if held.scorer_state is not None:
                 self.store.write_scorer_state(tokens, held.scorer_state)
-            self.store.evict(tokens, keep)
+            self.store.evict(tokens, keep, kept)
         self.queries.resize(self.query_columns)
         self._fit(columns)
 
+    def evicted_elsewhere(
+        self, rows: torch.Tensor, count: torch.Tensor, kept: torch.Tensor
+    ) -> None:
+        """Take note that the pool's rows kept `kept` of `count` tokens, LongTensor[R, H_kv]."""
+        pool = self.store.tokens
+        pool.note_length(pool.length.index_put((rows,), kept))
+        self.store.forget_order()
+        self.evictions += rows.numel()
+        self.evicted += int((count - kept).sum())
+        self.queries.resize(self.query_columns)
+        self._fit(self.seen)
+
     def _choose(
         self, state: RowState, span: EvictionSpan, tokens: StoredTokens
-    ) -> tuple[RowState, HeldTokens, torch.Tensor]:
+    ) -> tuple[RowState, HeldTokens, torch.Tensor, torch.Tensor]:
         """Choose what stays of some tokens, and count what goes.
 
         Returns
@@ -504,25 +524,31 @@ class CacheLayer(CacheLayerMixin):
         held : HeldTokens
             What the scorer has seen, with what it has noted.
         keep : BoolTensor[R, H_kv, N]
+        kept : LongTensor[R, H_kv]
+            How many that are, on the CPU.
         """
         policy = state.policy
         held = self._as_scored(policy, span, tokens)
+        count = held.count.cpu() if tokens.count is None else tokens.count
         state, plan = state.plan(span, held, policy.scorer.score(held))
+        kept = None
         if policy.risk is None:
             keep = plan.keep(plan.per_head)
+            kept = plan.known(count)
         else:
             scale = self._scale(policy.risk.queries, span, tokens)
             keep, damage = policy.risk.choose(plan, scale, self.shard)
             self.risk = self.risk.add(span.rows, span.columns, damage)
-        kept = keep.sum(-1)
-        self.state = state = state.after(span, held.count, kept)
+        kept = keep.sum(-1).cpu() if kept is None else kept
+        self.state = state = state.after(span, count, kept)
         self.evictions += span.rows.numel()
-        self.evicted += int((held.count - kept).sum())
-        return state, held, keep
+        self.evicted += int((count - kept).sum())
+        return state, held, keep, kept
 
     def _as_scored(self, policy: Policy, span: EvictionSpan, tokens: StoredTokens) -> HeldTokens:
         """Describe tokens to a scorer."""
-        first, now = torch.stack([span.first, span.now]).to(tokens.columns.device)
+        told = torch.stack([span.first, span.now])
+        first, now = send(told, tokens.columns.device)
         queries, asked = self._queries_before(policy.queries, span, first, tokens.columns.shape[1])
         statistics = {name: tokens.field(name) for name in self.store.statistics}
         return HeldTokens(
@@ -530,12 +556,13 @@ class CacheLayer(CacheLayerMixin):
             positions=tokens.positions(first),
             valid=tokens.valid,
             length=now,
-            scaling=self._settings["scaling"],
+            scaling=self.settings["scaling"],
             layer=self.index,
             first_head=self.shard.first,
             load_values=partial(tokens.field, "values"),
             queries=queries,
             query_positions=asked,
+            filler=tokens.filler,
             **statistics,
         )
 
@@ -559,8 +586,8 @@ class CacheLayer(CacheLayerMixin):
             return log.unflatten(1, (heads, -1)), span.newest(log.shape[2], first)
         asked = span.now[:, None] + torch.arange(-wanted, 0, device="cpu")
         place = span.first[:, None] + asked - (span.columns - log.shape[2])
-        asked = asked.where((asked >= span.low[:, None]) & (place >= 0), -1).to(device)
-        place = place.clamp_min(0).to(device)
+        asked = asked.where((asked >= span.low[:, None]) & (place >= 0), -1)
+        asked, place = send(torch.stack([asked, place.clamp_min(0)]), device)
         index = place[:, None, :, None].expand(-1, log.shape[1], -1, log.shape[3])
         return log.gather(2, index).unflatten(1, (heads, -1)), asked
 
@@ -571,11 +598,11 @@ class CacheLayer(CacheLayerMixin):
             raise ValueError(f"layer {self.index}: expected queries to measure with, got none.")
         queries = queries[:, :, -wanted:]
         device = queries.device
-        first = span.first.to(device)
+        first = send(span.first, device)
         every, place = tokens, None
         if span.low is not None and not tokens.whole:
             every = self.store.read(span.rows)
-            older = every.columns < (span.first + span.low).to(device)[:, None, None]
+            older = every.columns < send(span.first + span.low, device)[:, None, None]
             begin = (older & every.valid).sum(-1, keepdim=True)
             # All are in order of column, so these are neighbours.
             place = begin + torch.arange(tokens.columns.shape[-1], device=device)
@@ -586,7 +613,7 @@ class CacheLayer(CacheLayerMixin):
             keys=every.field("keys"),
             values=every.field("values"),
             key_positions=every.positions(first),
-            settings=self._settings,
+            settings=self.settings,
             place=place,
         )
 
@@ -748,7 +775,7 @@ class CacheLayer(CacheLayerMixin):
     def _select_rows(self, rows: torch.Tensor) -> None:
         """Let everything besides the tokens follow."""
         if self.shown is not None:
-            self.shown = self.shown[rows.to(self.shown.device)]
+            self.shown = self.shown[send(rows, self.shown.device)]
         for observer in self.observers:
             observer.select_rows(rows)
         self.queries.select_rows(rows)

@@ -55,7 +55,9 @@ PARTS: dict[str, set[str]] = {
         "scorers",
         "shards",
         "storage",
+        "triton_ops",
     },
+    "joint_evictions": {"layer", "policies", "precision", "scorers", "storage", "triton_ops"},
     "keep_rates": {"layer", "protection"},
     "base_attention": set(),
     "weights_and_gradients": {"layer"},
@@ -91,7 +93,7 @@ for _cache in CACHES:
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = LAYERS | CACHES | {"budgets", "guards", "keep_rates", "precision", "protection"}
     PARTS[_cache] |= {"arguments", "geometry", "profiles.profile", "report", "risk", "scorers"}
-    PARTS[_cache] |= {"shards"}
+    PARTS[_cache] |= {"shards", "joint_evictions"}
 for _allowed in PARTS.values():
     # How a value is echoed in an error is the same everywhere.
     _allowed.add("messages")

@@ -20,6 +20,14 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else _HERE
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a small tensor of the host to a device; the host neither waits nor has to keep it.
+
+    CUDA copies from memory that is not pinned to a buffer of its own before the call returns.
+    """
+    return tensor.to(device, non_blocking=True)
+
+
 def launcher(run: Callable[P, T]) -> Callable[P, T]:
     """Let a function that launches kernels do so on the GPU of its first tensor.
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from .launch import send
+
 T = TypeVar("T")
 
 
@@ -121,7 +123,7 @@ class RaggedLayout:
 
     def start_on(self, device: torch.device) -> torch.Tensor:
         """LongTensor[B, H_kv]: `start` on a device, copied once."""
-        return self.derive(("start", device), lambda: self.start.to(device))
+        return self.derive(("start", device), lambda: send(self.start, device))
 
 
 @dataclass(frozen=True, eq=False)

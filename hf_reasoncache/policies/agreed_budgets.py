@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
@@ -32,6 +33,8 @@ class AgreedBudgets(RowBudgets):
     shard: Shard
     everyone: torch.Tensor
     behind: torch.Tensor
+
+    agrees: ClassVar[bool] = True
 
     @staticmethod
     def of(budgets: RowBudgets, shard: Shard, before: AgreedBudgets | None) -> AgreedBudgets:

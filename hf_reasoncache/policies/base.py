@@ -8,6 +8,7 @@ one, so that a draft is undone by keeping the old one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -209,6 +210,28 @@ class RowState(ABC):
         """Take note that heads kept `kept` of `count` tokens of a span, LongTensor[R, H_kv]."""
         return self
 
+    def join(
+        self, others: Sequence[RowState], rows: torch.Tensor, columns: int
+    ) -> tuple[RowState, EvictionSpan] | None:
+        """Take rows of several layers for rows of one state, to evict from them at once.
+
+        Parameters
+        ----------
+        others : sequence of RowState
+            Those of the other layers; their policies evict like this one's.
+        rows : LongTensor[R]
+            Rows of each layer, all due.
+        columns : int
+            Columns that every layer has stored.
+
+        Returns
+        -------
+        tuple of RowState and EvictionSpan, or None
+            The span's rows are those of the first layer, then of the others; None if evictions of
+            this kind change the state of a layer, or need more than one span.
+        """
+        return None
+
     def recount(self, counts: Counts) -> RowState:
         """Take note that heads have lost tokens otherwise than by an eviction, or got them back."""
         return self
@@ -275,6 +298,10 @@ class Policy(Protocol):
     def moves_heads(self) -> bool:
         """Whether evictions may change how many slots heads have."""
         return True
+
+    def evicts_like(self, other: Policy) -> bool:
+        """Whether evictions of two layers may be done at once, by `RowState.join`."""
+        return False
 
     @property
     def cuts_incoming(self) -> bool:

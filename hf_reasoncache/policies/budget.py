@@ -10,7 +10,7 @@ import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.policies.agreed_budgets import AgreedBudgets
-from hf_reasoncache.policies.base import PromptRows, grown_protection
+from hf_reasoncache.policies.base import Policy, PromptRows, grown_protection
 from hf_reasoncache.policies.row_budgets import RowBudgets
 from hf_reasoncache.protection import Protection
 from hf_reasoncache.risk import Risk
@@ -76,6 +76,16 @@ class BudgetPolicy:
     def moves_heads(self) -> bool:
         """See `Policy.moves_heads`."""
         return self.head_budgets
+
+    def evicts_like(self, other: Policy) -> bool:
+        """See `Policy.evicts_like`: where heads stay as they are, and nothing watches."""
+        return (
+            self.scorer.joins_layers
+            and not self.head_budgets
+            and self.risk is None
+            and self.protection is None
+            and vars(other) | {"layer_rank": 0} == vars(self) | {"layer_rank": 0}
+        )
 
     @property
     def queries(self) -> int:

@@ -27,9 +27,10 @@ def keep_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
     tokens = scores.shape[-1]
     if not tokens:
         return torch.zeros_like(scores, dtype=torch.bool)
-    budgets = budgets.cpu().clamp(max=tokens)
+    if not scores.is_cpu:
+        return _sorted_top(scores, budgets.to(scores.device, non_blocking=True))
+    budgets = budgets.clamp(max=tokens)
     bar = kth_largest(scores, budgets.clamp(min=1))[..., None]
-    budgets = budgets.to(scores.device)
     keep = scores >= bar
     if torch.equal(keep.sum(-1), budgets):
         return keep
@@ -38,3 +39,11 @@ def keep_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
     from_the_end = on_it.flip(-1).cumsum(-1).flip(-1)
     # Without a budget even the best score is one too many.
     return (over & (spare >= 0)) | (on_it & (from_the_end <= spare))
+
+
+def _sorted_top(scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+    """See `keep_top`; by a stable sort, so that the host need not ask how many are equal."""
+    tokens = scores.shape[-1]
+    best = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    chosen = torch.arange(tokens, device=scores.device) < budgets[..., None]
+    return torch.empty_like(chosen).scatter_(-1, tokens - 1 - best, chosen)

@@ -79,6 +79,23 @@ class EvictionPlan:
     chunk_share: float = 0.0
     protection: RowProtection | None = None
 
+    def known(self, count: torch.Tensor) -> torch.Tensor | None:
+        """Return how many of `count` tokens `keep(per_head)` keeps, if numbers tell.
+
+        Parameters
+        ----------
+        count : LongTensor[R, H_kv]
+            On the CPU.
+
+        Returns
+        -------
+        LongTensor[R, H_kv] or None
+            On the CPU.
+        """
+        if self.chunk_share or self.protection is not None or not self.per_head.is_cpu:
+            return None
+        return torch.minimum(self.per_head, count)
+
     def keep(self, per_head: torch.Tensor) -> torch.Tensor:
         """Choose so many tokens of every head.
 

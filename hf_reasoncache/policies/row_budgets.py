@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -36,6 +37,8 @@ class RowBudgets(RowState):
     last_split : LongTensor[B]
         Columns stored when the row's heads were last re-allocated.
     protection : RowProtection or None
+    agrees : bool
+        Whether it follows the heads of other processes.
     """
 
     policy: BudgetPolicy
@@ -45,6 +48,8 @@ class RowBudgets(RowState):
     floor: torch.Tensor
     last_split: torch.Tensor
     protection: RowProtection | None = None
+
+    agrees: ClassVar[bool] = False
 
     def check_prompt(self) -> None:
         """See `RowState.check_prompt`."""
@@ -74,6 +79,29 @@ class RowBudgets(RowState):
             return self, None
         first = self.first[rows]
         return self, EvictionSpan(rows, columns, first, columns - first)
+
+    def join(
+        self, others: Sequence[RowState], rows: torch.Tensor, columns: int
+    ) -> tuple[RowState, EvictionSpan] | None:
+        """See `RowState.join`."""
+        if self.agrees:
+            return None
+        # Their policies evict like this one's, so they are of this kind.
+        states = [self, *others]
+
+        def of_all(name: str) -> torch.Tensor:
+            return torch.cat([getattr(each, name)[rows] for each in states])
+
+        first = of_all("first")
+        joined = replace(
+            self,
+            first=first,
+            heads=of_all("heads"),
+            floor=of_all("floor"),
+            last_split=of_all("last_split"),
+        )
+        every = torch.arange(len(first), device="cpu")
+        return joined, EvictionSpan(every, columns, first, columns - first)
 
     # ----------------------------------------------------------------------------- how much stays
 
@@ -127,7 +155,7 @@ class RowBudgets(RowState):
         stale = old_enough.nonzero()[:, 0]
         if not stale.numel():
             return self
-        at = stale.to(ranks.device)
+        at = stale.to(ranks.device, non_blocking=True)
         return self._split(span.rows[stale], ranks[at], valid[at], span.columns)
 
     def _split(

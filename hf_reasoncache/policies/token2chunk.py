@@ -43,7 +43,10 @@ def token2chunk(
     BoolTensor[R, H, N]
         As many marks as the budget says, or all tokens of a head that has fewer.
     """
-    budgets, ranks = budgets.to(scores.device), scores.masked_fill(~valid, -torch.inf)
+    budgets, ranks = (
+        budgets.to(scores.device, non_blocking=True),
+        scores.masked_fill(~valid, -torch.inf),
+    )
     free = budgets
     if forced is not None:
         ranks, free = ranks.masked_fill(forced, torch.inf), budgets - forced.sum(-1)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from hf_reasoncache.budgets.rule import BudgetRule
-from hf_reasoncache.policies.base import PromptRows, grown_protection
+from hf_reasoncache.policies.base import Policy, PromptRows, grown_protection
 from hf_reasoncache.policies.row_windows import RowWindows
 from hf_reasoncache.protection import Protection
 from hf_reasoncache.risk import Risk
@@ -86,6 +86,10 @@ class WindowPolicy:
 
     cuts_incoming: ClassVar[bool] = False
     moves_heads: ClassVar[bool] = True
+
+    def evicts_like(self, other: Policy) -> bool:
+        """See `Policy.evicts_like`: layers compress in turns."""
+        return False
 
     @property
     def queries(self) -> int:

@@ -55,6 +55,8 @@ class HeldTokens:
     first_head : int
         Number of the first head among the heads of the layer, not 0 where another process has some
         of them.
+    filler : bool or None
+        Whether there may be any; None looks.
     """
 
     keys: torch.Tensor
@@ -69,6 +71,7 @@ class HeldTokens:
     cumulative_attention: torch.Tensor | None = None
     scorer_state: torch.Tensor | None = None
     first_head: int = 0
+    filler: bool | None = None
 
     @cached_property
     def values(self) -> torch.Tensor:
@@ -98,7 +101,7 @@ class HeldTokens:
     @cached_property
     def has_filler(self) -> bool:
         """Whether some head holds fewer tokens than another."""
-        return not bool(self.valid.all())
+        return not bool(self.valid.all()) if self.filler is None else self.filler
 
     def blank(self, numbers: torch.Tensor, value: float) -> torch.Tensor:
         """Return `numbers` `[R, H_kv, N]` with `value` for filler; themselves if there is none."""
@@ -141,6 +144,10 @@ class Scorer(Protocol):
 
     keeps_state: ClassVar[bool] = False
     """Whether the layer stores `HeldTokens.scorer_state` from one eviction to the next."""
+
+    joins_layers: ClassVar[bool] = False
+    """Whether scores depend on the tokens alone, whatever `HeldTokens.layer` says: rows of several
+    layers may then be scored at once, as rows of one."""
 
     @property
     def attention_decay(self) -> float:

@@ -43,6 +43,7 @@ class H2O(Scorer):
     average: bool = False
 
     needs_cumulative_attention: ClassVar[bool] = True
+    joins_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         share(self, "recent_ratio", self.recent_ratio, "the paper uses 0.5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ class KeyDiff(Scorer):
     The paper's: score each key by its negative cosine similarity to the anchor, the mean of the
     head's normalised keys. Needs no queries. Scores lie in [-1, 1].
     """
+
+    joins_layers: ClassVar[bool] = True
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Negative cosine similarity to the mean direction."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +17,8 @@ class KeyNorm(Scorer):
     The paper's: keep the keys of low L2 norm. It leaves the first two layers uncompressed, which
     here is a matter of layer budgets. Needs no queries.
     """
+
+    joins_layers: ClassVar[bool] = True
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Negative L2 norm of the key."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class LagKV(Scorer):
 
     sinks: int = 4
     lag: int = 128
+
+    joins_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         at_least(self, "sinks", self.sinks, 0, "the default is 4")

@@ -9,8 +9,8 @@ import torch
 
 from hf_reasoncache.scorers._checks import at_least, odd, share
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
-from hf_reasoncache.scorers.pooling import pool
-from triton_ops.redundancy import GONE, NONE, UNSEEN, redundancy
+from triton_ops.redundancy import redundancy
+from triton_ops.rkv import find_repeats, rkv_scores
 from triton_ops.window_scores import window_scores
 
 
@@ -49,6 +49,7 @@ class RKV(Scorer):
 
     comparable: ClassVar[Literal["length", "raw"]] = "length"
     keeps_state: ClassVar[bool] = True
+    joins_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         share(self, "lam", self.lam, "the paper uses 0.1, its code 0.07")
@@ -68,46 +69,13 @@ class RKV(Scorer):
             group="max",
             sees="past",
         )
-        known = None
-        if held.scorer_state is not None and bool(held.scorer_state.any()):
-            known = _places(held.scorer_state, held)
+        known, state = None, held.scorer_state
+        # Only a CPU is asked whether anything is known: for a GPU the host would have to wait.
+        if state is not None and (not state.is_cpu or bool(state.any())):
+            known = find_repeats(state, held.positions)
         repeated, repeat = redundancy(held.keys, held.valid, threshold=self.threshold, known=known)
-        if held.scorer_state is not None:
-            held.scorer_state.copy_(_state_of(repeat, held))
-        lowest = torch.finfo(repeated.dtype).min
-        repeated = held.blank(repeated, lowest).softmax(-1)
-        importance = pool(importance, held.valid, self.kernel, "max")
-        return (self.lam * importance - (1.0 - self.lam) * repeated).float()
-
-
-# Entries per token of a table that says where a position is held.
-_ENTRIES = 4
-
-# The state is the position of the token's most recent repeat, plus 2; 1 if it has none; 0 if it was
-# never scored.
-
-
-def _state_of(repeat: torch.Tensor, held: HeldTokens) -> torch.Tensor:
-    """Turn places among the held tokens into what is kept about each."""
-    position = held.positions.gather(-1, repeat.clamp(min=0))
-    return held.blank((position + 2).where(repeat != NONE, 1), 0)
-
-
-def _places(scorer_state: torch.Tensor, held: HeldTokens) -> torch.Tensor:
-    """Turn what was kept into places among the held tokens; `GONE` where the repeat is not.
-
-    By a table of positions modulo its size, which is faster than a binary search. Of two tokens
-    that share an entry one is not found, and the search is repeated for those that name it.
-    """
-    count = held.positions.shape[-1]
-    last = (_ENTRIES << (count - 1).bit_length()) - 1
-    # One more entry, for filler.
-    table = scorer_state.new_zeros(*scorer_state.shape[:-1], last + 2)
-    order = torch.arange(count, dtype=table.dtype, device=table.device)
-    entry = held.blank(held.positions & last, last + 1)
-    table.scatter_(-1, entry, order.expand_as(scorer_state))
-    wanted = scorer_state.long() - 2
-    place = table.gather(-1, wanted & last).long()
-    found = held.positions.gather(-1, place) == wanted
-    place = place.where(found, GONE).masked_fill_(scorer_state == 1, NONE)
-    return place.masked_fill_(scorer_state == 0, UNSEEN)
+        found = (importance, repeated, repeat, held.positions)
+        scores, noted = rkv_scores(*found, lam=self.lam, kernel=self.kernel)
+        if state is not None:
+            state.copy_(noted)
+        return scores

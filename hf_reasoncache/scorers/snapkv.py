@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +37,8 @@ class SnapKV(Scorer):
 
     queries: int = 8
     kernel: int = 5
+
+    joins_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         at_least(self, "queries", self.queries, 1, "the attention needs a query; 8 is the default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,8 @@ class StreamingLLM(Scorer):
     """
 
     sinks: int = 4
+
+    joins_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         at_least(self, "sinks", self.sinks, 0, "the paper uses 4")

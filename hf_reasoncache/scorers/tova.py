@@ -22,6 +22,7 @@ class TOVA(Scorer):
     """
 
     queries: ClassVar[int] = 1
+    joins_layers: ClassVar[bool] = True
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Attention of the newest query."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,8 @@ class ValueNorm(Scorer):
     sampling. This is the cheapest value-aware baseline, not a reproduction of VaSE.
     Needs no queries.
     """
+
+    joins_layers: ClassVar[bool] = True
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """L2 norm of the value."""

@@ -15,6 +15,7 @@ import torch
 from hf_reasoncache.storage.held_positions import HeldPositions
 from triton_ops.append import append
 from triton_ops.compact import compact
+from triton_ops.launch import send
 from triton_ops.layout import RaggedLayout
 
 POOL_FIELDS = ("keys", "values", "positions")  # of every pool; all others are statistics
@@ -83,15 +84,19 @@ class RaggedPool:
                 self.fields[name] = torch.zeros(slots, dtype=dtype, device=device)
 
     def _set_length(self, length: torch.Tensor) -> None:
+        self.note_length(length)
+        if self._device_length is not None:
+            if self._device_length.shape == length.shape:
+                self._device_length.copy_(length, non_blocking=True)
+            else:
+                self._device_length = None
+
+    def note_length(self, length: torch.Tensor) -> None:
+        """Count what the device has stored or moved and counted itself, LongTensor[B, H_kv]."""
         self.length = length
         self.shortest, self.longest = int(length.min()), int(length.max())
         self.least_free = int((self.layout.capacity - length).min())
         self.is_even = self.shortest == self.longest and self.layout.is_uniform
-        if self._device_length is not None:
-            if self._device_length.shape == length.shape:
-                self._device_length.copy_(length)
-            else:
-                self._device_length = None
 
     @property
     def device_length(self) -> torch.Tensor:
@@ -102,7 +107,7 @@ class RaggedPool:
         """
         if self._device_length is None:
             with ordinary_tensors():
-                self._device_length = self.length.to(self.fields["keys"].device, copy=True)
+                self._device_length = send(self.length.clone(), self.fields["keys"].device)
         return self._device_length
 
     @property
@@ -182,7 +187,7 @@ class RaggedPool:
         positions[:] = new["positions"]
         new, device = new | {"positions": positions}, positions.device
         if self._device_length is None:
-            tail = (self.layout.start + self.length).to(device)[..., None]
+            tail = send(self.layout.start + self.length, device)[..., None]
         else:
             tail = (self.layout.start_on(device) + self._device_length)[..., None]
         if keep is None:
@@ -214,8 +219,8 @@ class RaggedPool:
         # A head without any capacity has its start at the end of the storage.
         start = self.layout.start[rows].clamp_max(max(self.layout.slots - 1, 0))
         place = torch.arange(max(int(length.max()), 0), device=device)
-        # One small copy; what has a number per token is made where it is needed.
-        start, length = torch.stack([start, length]).to(device)[..., None]
+        # Sent at once; what has a number per token is made where it is needed.
+        start, length = send(torch.stack([start, length]), device)[..., None]
         offset = place.masked_fill(place >= length, -1)
         return torch.maximum(start + offset, start), offset
 
@@ -226,19 +231,38 @@ class RaggedPool:
         return field.index_select(0, slots.flatten()).view(*slots.shape, *field.shape[1:])
 
     def compact(
-        self, rows: torch.Tensor, slots: torch.Tensor, offset: torch.Tensor, keep: torch.Tensor
+        self,
+        rows: torch.Tensor,
+        slots: torch.Tensor,
+        offset: torch.Tensor,
+        keep: torch.Tensor,
+        kept: torch.Tensor | None = None,
     ) -> None:
-        """Evict in place all tokens of `rows` that are not kept; see `triton_ops.compact`."""
-        kept = keep.sum(-1)
-        compact(self.fields.values(), slots, offset, keep)
-        self._clear(slots[offset >= kept[..., None]])
-        self._set_length(self.length.index_put((rows,), kept.cpu()))
+        """Evict in place all tokens of `rows` that are not kept; see `triton_ops.compact`.
 
-    def _clear(self, slots: torch.Tensor) -> None:
-        """Set the statistics of slots that are no longer used to zero."""
-        for name, field in self.fields.items():
-            if name not in POOL_FIELDS:
-                field.index_fill_(0, slots, 0)
+        `kept`, LongTensor[R, H_kv] on the CPU, is how many tokens that are, if it is known.
+        """
+        compact(self.fields.values(), slots, offset, keep)
+        kept = keep.sum(-1).cpu() if kept is None else kept
+        self._clear(slots, offset, kept)
+        self._set_length(self.length.index_put((rows,), kept))
+
+    def _clear(self, slots: torch.Tensor, offset: torch.Tensor, used: torch.Tensor) -> None:
+        """Set statistics to zero in those slots of some heads that are not their first `used`."""
+        names = [name for name in self.fields if name not in POOL_FIELDS]
+        if not names:
+            return
+        used = send(used, offset.device)[..., None]
+        if offset.is_cpu:
+            unused = slots[offset >= used]
+            for name in names:
+                self.fields[name].index_fill_(0, unused, 0)
+            return
+        # Filler stands for the head's first slot.
+        unused = offset.clamp_min(0) >= used
+        for name in names:
+            kept = self.take(name, slots).masked_fill_(unused, 0)
+            self.fields[name].index_copy_(0, slots.flatten(), kept.flatten())
 
     def drop_all(self, rows: torch.Tensor) -> None:
         """Let all tokens of some rows (LongTensor[R], CPU) go; statistics stay as they are."""
@@ -251,7 +275,7 @@ class RaggedPool:
         """
         slots, offset = self.slots(torch.arange(self.length.shape[0], device="cpu"))
         self._set_length((self.length - count).clamp_min(0))
-        self._clear(slots[offset >= self.length.to(offset.device)[..., None]])
+        self._clear(slots, offset, self.length)
 
     def relayout(self, capacity: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Move into a new storage with other capacities or other rows.
@@ -267,7 +291,7 @@ class RaggedPool:
         slots, offset = self.slots(rows)
         old, used = self.fields, offset >= 0
         layout = RaggedLayout(capacity)
-        target = (layout.start.to(slots.device)[..., None] + offset)[used]
+        target = (send(layout.start, slots.device)[..., None] + offset)[used]
         source = slots[used]
         self.fields = {}
         with ordinary_tensors():
@@ -281,7 +305,7 @@ class RaggedPool:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` is a copy of row `rows[i]`."""
         if self.layout.is_uniform:
-            index, batch = rows.to(self.fields["positions"].device), self.length.shape[0]
+            index, batch = send(rows, self.fields["positions"].device), self.length.shape[0]
             with ordinary_tensors():
                 self.fields = {
                     name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)

@@ -18,6 +18,7 @@ from hf_reasoncache.storage.pool import RaggedPool
 from hf_reasoncache.storage.stored_tokens import StoredTokens
 from triton_ops.backend import uses_triton
 from triton_ops.decode_attention import decode_attention, even_attention
+from triton_ops.launch import send
 
 FIRST_ROOM = 256
 """Slots allocated beyond the prompt when no budget says how long the text may become."""
@@ -63,6 +64,9 @@ class PoolStore:
     ----------
     shares : bool
         Whether rows share what they have in common.
+    in_pool : bool
+        Whether all that rows hold of their own lies in `tokens` as it came, which may be read and
+        compacted there by others.
     statistics : mapping from str to dtype
         Numbers that are kept per token; see `keep_statistics`.
     tokens : RaggedPool
@@ -77,6 +81,7 @@ class PoolStore:
     """
 
     shares = False
+    in_pool = True
 
     def __init__(self) -> None:
         self.statistics: Mapping[str, torch.dtype] = {}
@@ -321,7 +326,7 @@ class PoolStore:
         """
         slots, offset = self.tokens.slots(rows)
         at = self.tokens.take("positions", slots)
-        return ((at < column.to(at.device)[:, None, None]) & (offset >= 0)).sum(-1).cpu()
+        return ((at < send(column, at.device)[:, None, None]) & (offset >= 0)).sum(-1).cpu()
 
     def read(
         self, rows: torch.Tensor, columns: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -343,22 +348,25 @@ class PoolStore:
             order = _lowest_first(at.masked_fill(filler, last))
         else:
             low, high = columns
-            inside = at >= low.to(at.device)[:, None, None]
-            inside &= at < high.to(at.device)[:, None, None]
+            inside = at >= send(low, at.device)[:, None, None]
+            inside &= at < send(high, at.device)[:, None, None]
             offset, at = offset.masked_fill(~inside, -1), at.masked_fill(~inside, -1)
             # Selection, not a sort of everything: a span is short and the past may be long.
             far = at.masked_fill(~inside, last)
             order = far.topk(int(inside.sum(-1).max()), largest=False).indices
         place, offset = slots.gather(-1, order), offset.gather(-1, order)
 
-        take = partial(self.take, place)
-        return StoredTokens(rows, at.gather(-1, order), place, take, offset, columns is None)
+        take, whole = partial(self.take, place), columns is None
+        count = pool.length[rows] if whole else None
+        return StoredTokens(rows, at.gather(-1, order), place, take, offset, whole, count)
 
     def take(self, slots: torch.Tensor, name: str) -> torch.Tensor:
         """Copy a field of some slots, as a scorer is to see it: Tensor[*slots.shape, ...]."""
         return self.tokens.take(name, slots)
 
-    def evict(self, tokens: StoredTokens, keep: torch.Tensor) -> None:
+    def evict(
+        self, tokens: StoredTokens, keep: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> None:
         """Let tokens go that `read` has found and nothing has moved since.
 
         Parameters
@@ -366,6 +374,8 @@ class PoolStore:
         tokens : StoredTokens
         keep : BoolTensor[R, H_kv, N]
             What stays of them; everything else that the rows hold stays anyway.
+        kept : LongTensor[R, H_kv], optional
+            How many that are, on the CPU, if it is known.
         """
         pool, slots, offset = self.tokens, tokens.place, tokens.offset
         if offset is None:
@@ -376,7 +386,8 @@ class PoolStore:
             slots, offset = pool.slots(tokens.rows)
             keep = offset >= 0
             keep[gone[0], gone[1], place] = False
-        pool.compact(tokens.rows, slots, offset, keep)
+            kept = None
+        pool.compact(tokens.rows, slots, offset, keep, kept)
         self._tail = 0
 
     def write_scorer_state(self, tokens: StoredTokens, scorer_state: torch.Tensor) -> None:

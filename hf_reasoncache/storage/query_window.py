@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+
+from triton_ops.launch import send
 
 _FEW = 32
 """Columns up to which to copy those of all rows is cheaper than to choose rows chunk by chunk."""
@@ -93,14 +95,14 @@ class QueryWindow:
         """
         if self._ring is not None:
             columns = torch.arange(self._end - self._held, self._end, device=self._ring.device)
-            ring = self._ring if rows is None else self._ring[rows.to(self._ring.device)]
+            ring = self._ring if rows is None else self._ring[send(rows, self._ring.device)]
             return ring.index_select(2, columns % self.size)
         if not self._chunks:
             return None
         chunks = list(self._chunks)
         if rows is None or torch.equal(rows, torch.arange(chunks[0].shape[0], device="cpu")):
             return torch.cat(chunks, dim=2)[:, :, -self.size :]
-        rows = rows.to(chunks[0].device)
+        rows = send(rows, chunks[0].device)
         if self.size <= _FEW:
             return torch.cat(chunks, dim=2)[:, :, -self.size :].index_select(0, rows)
         return torch.cat([chunk.index_select(0, rows) for chunk in chunks], 2)[:, :, -self.size :]
@@ -143,7 +145,9 @@ class QueryWindow:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder batch rows."""
         self._end_ring()
-        self._chunks = deque(chunk.index_select(0, rows.to(chunk.device)) for chunk in self._chunks)
+        self._chunks = deque(
+            chunk.index_select(0, send(rows, chunk.device)) for chunk in self._chunks
+        )
 
     def clone(self) -> QueryWindow:
         """Return a log that changes independently; kept tensors are never written to."""
@@ -153,8 +157,49 @@ class QueryWindow:
         copied._columns = self._columns if held is None else self._held
         return copied
 
+    def single_columns(self, wanted: int) -> list[torch.Tensor] | None:
+        """Return the newest columns, `[B, H_q, 1, D]` each; None if they are kept otherwise."""
+        if self._ring is not None or any(chunk.size(2) != 1 for chunk in self._chunks):
+            return None
+        return list(self._chunks)[-min(wanted, self.size) :]
+
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield what is kept."""
         yield from self._chunks
         if self._ring is not None:
             yield self._ring
+
+
+def last_of_several(
+    windows: Sequence[QueryWindow], rows: torch.Tensor, wanted: int
+) -> torch.Tensor | None:
+    """Join the last `wanted` queries of several layers, in few operations.
+
+    Parameters
+    ----------
+    windows : sequence of QueryWindow
+        Of layers that have seen the same forwards, of the same size.
+    rows : LongTensor[R]
+        On the CPU.
+    wanted : int
+        Columns at most; None is returned for 0.
+
+    Returns
+    -------
+    Tensor[L * R, H_q, A <= wanted, D] or None
+        Contiguous.
+    """
+    if not wanted:
+        return None
+    kept = [window.single_columns(wanted) for window in windows]
+    columns = [each for each in kept if each]
+    if len(columns) < len(windows) or len({len(each) for each in columns}) > 1:
+        found = [window.last(rows) for window in windows]
+        some = [each for each in found if each is not None]
+        return torch.cat(some)[:, :, -wanted:] if len(some) == len(found) else None
+    joined = torch.cat([chunk for age in zip(*columns, strict=True) for chunk in age])
+    batch, heads, _, size = columns[0][0].shape
+    joined = joined.view(len(columns[0]), len(windows), batch, heads, size)
+    if not torch.equal(rows, torch.arange(batch, device="cpu")):
+        joined = joined.index_select(2, send(rows, joined.device))
+    return joined.permute(1, 2, 3, 0, 4).flatten(0, 1).contiguous()

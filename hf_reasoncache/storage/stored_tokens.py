@@ -32,6 +32,8 @@ class StoredTokens:
         Slot counted from the head's first one, -1 for filler; None outside of a pool.
     whole : bool
         Whether these are all tokens that the rows hold.
+    count : LongTensor[R, H_kv] or None
+        How many there are without filler, on the CPU; None where only the device knows.
     """
 
     rows: torch.Tensor
@@ -40,6 +42,7 @@ class StoredTokens:
     take: Callable[[str], torch.Tensor]
     offset: torch.Tensor | None = None
     whole: bool = True
+    count: torch.Tensor | None = None
 
     @cached_property
     def valid(self) -> torch.Tensor:
@@ -47,8 +50,21 @@ class StoredTokens:
         return self.columns >= 0
 
     @cached_property
-    def _filler(self) -> torch.Tensor:
-        return (~self.valid).flatten().nonzero()[:, 0]
+    def filler(self) -> bool | None:
+        """Whether there is any; None where only the device knows."""
+        return None if self.count is None else bool((self.count < self.columns.shape[-1]).any())
+
+    def _without_filler(self, numbers: torch.Tensor, value: float) -> torch.Tensor:
+        """Write `value` where there is filler, Tensor[R, H_kv, N, ...]."""
+        if self.filler is False:
+            return numbers
+        mask = ~self.valid
+        if numbers.is_cpu and numbers.dim() > 3:
+            # A list of few places is faster than a mask of all.
+            place = mask.flatten().nonzero()[:, 0]
+            numbers.view(-1, *numbers.shape[3:]).index_fill_(0, place, value)
+            return numbers
+        return numbers.masked_fill_(mask.view(*mask.shape, *[1] * (numbers.dim() - 3)), value)
 
     def positions(self, first: torch.Tensor) -> torch.Tensor:
         """Count from each row's first real token; filler is -1.
@@ -62,22 +78,18 @@ class StoredTokens:
         -------
         LongTensor[R, H_kv, N]
         """
-        positions = self.columns - first[:, None, None]
-        return positions.masked_fill_(~self.valid, -1) if self._filler.numel() else positions
+        return self._without_filler(self.columns - first[:, None, None], -1)
 
     def field(self, name: str) -> torch.Tensor:
         """Copy a field, zero where there is filler: Tensor[R, H_kv, N, ...]."""
-        copied = self.take(name)
-        if self._filler.numel():
-            copied.view(-1, *copied.shape[3:]).index_fill_(0, self._filler, 0)
-        return copied
+        return self._without_filler(self.take(name), 0)
 
     def only_real(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the places of all tokens but filler, and their `numbers` (of the shape of
         `columns`), both flat.
         """
         place, numbers = self.place.flatten(), numbers.flatten()
-        if self._filler.numel():
+        if self.filler is not False:
             real = self.valid.flatten().nonzero()[:, 0]
             place, numbers = place.index_select(0, real), numbers.index_select(0, real)
         return place, numbers
@@ -97,12 +109,14 @@ def incoming_tokens(new: NewTokens, rows: torch.Tensor) -> StoredTokens:
     device, heads = new.keys.device, new.keys.shape[1]
     on_device = rows.to(device)
     if new.valid is None:
+        held = torch.full((len(rows), 1), new.q_len, device="cpu")
         place = torch.arange(new.q_len, device=device).expand(len(rows), -1)
         columns = place
     else:
         real = new.valid[on_device]
         count = real.sum(-1, keepdim=True)
-        place = (~real).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(count.max())]
+        held = count.cpu()
+        place = (~real).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(held.max())]
         columns = place.where(torch.arange(place.shape[1], device=device) < count, -1)
     place, columns = (x[:, None].expand(-1, heads, -1) for x in (place, columns))
 
@@ -116,7 +130,7 @@ def incoming_tokens(new: NewTokens, rows: torch.Tensor) -> StoredTokens:
             return source
         return source.gather(2, place[..., None].expand(-1, -1, -1, source.shape[-1]))
 
-    return StoredTokens(rows, columns, place, take)
+    return StoredTokens(rows, columns, place, take, count=held.expand(-1, heads))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from hf_reasoncache.scorers import H2O, RKV, TOVA, KeyDiff, LagKV, Random, SnapKV, StreamingLLM, rkv
+from hf_reasoncache.scorers import H2O, RKV, TOVA, KeyDiff, LagKV, Random, SnapKV, StreamingLLM
 from hf_reasoncache.scorers.pooling import pool
 from tests.support import scorer_formulas as formulas
 from tests.support.scorer_inputs import head_of, held_tokens
+from triton_ops.rkv import find_repeats, reference
 
 
 def kept(scores: torch.Tensor, count: int) -> list[int]:
@@ -59,7 +60,7 @@ def test_the_average_of_h2o_forgives_late_arrival():
 @pytest.mark.parametrize("common", [0.0, 0.6, 1.5])
 def test_rkv_scores_the_same_with_notes_of_earlier_evictions(common, entries, monkeypatch):
     # With one entry per token, tokens share entries of the table that finds them again.
-    monkeypatch.setattr(rkv, "_ENTRIES", entries)
+    monkeypatch.setattr(reference, "_ENTRIES", entries)
     heads, size, budget, new = 3, 16, 40, 20
     keys = torch.randn(1, heads, 0, size)
     positions = torch.zeros(1, heads, 0, dtype=torch.long)
@@ -96,7 +97,7 @@ def test_rkv_finds_the_repeat_in_any_position_beside_filler():
     for head, count in enumerate(counts):
         held.positions[0, head, :count] = torch.arange(seen - count, seen)
     scorer_state[..., 0] = seen - 1 + 2
-    known = rkv._places(scorer_state, held)
+    known = find_repeats(scorer_state, held.positions)
     assert known[0, :, 0].tolist() == [599, 639]
 
 

@@ -16,7 +16,8 @@ How it counts:
 - A synchronisation makes the host wait for a value: `item`, `tolist`, `bool`, `equal`, and results
   whose shape depends on values, such as those of `nonzero` or of a mask as an index.
 - A copy goes from one memory to the other, in either direction. On a GPU it makes the host wait
-  too, unless the memory is pinned; it is counted once, as a copy. A number costs none.
+  too; it is counted once, as a copy. A number costs none, and what the host sends without waiting
+  (`non_blocking`) is an operation.
 
 What it cannot know: the time that anything takes, and waits inside an operation of CUDA's that
 PyTorch does not mark.
@@ -305,7 +306,9 @@ def _kinds(func: Any, args: Any, kwargs: Any, *, stays: bool) -> list[Kind]:
         crosses = isinstance(args[0], DeviceTensor) != (
             stays if func is aten._to_copy.default else isinstance(args[1], DeviceTensor)
         )
-        return ["copy" if crosses else "operation"]
+        sends = not isinstance(args[1 if func is aten.copy_.default else 0], DeviceTensor)
+        at_once = kwargs.get("non_blocking") or args[2:] == (True,)
+        return ["copy" if crosses and not (sends and at_once) else "operation"]
     if not stays or func in _ALLOCATIONS or func in _VIEWS or func.is_view:
         return []
     if func is aten._local_scalar_dense.default:

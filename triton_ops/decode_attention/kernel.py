@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launcher
+from ..launch import launcher, send
 from ..layout import RaggedLayout, SharedPrefix
 from ..merge_state.kernel import join
 from ..prefix_attention.kernel import attend_prefix
@@ -149,7 +149,7 @@ def decode_attention_triton(
     tiles, wide_tiles = blocks(rows, tile.m), blocks(rows * most, wide.m)
     plan = work(layout, tiles, device, prefix, wide_tiles)
     query = query.contiguous()
-    start, length = layout.start_on(device), length.to(device)
+    start, length = layout.start_on(device), send(length, device)
     if query_positions is not None:
         query_positions = query_positions.contiguous()
 

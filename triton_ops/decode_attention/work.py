@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..launch import send
 from ..layout import RaggedLayout, SharedPrefix
 from ..tiles import blocks
 
@@ -158,7 +159,9 @@ def work(
         # Longest first: what is left over at the end of a head fills the gaps at the end.
         long = (layout.capacity.flatten()[head] - ordinal * chunk).clamp_max(chunk)
         items = items[long.argsort(descending=True, stable=True)]
-        return Work(chunk, items.int().to(device), first.int().to(device), int(first[-1]), shared)
+        return Work(
+            chunk, send(items.int(), device), send(first.int(), device), int(first[-1]), shared
+        )
 
     return layout.derive(("work", tiles, device, prefix, prefix_tiles), make)
 
@@ -168,11 +171,11 @@ def _prefix_work(prefix: SharedPrefix, tiles: int, device: torch.device) -> Pref
     head, ordinal = _enumerate(counts(prefix.layout, chunk))
     return PrefixWork(
         chunk=chunk,
-        items=torch.stack([head, ordinal * chunk, ordinal], dim=1).int().to(device),
+        items=send(torch.stack([head, ordinal * chunk, ordinal], dim=1).int(), device),
         start=prefix.layout.start_on(device),
-        length=prefix.length.to(device),
-        members=prefix.members.int().to(device),
-        first=prefix.first.int().to(device),
+        length=send(prefix.length, device),
+        members=send(prefix.members.int(), device),
+        first=send(prefix.first.int(), device),
     )
 
 

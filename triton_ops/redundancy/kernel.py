@@ -18,19 +18,24 @@ UNSEEN = tl.constexpr(places.UNSEEN)
 def units_kernel(
     keys,
     valid,
+    known,
     inverse,
     sums,
+    ends,
     tokens,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Inverse norms of a tile of keys, 0 for a zero key, and the sum of the tile's unit keys."""
+    """Inverse norms of a tile of keys, 0 for a zero key, the sum of the tile's unit keys, and the
+    end of those that have been compared with each other.
+    """
     head = tl.program_id(0)
     index = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = index < tokens
     where = head.to(tl.int64) * tokens + index
     held = tl.load(valid + where, mask=inside, other=0) != 0
+    old = tl.load(known + where, mask=held, other=UNSEEN) != UNSEEN
     k = load_rows(keys, where, held, D, BLOCK_D).to(tl.float32)
     norm = tl.sqrt(tl.sum(k * k, 1))
     scale = tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
@@ -39,6 +44,7 @@ def units_kernel(
     tile = head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     total = tl.sum(k * scale[:, None], 0)
     tl.store(sums + tile * D + column, total, mask=column < D)
+    tl.store(ends + tile, tl.max(tl.where(old, index + 1, 0), 0))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -133,7 +139,8 @@ def means_kernel(
         match = tl.load(repeat + base + row, mask=row < tokens, other=NONE)
         value = tl.load(cosine + base + row, mask=row < tokens, other=0.0)
         mean -= tl.sum(tl.where(match[:, None] == column[None, :], value[:, None], 0.0), 0)
-    mean = tl.where(held, mean / tl.load(count + head).to(tl.float32), 0.0)
+    among = tl.maximum(tl.load(count + head), 1).to(tl.float32)
+    mean = tl.where(held, mean / among, 0.0)
     tl.store(means + base + column, mean, mask=inside)
 
 
@@ -148,9 +155,6 @@ def redundancy_triton(
     if means.numel() == 0:
         return means, repeat
     keys, known = keys.contiguous(), known.contiguous()
-    # Keys before this place have been compared with each other.
-    place = torch.arange(1, tokens + 1, device=keys.device)
-    compared = (place * (known != places.UNSEEN) * valid).amax(-1)
     mask = valid.contiguous().view(torch.uint8)
     # Without a known end the search is not pipelined, and products of larger tiles spill.
     if keys.dtype == torch.float32:
@@ -162,8 +166,10 @@ def redundancy_triton(
     columns = (rows * heads, blocks(tokens, tile.n))
     inverse, cosine = torch.empty_like(means), torch.empty_like(means)
     sums = means.new_empty(*columns, size)
+    ends = means.new_empty(*columns, dtype=torch.int32)
     shared = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps)
-    units_kernel[columns](keys, mask, inverse, sums, tokens, size, **shared)
+    units_kernel[columns](keys, mask, known, inverse, sums, ends, tokens, size, **shared)
+    compared = ends.amax(1)
     search_kernel[(rows * heads, blocks(tokens, tile.m))](
         keys,
         mask,
@@ -178,7 +184,7 @@ def redundancy_triton(
         BLOCK_M=tile.m,
         **shared,
     )
-    total, count = sums.sum(1), valid.sum(-1).clamp(min=1)
+    total, count = sums.sum(1), valid.sum(-1)
     arguments = (keys, mask, inverse, total, count, repeat, cosine, means, tokens, size)
     means_kernel[columns](*arguments, BLOCK_M=64, **shared)
     return means, repeat

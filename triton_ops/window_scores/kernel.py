@@ -9,6 +9,12 @@ import triton.language as tl
 from ..launch import launcher
 from ..tiles import LOG2_E, NOTHING, Tile, block_d, blocks, load_rows, tile_logits
 
+FAR = tl.constexpr((1 << 31) - 1)
+"""A position behind all others."""
+
+PAST, ALL = tl.constexpr(1), tl.constexpr(2)
+"""What queries see: the keys before the oldest one, or all; else those up to their own."""
+
 
 @triton.jit
 def load_keys(
@@ -28,9 +34,23 @@ def load_keys(
 
 
 @triton.jit
+def present_queries(query_positions, row, window, BLOCK_A: tl.constexpr):
+    """Position of the oldest query that a row has, and how many it has."""
+    oldest = tl.full([], FAR, tl.int32)
+    count = tl.zeros([], tl.int32)
+    for begin in tl.range(0, window, BLOCK_A):
+        a = begin + tl.arange(0, BLOCK_A)
+        at = tl.load(query_positions + row * window + a, mask=a < window, other=-1).to(tl.int32)
+        oldest = tl.minimum(oldest, tl.min(tl.where(at >= 0, at, FAR), 0))
+        count += tl.sum((at >= 0).to(tl.int32), 0)
+    return oldest, count
+
+
+@triton.jit
 def line_logits(
     queries,
-    limits,
+    query_positions,
+    oldest,
     k,
     at,
     head,
@@ -45,13 +65,20 @@ def line_logits(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MAX: tl.constexpr,
+    SEES: tl.constexpr,
 ):
     """Logits of some queries of one line (a query head, or the maximum of all), and who sees whom.
 
-    Every query sees the keys up to its limit; one without any, which may hold anything, has -1.
+    Every query sees the keys up to its limit; a query that there is not, which may hold anything,
+    sees none.
     """
     a = begin + tl.arange(0, BLOCK_A)
-    limit = tl.load(limits + head // heads * window + a, mask=a < window, other=-1)
+    where = query_positions + head // heads * window + a
+    limit = tl.load(where, mask=a < window, other=-1).to(tl.int32)
+    if SEES == PAST:
+        limit = tl.where(limit >= 0, oldest - 1, -1)
+    if SEES == ALL:
+        limit = tl.where(limit >= 0, FAR, -1)
     first = head.to(tl.int64) * group
     if MAX:
         logits = tl.full([BLOCK_A, BLOCK_N], -float("inf"), tl.float32)
@@ -68,7 +95,7 @@ def line_logits(
 def sums_kernel(
     queries,
     keys,
-    limits,
+    query_positions,
     key_positions,
     partial,
     heads,
@@ -82,16 +109,18 @@ def sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MAX: tl.constexpr,
+    SEES: tl.constexpr,
 ):
     """Logsumexp of every query over one tile of keys."""
     head = tl.program_id(0)
+    oldest, _ = present_queries(query_positions, head // heads, window, BLOCK_A)
     k, at = load_keys(keys, key_positions, head, tokens, D, BLOCK_N, BLOCK_D)
     base = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * lines * window
     for line in tl.range(0, lines):
         for begin in tl.range(0, window, BLOCK_A):
             logits, visible, a = line_logits(
-                queries, limits, k, at, head, heads, line, group, begin, window, scale,
-                D, BLOCK_A, BLOCK_N, BLOCK_D, MAX,
+                queries, query_positions, oldest, k, at, head, heads, line, group, begin, window,
+                scale, D, BLOCK_A, BLOCK_N, BLOCK_D, MAX, SEES,
             )  # fmt: skip
             logits = tl.where(visible, logits, NOTHING)
             top = tl.max(logits, 1)
@@ -105,10 +134,9 @@ def sums_kernel(
 def scores_kernel(
     queries,
     keys,
-    limits,
+    query_positions,
     key_positions,
     logsumexp,
-    weights,
     scores,
     heads,
     group,
@@ -121,25 +149,27 @@ def scores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MAX: tl.constexpr,
+    SEES: tl.constexpr,
 ):
-    """Probabilities of one tile of keys, summed over all queries with their weights."""
+    """Probabilities of one tile of keys, on average over all queries and lines."""
     head = tl.program_id(0)
+    oldest, count = present_queries(query_positions, head // heads, window, BLOCK_A)
+    weight = 1.0 / (lines * tl.maximum(count, 1)).to(tl.float32)
     k, at = load_keys(keys, key_positions, head, tokens, D, BLOCK_N, BLOCK_D)
     score = tl.zeros([BLOCK_N], tl.float32)
     for line in tl.range(0, lines):
         for begin in tl.range(0, window, BLOCK_A):
             logits, visible, a = line_logits(
-                queries, limits, k, at, head, heads, line, group, begin, window, scale,
-                D, BLOCK_A, BLOCK_N, BLOCK_D, MAX,
+                queries, query_positions, oldest, k, at, head, heads, line, group, begin, window,
+                scale, D, BLOCK_A, BLOCK_N, BLOCK_D, MAX, SEES,
             )  # fmt: skip
             inside = a < window
             where = (head.to(tl.int64) * lines + line) * window + a
             lse = tl.load(logsumexp + where, mask=inside, other=0.0) * LOG2_E
-            weight = tl.load(weights + head // heads * window + a, mask=inside, other=0.0)
-            share = tl.exp2(tl.where(visible, logits - lse[:, None], NOTHING))
-            score += tl.sum(share * weight[:, None], 0)
+            # A query that there is not sees nothing, and exp2 of nothing is 0.
+            score += tl.sum(tl.exp2(tl.where(visible, logits - lse[:, None], NOTHING)), 0)
     index = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tl.store(scores + head.to(tl.int64) * tokens + index, score, mask=index < tokens)
+    tl.store(scores + head.to(tl.int64) * tokens + index, score * weight, mask=index < tokens)
 
 
 @launcher
@@ -159,12 +189,9 @@ def window_scores_triton(
     scores = keys.new_empty(rows, heads, tokens, dtype=torch.float32)
     if scores.numel() == 0:
         return scores
-    present = query_positions >= 0
-    limits = _limits(query_positions, present, sees)
     lines = 1 if group == "max" else members
-    weights = present.float() / (lines * present.sum(-1, keepdim=True).clamp(min=1))
     queries, keys = queries.to(keys.dtype).contiguous(), keys.contiguous()
-    key_positions = key_positions.contiguous()
+    query_positions, key_positions = query_positions.contiguous(), key_positions.contiguous()
 
     tile = Tile.of(keys.dtype, window, size)
     grid = (rows * heads, blocks(tokens, tile.n))
@@ -175,25 +202,13 @@ def window_scores_triton(
         BLOCK_N=tile.n,
         BLOCK_D=block_d(size),
         MAX=group == "max",
+        SEES={"causal": 0, "past": PAST.value, "all": ALL.value}[sees],
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    sums_kernel[grid](queries, keys, limits, key_positions, partial, *sizes, **shared)
+    sums_kernel[grid](queries, keys, query_positions, key_positions, partial, *sizes, **shared)
     logsumexp = partial.logsumexp(1)
     scores_kernel[grid](
-        queries, keys, limits, key_positions, logsumexp, weights, scores, *sizes, **shared
+        queries, keys, query_positions, key_positions, logsumexp, scores, *sizes, **shared
     )
     return scores
-
-
-def _limits(query_positions: torch.Tensor, present: torch.Tensor, sees: str) -> torch.Tensor:
-    """Newest position that each query sees, -1 for none: LongTensor `[R, A]`."""
-    everything = torch.iinfo(query_positions.dtype).max
-    if sees == "causal":
-        limits = query_positions
-    elif sees == "past":
-        oldest = query_positions.masked_fill(~present, everything).amin(-1, keepdim=True)
-        limits = (oldest - 1).expand_as(query_positions)
-    else:
-        limits = torch.full_like(query_positions, everything)
-    return limits.masked_fill(~present, -1).contiguous()

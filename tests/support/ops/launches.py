@@ -108,6 +108,31 @@ def one_token(dtype, head_size):
     append_triton(tuple(fields), layout.start, length, new, new, 7)
 
 
+def formula():
+    """Launch what `find_repeats` and `rkv_scores` launch."""
+    from triton_ops.rkv.kernel import find_repeats_triton, rkv_scores_triton
+
+    numbers = torch.empty(BATCH, KV_HEADS, CAPACITY)
+    places = torch.zeros(numbers.shape, dtype=torch.long)
+    find_repeats_triton(places.int(), places)
+    rkv_scores_triton(numbers, numbers, places, places, lam=0.1, kernel=7)
+
+
+def layers_at_once(dtype, head_size):
+    """Launch what an eviction from the pools of two layers does besides scoring."""
+    from triton_ops.pools import HeadsOfPools, Pools
+
+    keys, values, positions, layout, length = pool(dtype, head_size)
+    notes = torch.empty_like(positions)
+    fields = {"keys": keys, "values": values, "positions": positions, "notes": notes}
+    table = torch.stack([length, length, layout.start, length]).repeat(1, 2, 1)
+    first = torch.zeros(2 * BATCH, dtype=torch.long)
+    held = HeadsOfPools.read(Pools.of([fields] * 2, [length] * 2), table, first, CAPACITY)
+    held.field("keys")
+    held.write("notes", held.field("notes"))
+    held.compact(torch.zeros_like(held.offset, dtype=torch.bool), table[3], ["notes"])
+
+
 # What is launched, and how many programs of each kernel must fit one multiprocessor: two wherever
 # latency has to be hidden, one where a single program fills it.
 CASES = {
@@ -143,6 +168,9 @@ CASES = {
     "redundancy: float32, size 256": (1, lambda: repeats(torch.float32, 256)),
     "compact": (2, lambda: fill_holes(torch.bfloat16, 128)),
     "compact: size 80": (2, lambda: fill_holes(torch.float32, 80)),
+    "R-KV formula": (2, formula),
+    "layers at once": (2, lambda: layers_at_once(torch.bfloat16, 128)),
+    "layers at once: float32, size 80": (2, lambda: layers_at_once(torch.float32, 80)),
     "append": (2, lambda: one_token(torch.bfloat16, 128)),
     "append: size 512": (2, lambda: one_token(torch.bfloat16, 512)),
     "append: float32, size 96": (2, lambda: one_token(torch.float32, 96)),

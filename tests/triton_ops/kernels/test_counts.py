@@ -59,6 +59,16 @@ def test_a_step_asks_for_no_more_than_that_of_a_dynamic_cache():
             assert mine.synchronisations <= its.synchronisations, name
 
 
+def test_an_eviction_of_all_layers_asks_for_little_and_never_waits():
+    costs = documented()
+    for event in ("budget, eviction", "budget, one of two rows evicts"):
+        more, less = costs[event], costs["budget"]
+        assert more.layer == less.layer
+        extra = Counts(*more.numbers[4:]) - Counts(*less.numbers[4:])
+        assert extra.operations + extra.launches <= 60
+        assert extra.synchronisations == extra.copies == 0
+
+
 def test_a_rise_and_a_fall_are_told_apart():
     base, less, more = (Cost(Counts(n), Counts()) for n in (5, 4, 6))
     assert "rose" in judge("x", base, more) and "fell" not in judge("x", base, more)
