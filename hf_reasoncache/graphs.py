@@ -24,7 +24,9 @@ from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.graph_use import GraphUse
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.messages import shortened
+from hf_reasoncache.precision import autocasts
 from hf_reasoncache.releases import cache_kwarg, take_cache
+from hf_reasoncache.shards import ALONE
 from hf_reasoncache.sliding import SlidingLayer
 from triton_ops.layout import RaggedLayout
 
@@ -106,6 +108,8 @@ def obstacle_of(cache: ReasonCache) -> str | None:
         )
     if any(layer.observers for layer in cache.own_layers):
         return "expected plain decoding, got probes, whose shadow cannot follow"
+    if cache.own_layers[0].shard is not ALONE:
+        return "expected all KV heads in one process, got tensor parallelism"
     windows = {layer.sliding_window for layer in _sliding(cache)}
     if len(windows) > 1:
         return f"expected one sliding window, got {sorted(windows)}"
@@ -210,7 +214,7 @@ class DecodeGraphs:
         first, mask = cache.own_layers[0], settings.get("attention_mask")
         if torch.is_grad_enabled():
             return "expected torch.no_grad(), got a step that records gradients"
-        if torch.is_autocast_enabled(first.device.type):
+        if autocasts(first.device):
             return "expected weights in the type of the step, got autocast, which makes copies"
         if any(getattr(layer, "record_past", False) for layer in cache.layers):
             return "expected steps that stay, got a cache that may be cropped after each"
@@ -352,10 +356,10 @@ def _sliding(cache: ReasonCache) -> list[SlidingLayer]:
 
 def _static_parts(layer: Any) -> Iterator[Any]:
     """Yield the objects that a captured step reads and writes where they are."""
-    if isinstance(layer, CacheLayer | SlidingLayer):
+    if not isinstance(layer, LinearAttentionLayer):
         yield from layer.static_parts()
         return
-    # States of linear attention have one shape, and transformers writes them in place.
+    # They have one shape, and transformers writes them in place.
     for states in (layer.conv_states, layer.recurrent_states):
         yield from (state for state in states.values() if state is not None)
 

@@ -16,7 +16,6 @@ import torch
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.graphs import CudaRecorder, DecodeGraphs, Recorder, obstacle_of
 from hf_reasoncache.releases import take_cache
-from hf_reasoncache.shards import ALONE
 from triton_ops.backend import chosen
 
 RecorderFactory = Callable[[torch.device], Recorder]
@@ -175,8 +174,6 @@ def _obstacle(plain: PlainForward, cache: ReasonCache, *, needs_cuda: bool) -> s
                 "expected 'reasoncache' or 'reasoncache_eager' beside sliding windows, got "
                 "'reasoncache_fa2', which counts the keys on the host"
             )
-    if cache.own_layers[0].shard is not ALONE:
-        return "expected all KV heads in one process, got tensor parallelism"
     parameters = list(model.parameters())
     devices = {parameter.device for parameter in parameters}
     if len(devices) != 1 or (needs_cuda and next(iter(devices)).type != "cuda"):

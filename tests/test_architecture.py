@@ -65,8 +65,9 @@ PARTS: dict[str, set[str]] = {
     "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile"},
     "sliding": set(),
     "graph_use": set(),
-    "graphs": CACHES | {"graph_use", "layer", "releases", "sliding", "triton_ops"},
-    "model_graphs": CACHES | {"graphs", "releases", "shards", "triton_ops"},
+    "graphs": CACHES
+    | {"graph_use", "layer", "precision", "releases", "shards", "sliding", "triton_ops"},
+    "model_graphs": CACHES | {"graphs", "releases", "triton_ops"},
     "warm_up": CACHES | LAYERS | {"geometry", "scorers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry", "releases"},
     "experimental": CACHES

@@ -11,6 +11,7 @@ from hf_reasoncache import ReasonAllocCache, decode_graphs, disable_graphs, enab
 from hf_reasoncache.graphs import CudaRecorder
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.sliding import SlidingLayer
+from tests.support.fake_device import DEVICE, fake_device
 from tests.support.models import prompt
 from tests.support.ops.generation import HYBRIDS, WINDOW, small_hybrid
 from tests.support.ops.tape import TapeRecorder
@@ -117,3 +118,38 @@ def test_graphs_stay_on_for_every_cache_of_a_model(device):
     disable_graphs(model)
     require_same(answers(model, caches[3], inputs, steps=4), expected)
     assert caches[3].graph_use.recorded == 0 and "forward" not in vars(model)
+
+
+class Counting:
+    """Counts what a step asks of the fake device while it is recorded."""
+
+    def __init__(self, device):
+        self.device, self.events = device, []
+
+    def record(self, step):
+        with self.device.counting() as self.events:
+            return step(), step
+
+
+@pytest.mark.skipif(not interpreting(), reason="the fake device needs Triton's interpreter")
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "qwen3_next"])
+def test_a_recorded_step_of_a_hybrid_neither_waits_nor_copies(name):
+    inputs = prompt(tokens=WINDOW + 1, padding=(0, 3))
+    with fake_device() as device, torch.no_grad():
+        model = small_hybrid(name).to(DEVICE)
+        cache, recorder = ReasonAllocCache(model.config, budget=None), Counting(device)
+        with decode_graphs(model, cache, recorder=recorder) as graphs:
+            for end in (WINDOW + 1, WINDOW + 2, WINDOW + 3):
+                ids = torch.full((2, 1), 5) if end > WINDOW + 1 else inputs["input_ids"]
+                mask = torch.nn.functional.pad(
+                    inputs["attention_mask"], (0, end - WINDOW - 1), value=1
+                )
+                model(
+                    input_ids=ids.to(DEVICE),
+                    attention_mask=mask.to(DEVICE),
+                    position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :].to(DEVICE),
+                    **cache_kwarg(cache),
+                )
+    assert graphs.recorded == 1 and recorder.events
+    waits = {each for each in recorder.events if each.kind in ("synchronisation", "copy")}
+    assert not waits
