@@ -6,7 +6,7 @@ python -m examples.quickstart
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.tiny_reasoner import MODELS, make_problems
-from hf_reasoncache import ReasonAllocCache  # registers the "reasoncache" attention
+from hf_reasoncache import ReasonAllocCache, enable_graphs  # registers the "reasoncache" attention
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="reasoncache")  # 1
+    enable_graphs(model)  # on a GPU, decode steps from CUDA graphs
     inputs = tokenizer(problem.prompt, return_tensors="pt")
 
     # Chains of thought have some 300 tokens here: a smaller buffer than the default of 128.

@@ -13,7 +13,7 @@ from hf_reasoncache.branching.vote import VoteResult
 from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
 from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.caches.sliding_window import SlidingWindowCompressCache
-from hf_reasoncache.graphs import decode_graphs
+from hf_reasoncache.model_graphs import decode_graphs, disable_graphs, enable_graphs
 from hf_reasoncache.profiles.profile import BudgetProfile
 from hf_reasoncache.protection import Protect
 from hf_reasoncache.risk import Risk
@@ -33,6 +33,8 @@ __all__ = [
     "branch_generate",
     "calibrate_exit",
     "decode_graphs",
+    "disable_graphs",
+    "enable_graphs",
     "prefill_once",
     "warm_up",
 ]

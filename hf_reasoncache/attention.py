@@ -23,6 +23,7 @@ from hf_reasoncache.guards import GuardTensor, LogicalLength
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.precision import as_attended, without_autocast
 from hf_reasoncache.shards import ALONE, Shard, find_shard, in_several_processes
+from hf_reasoncache.sliding import RingLength
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.weights_and_gradients import asks_for_weights, require_weights, without_gradient
 
@@ -111,12 +112,14 @@ def mask_function(*, base: str, **arguments: Any) -> Any:
     LogicalMask
         If the mask is for one of our layers.
     Tensor, BlockMask or None
-        Otherwise, whatever `base` answers.
+        Otherwise, whatever `base` answers, about a ring where a captured step has one.
     """
     length = arguments["kv_length"]
     if isinstance(length, LogicalLength):
         new = length.cache.see_mask(arguments["attention_mask"], arguments["q_length"])
         return LogicalMask(base, arguments, new=new)
+    if isinstance(length, RingLength):
+        return length.layer.mask(base, arguments)
     return ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments)
 
 

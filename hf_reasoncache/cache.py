@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import torch
 from transformers import Cache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_reasoncache.geometry import supported_layers
+from hf_reasoncache.graph_use import GraphMode, GraphUse, require_graph_mode
 from hf_reasoncache.guards import GuardTensor, LogicalLength
 from hf_reasoncache.joint_evictions import JointEvictions
 from hf_reasoncache.keep_rates import keep_rates
@@ -22,6 +23,7 @@ from hf_reasoncache.precision import as_attended
 from hf_reasoncache.protection import Spans
 from hf_reasoncache.report import CacheReport, LayerReport, storage_bytes
 from hf_reasoncache.shards import TPMode, require_tp_mode
+from hf_reasoncache.sliding import SlidingLayer
 
 
 class ReasonCache(Cache):
@@ -42,6 +44,8 @@ class ReasonCache(Cache):
     ----------
     own_layers : list of CacheLayer
         The full-attention layers, which are ours.
+    graph_use : GraphUse
+        How many decode steps came from a CUDA graph, and why others did not.
 
     Raises
     ------
@@ -67,6 +71,11 @@ class ReasonCache(Cache):
             self.own_layers.append(layer)
         self._joint = JointEvictions(self.own_layers)
         self._foreign = [index for index in range(len(layers)) if index not in ours]
+        for index in self._foreign:
+            if type(layers[index]) is DynamicSlidingWindowLayer:
+                layers[index] = SlidingLayer(layers[index].sliding_window)
+        self._graphs: GraphMode = "auto"
+        self.graph_use = GraphUse()
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
         self._blank = {index: copy.deepcopy(layers[index]) for index in self._foreign}
         self._hides = False  # whether the last mask hid columns that were seen
@@ -76,6 +85,18 @@ class ReasonCache(Cache):
     def foreign_layers(self) -> list[Any]:
         """The layers that are transformers' own: sliding windows and the like."""
         return [self.layers[index] for index in self._foreign]
+
+    @property
+    def graphs(self) -> GraphMode:
+        """Whether decode steps may come from CUDA graphs: "auto" (wherever they can) or "off".
+
+        A model that was given to `enable_graphs` asks for it, and only such a model.
+        """
+        return self._graphs
+
+    @graphs.setter
+    def graphs(self, mode: GraphMode) -> None:
+        self._graphs = require_graph_mode(mode)
 
     @classmethod
     def policy(cls, **settings: Any) -> CacheFactory:
@@ -178,6 +199,7 @@ class ReasonCache(Cache):
     def reset(self) -> None:
         """Make the cache new: no token, no storage."""
         self._hides = False
+        self.graph_use = GraphUse()
         for layer in self.own_layers:
             layer.reset()
         for index, blank in self._blank.items():
@@ -274,7 +296,21 @@ class ReasonCache(Cache):
             layers=tuple(LayerReport.of(layer.index, layer) for layer in ours),
             other_bytes=sum(storage_bytes(layer) for layer in self.foreign_layers),
             shard=ours[0].shard.describe(ours[0].held().shape[1]),
+            graphs=self._describe_graphs(),
         )
+
+    def _describe_graphs(self) -> str | None:
+        """Say what became of the decode steps; None before the first forward."""
+        first, use = self.own_layers[0], self.graph_use
+        if not first.is_initialized:
+            return None
+        if self._graphs == "off":
+            return "off"
+        if use != GraphUse():
+            return str(use)
+        if first.device.type != "cuda":
+            return f"none on this device ({first.device.type})"
+        return "none; enable_graphs(model) has decode steps recorded"
 
     def keep_rates(self, spans: Any) -> torch.Tensor:
         """Return how much of some spans of the prompt is still held.

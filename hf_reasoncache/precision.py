@@ -18,19 +18,24 @@ _is_available = cache(torch.amp.is_autocast_available)
 _NOTHING = nullcontext()
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device."""
+    kind = device.type
+    return _is_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def as_attended(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return queries, keys or values of one device in the type in which attention reads them."""
-    kind = tensors[0].device.type
-    if not (_is_available(kind) and torch.is_autocast_enabled(kind)):
+    device = tensors[0].device
+    if not autocasts(device):
         return tensors
-    lower = torch.get_autocast_dtype(kind)
+    lower = torch.get_autocast_dtype(device.type)
     # Autocast leaves float64 alone.
     return tuple(x if x.dtype == torch.float64 else x.to(lower) for x in tensors)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which types on a device are what they seem; nearly free without."""
-    kind = device.type
-    if not (_is_available(kind) and torch.is_autocast_enabled(kind)):
+    if not autocasts(device):
         return _NOTHING
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(device.type, enabled=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import torch
 
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.risk import RiskLog
+from hf_reasoncache.sliding import SlidingLayer
 from hf_reasoncache.storage.pool_store import distinct_bytes
 from hf_reasoncache.storage.tables import tensors_of
 from triton_ops.backend import describe
@@ -157,6 +159,9 @@ class CacheReport:
         First KV head that is reported on, number of such heads, and KV heads of a layer, where this
         process has only some of them (tensor parallelism). Bytes and tokens are those of this
         process.
+    graphs : str or None
+        What became of the decode steps: how many came from a CUDA graph, or why none did. None
+        before the first forward.
     """
 
     seen: int
@@ -164,6 +169,7 @@ class CacheReport:
     other_bytes: int
     branches: BranchReport | None = None
     shard: tuple[int, int, int] | None = None
+    graphs: str | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -286,6 +292,7 @@ class CacheReport:
             f"seen {self.seen} tokens, hold {self.mean_held:.1f} per KV head on average",
             f"keys and values {self.kv_bytes:,} bytes, all storages {self.total_bytes:,} bytes",
             f"attention to the pools by {self.backend}",
+            *(() if self.graphs is None else wrap(f"graphs: {self.graphs}", 80)),
             *self._lines_of_shard(),
             f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
             *(() if self.branches is None else self.branches.lines()),
@@ -323,5 +330,8 @@ def _worst(layer: LayerReport) -> float:
 
 def storage_bytes(layer: Any) -> int:
     """Bytes of the keys and values that a layer of transformers holds."""
-    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return sum(x.untyped_storage().nbytes() for x in tensors if isinstance(x, torch.Tensor))
+    if isinstance(layer, SlidingLayer):
+        held: list[Any] = list(layer.tensors())
+    else:
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(x.untyped_storage().nbytes() for x in held if isinstance(x, torch.Tensor))

@@ -62,10 +62,14 @@ PARTS: dict[str, set[str]] = {
     "base_attention": set(),
     "weights_and_gradients": {"layer"},
     "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "layer"}
-    | {"precision", "shards", "storage"},
-    "report": {"layer", "risk", "storage", "triton_ops"},
+    | {"precision", "shards", "sliding", "storage"},
+    "report": {"layer", "risk", "sliding", "storage", "triton_ops"},
     "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile"},
-    "graphs": CACHES | {"releases", "triton_ops"},
+    "sliding": set(),
+    "graph_use": set(),
+    "graphs": CACHES
+    | {"graph_use", "layer", "precision", "releases", "shards", "sliding", "triton_ops"},
+    "model_graphs": CACHES | {"graphs", "releases", "triton_ops"},
     "warm_up": CACHES | LAYERS | {"geometry", "scorers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry", "releases"},
     "experimental": CACHES
@@ -93,7 +97,7 @@ for _cache in CACHES:
     # result: a cache that reaches the hub would put the network between a user and their tokens.
     PARTS[_cache] = LAYERS | CACHES | {"budgets", "guards", "keep_rates", "precision", "protection"}
     PARTS[_cache] |= {"arguments", "geometry", "profiles.profile", "report", "risk", "scorers"}
-    PARTS[_cache] |= {"shards", "joint_evictions"}
+    PARTS[_cache] |= {"graph_use", "joint_evictions", "shards", "sliding"}
 for _allowed in PARTS.values():
     # How a value is echoed in an error is the same everywhere.
     _allowed.add("messages")
@@ -115,6 +119,8 @@ LIBRARIES: dict[str, set[str]] = {
     "hf_reasoncache.arguments": {"transformers"},
     "hf_reasoncache.processes": {"torch", "accelerate", "tqdm"},
     "hf_reasoncache.layer": {"torch", "transformers"},
+    "hf_reasoncache.sliding": {"torch", "transformers"},
+    "hf_reasoncache.graphs": {"torch", "transformers"},
     "hf_reasoncache.branching": {"torch", "transformers"},
     "hf_reasoncache.experimental": {"torch", "transformers"},
     "hf_reasoncache.calibration": {"torch", "transformers", "safetensors"},

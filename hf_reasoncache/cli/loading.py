@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from hf_reasoncache.cli.options import Dtype
 from hf_reasoncache.evaluation.specs import Budget, CacheSpec, parse_budget, parse_spec
 from hf_reasoncache.messages import shown
+from hf_reasoncache.model_graphs import enable_graphs
 from hf_reasoncache.outputs import sole_writer
 from hf_reasoncache.processes import Processes
 
@@ -39,7 +40,7 @@ def load_model(
     threads: int | None,
     attention: str | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """Load model and tokenizer, on the device of this process where none is given.
+    """Load model and tokenizer, on the device of this process where none is given; graphs are on.
 
     Raises
     ------
@@ -68,6 +69,7 @@ def load_model(
             f"{shown(name)}: expected the weights of a model, got a damaged file: {shown(error)}; "
             "copy or download the model again."
         ) from error
+    enable_graphs(model)
     return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
 
 

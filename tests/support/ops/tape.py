@@ -20,6 +20,12 @@ class NotReplayableError(Exception):
     """An operation that a CUDA graph cannot hold."""
 
 
+def _by_numbers(func, args):
+    """Whether this is indexing with whole numbers, whose result has the shape of the index."""
+    indexing = func in (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor)
+    return indexing and not any(each.dtype == torch.bool for each in args[1] if each is not None)
+
+
 class Tape(TorchDispatchMode):
     """Write down operations and kernel launches."""
 
@@ -32,7 +38,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._inside_launch:
             return func(*args, **kwargs)
-        if HOST_READS & set(func.tags):
+        if HOST_READS & set(func.tags) and not _by_numbers(func, args):
             raise NotReplayableError(str(func))
         result = func(*args, **kwargs)
         if not any(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_reasoncache import ReasonAllocCache, SharedBranchCache
-from hf_reasoncache.graphs import CudaRecorder, decode_graphs
+from hf_reasoncache import ReasonAllocCache, SharedBranchCache, decode_graphs
+from hf_reasoncache.graphs import CudaRecorder
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.storage import branch_store
 from tests.support.models import prompt

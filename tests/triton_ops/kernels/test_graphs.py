@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
-from hf_reasoncache.graphs import CudaRecorder, decode_graphs
+from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache, decode_graphs
+from hf_reasoncache.graphs import CudaRecorder
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
 from hf_reasoncache.storage import pool_store
