@@ -48,9 +48,16 @@ class JointEvictions:
         )
         self.layers = layers if alike else ()
         self._pools: dict[int, Pools] = {}
+        self._seen = self._until = 0  # columns at the last look, and until when nothing is due
 
     def run(self) -> None:
         """Evict what is due before one more token; nothing where layers must do it themselves."""
+        if not self.layers:
+            return
+        before, self._seen = self._seen, self.layers[0].seen
+        # Whatever has changed meanwhile, layers evict themselves what is due and left out here.
+        if before <= self._seen < self._until:
+            return
         groups: dict[Any, list[CacheLayer]] = defaultdict(list)
         for layer in filter(_ready, self.layers):
             state, store = _state(layer), layer.store
@@ -68,14 +75,13 @@ class JointEvictions:
                 with without_autocast(some[0].device):
                     self._evict(number, some[begin : begin + at_once], rows)
                 number += 1
+        rooms = [layer.state.room(layer.store, layer.seen) for layer in self.layers if layer.state]
+        self._until = self._seen + min(rooms, default=0)
 
     def _evict(self, number: int, layers: Sequence[CacheLayer], rows: torch.Tensor) -> None:
         """Evict from the same rows of some layers."""
         mine, *others = (_state(layer) for layer in layers)
-        joined = mine.join(others, rows, layers[0].seen)
-        if joined is None:
-            return
-        state, span = joined
+        state, span = mine.join(others, rows, layers[0].seen)
         policy, pools = state.policy, self._pools_of(number, layers)
         length = torch.cat([layer.store.length[rows] for layer in layers])
         start = torch.cat([layer.store.tokens.layout.start[rows] for layer in layers])
@@ -136,13 +142,13 @@ def _ready(layer: CacheLayer) -> bool:
     store, state = layer.store, layer.state
     return (
         state is not None
+        and state.joins
         and layer.prompt_is_complete
         and state.room(store, layer.seen) < 1
         and store.in_pool
         and not store.hides
         and not layer.record_past
         and not layer.observers
-        and state.join([], torch.arange(0, device="cpu"), layer.seen) is not None
         and uses_triton(store.tokens.fields["keys"])
     )
 

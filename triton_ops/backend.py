@@ -131,7 +131,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
 def uses_triton(tensor: torch.Tensor) -> bool:
     """Whether the kernel, not the path in PyTorch, runs for this tensor; errors as `chosen`."""
     # Asked at every step and layer, where a look at the device's type takes microseconds.
-    if tensor.is_cpu and _requested != "triton":
+    if _requested != "triton" and not tensor.is_cuda:
         return False
     return chosen(tensor.device, tensor.dtype) == "triton"
 

@@ -34,7 +34,8 @@ class AgreedBudgets(RowBudgets):
     everyone: torch.Tensor
     behind: torch.Tensor
 
-    agrees: ClassVar[bool] = True
+    # Whoever evicts has to tell the other processes.
+    joins: ClassVar[bool] = False
 
     @staticmethod
     def of(budgets: RowBudgets, shard: Shard, before: AgreedBudgets | None) -> AgreedBudgets:

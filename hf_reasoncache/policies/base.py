@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 
@@ -133,10 +133,14 @@ class RowState(ABC):
         The settings that made it.
     first : LongTensor[B]
         Column of each row's first real token, on the CPU; -1 while there is none.
+    joins : bool
+        Whether rows of several layers may be taken for rows of one state.
     """
 
     policy: Policy
     first: torch.Tensor
+
+    joins: ClassVar[bool] = False
 
     @abstractmethod
     def room(self, counts: Counts, columns: int) -> int:
@@ -212,7 +216,7 @@ class RowState(ABC):
 
     def join(
         self, others: Sequence[RowState], rows: torch.Tensor, columns: int
-    ) -> tuple[RowState, EvictionSpan] | None:
+    ) -> tuple[RowState, EvictionSpan]:
         """Take rows of several layers for rows of one state, to evict from them at once.
 
         Parameters
@@ -226,11 +230,16 @@ class RowState(ABC):
 
         Returns
         -------
-        tuple of RowState and EvictionSpan, or None
-            The span's rows are those of the first layer, then of the others; None if evictions of
-            this kind change the state of a layer, or need more than one span.
+        tuple of RowState and EvictionSpan
+            The span's rows are those of the first layer, then of the others.
+
+        Raises
+        ------
+        ValueError
+            If evictions of this kind change the state of a layer, or need more than one span; see
+            `joins`.
         """
-        return None
+        raise ValueError(f"join: expected states that can be joined, got {type(self).__name__}.")
 
     def recount(self, counts: Counts) -> RowState:
         """Take note that heads have lost tokens otherwise than by an eviction, or got them back."""

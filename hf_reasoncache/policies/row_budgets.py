@@ -37,8 +37,6 @@ class RowBudgets(RowState):
     last_split : LongTensor[B]
         Columns stored when the row's heads were last re-allocated.
     protection : RowProtection or None
-    agrees : bool
-        Whether it follows the heads of other processes.
     """
 
     policy: BudgetPolicy
@@ -49,7 +47,7 @@ class RowBudgets(RowState):
     last_split: torch.Tensor
     protection: RowProtection | None = None
 
-    agrees: ClassVar[bool] = False
+    joins: ClassVar[bool] = True
 
     def check_prompt(self) -> None:
         """See `RowState.check_prompt`."""
@@ -82,10 +80,8 @@ class RowBudgets(RowState):
 
     def join(
         self, others: Sequence[RowState], rows: torch.Tensor, columns: int
-    ) -> tuple[RowState, EvictionSpan] | None:
+    ) -> tuple[RowState, EvictionSpan]:
         """See `RowState.join`."""
-        if self.agrees:
-            return None
         # Their policies evict like this one's, so they are of this kind.
         states = [self, *others]
 

@@ -178,7 +178,8 @@ class RaggedPool:
     def count_appended(self, q_len: int) -> None:
         """Count tokens that every head has got, on the host: a captured graph did so on its own."""
         self.length = self.length + q_len
-        self.shortest, self.longest = self.shortest + q_len, self.longest + q_len
+        self.shortest += q_len
+        self.longest += q_len
         self.least_free -= q_len
 
     def _scatter(self, new: dict[str, Any], keep: torch.Tensor | None) -> None:

@@ -234,7 +234,8 @@ class PoolStore:
         pool = self.tokens
         batch, query_heads, q_len, head_size = new.query.shape
         heads = pool.length.shape[1]
-        if self._is_even(new):
+        kernels = uses_triton(pool.fields["keys"])
+        if not kernels and self._is_even(new):
             held = (pool.fields["keys"], pool.fields["values"], pool.layout, pool.longest)
             return even_attention(new.query, *held, new.settings["scaling"])
         asking = None
@@ -250,7 +251,7 @@ class PoolStore:
             positions=pool.fields["positions"],
             layout=pool.layout,
             length=pool.length,
-            device_length=pool.device_length if uses_triton(pool.fields["keys"]) else None,
+            device_length=pool.device_length if kernels else None,
             query_positions=asking,
             **new.settings,
             **self._summing(new.query),
@@ -276,7 +277,7 @@ class PoolStore:
             self.attend(block, end - new.q_len + start + block.q_len)
 
     def _is_even(self, new: NewTokens) -> bool:
-        """Whether one token asks heads that hold equally many, and no kernel is to answer."""
+        """Whether one token asks heads that hold equally many."""
         pool, settings = self.tokens, new.settings
         return (
             pool.is_even
@@ -286,7 +287,6 @@ class PoolStore:
             and ATTENTION not in self.statistics
             and settings["softcap"] is None
             and settings["s_aux"] is None
-            and not uses_triton(pool.fields["keys"])
         )
 
     def _attention(self, new: NewTokens) -> Callable[..., torch.Tensor]:

@@ -40,13 +40,14 @@ def append(
     ValueError
         If the shapes or types do not fit together.
     """
-    held = [(field.dtype, field.shape[-1]) for field in pool[:2]]
-    new = [(each.dtype, each.shape[-1]) for each in (keys, values)]
-    if held != new or not (keys.shape[:3] == values.shape[:3] == (*length.shape, 1)):
-        raise ValueError(
-            f"append: expected one token for each of {list(length.shape)} heads, in {held}, got "
-            f"{list(keys.shape)} and {list(values.shape)} in {new}."
-        )
+    shape = (*length.shape, 1)
+    for field, new in zip(pool, (keys, values), strict=False):
+        if new.shape != (*shape, field.shape[1]) or new.dtype != field.dtype:
+            raise ValueError(
+                f"append: expected one token for each of {list(length.shape)} heads, "
+                f"{[*shape, field.shape[1]]} in {field.dtype}, got {list(new.shape)} in "
+                f"{new.dtype}."
+            )
     if uses_triton(pool[0]):
         from .kernel import append_triton as run
     else:

@@ -61,8 +61,11 @@ def append_triton(
 ) -> None:
     """See `triton_ops.append.append`."""
     batch, heads = length.shape
-    keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (keys, values))
+    # Of one token, strides of the other axes may be anything.
+    keys = keys if keys.stride(3) == 1 else keys.contiguous()
+    values = values if values.stride(3) == 1 else values.contiguous()
     on_device = isinstance(column, torch.Tensor)
+    key_stride, value_stride = keys.stride(), values.stride()
     append_kernel[(batch * heads,)](
         *pool,
         start,
@@ -72,8 +75,10 @@ def append_triton(
         column if on_device else None,
         0 if on_device else column,
         heads,
-        *keys.stride()[:2],
-        *values.stride()[:2],
+        key_stride[0],
+        key_stride[1],
+        value_stride[0],
+        value_stride[1],
         keys.shape[-1],
         values.shape[-1],
         BLOCK_D=block_d(keys.shape[-1]),
