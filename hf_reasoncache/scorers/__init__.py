@@ -8,6 +8,7 @@ from typing import Any
 from hf_reasoncache.messages import shown
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 from hf_reasoncache.scorers.bidirectional import Bidirectional
+from hf_reasoncache.scorers.cur import CUR
 from hf_reasoncache.scorers.h2o import H2O
 from hf_reasoncache.scorers.key_diff import KeyDiff
 from hf_reasoncache.scorers.key_norm import KeyNorm
@@ -18,8 +19,10 @@ from hf_reasoncache.scorers.snapkv import SnapKV
 from hf_reasoncache.scorers.streaming_llm import StreamingLLM
 from hf_reasoncache.scorers.tova import TOVA
 from hf_reasoncache.scorers.value_norm import ValueNorm
+from hf_reasoncache.scorers.vase import VaSE
 
 __all__ = [
+    "CUR",
     "H2O",
     "RKV",
     "SCORERS",
@@ -33,6 +36,7 @@ __all__ = [
     "Scorer",
     "SnapKV",
     "StreamingLLM",
+    "VaSE",
     "ValueNorm",
     "make_scorer",
 ]
@@ -49,6 +53,8 @@ SCORERS: dict[str, type[Scorer]] = {
     "h2o": H2O,
     "rkv": RKV,
     "bidirectional": Bidirectional,
+    "vase": VaSE,
+    "cur": CUR,
 }
 """Every scorer by the name that the command line, the caches (`scorer="snapkv"`) and files use."""
 

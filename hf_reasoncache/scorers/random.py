@@ -9,7 +9,7 @@ import torch
 from hf_reasoncache.scorers._checks import at_least
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 
-_MASK = 0xFFFFFFFF
+MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,25 @@ class Random(Scorer):
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Return uniform numbers in [0, 1)."""
-        heads, device = held.positions.shape[1], held.positions.device
-        head = torch.arange(held.first_head, held.first_head + heads, device=device)
-        state = _mix(torch.full_like(head, self.seed & _MASK))
-        state = _mix(state ^ held.layer)
-        state = _mix(state ^ head)[None, :, None]
         # 24 bits fill a float32 mantissa exactly: uniform in [0, 1), never rounded up to 1.
-        return (_mix(state ^ (held.positions & _MASK)) >> 8).float() / (1 << 24)
+        return (token_bits(held, self.seed) >> 8).float() / (1 << 24)
 
 
-def _mix(state: torch.Tensor) -> torch.Tensor:
+def token_bits(held: HeldTokens, seed: int) -> torch.Tensor:
+    """Return 32 random bits for each token, LongTensor[R, H_kv, N].
+
+    They depend on seed, layer, head and position alone.
+    """
+    heads, device = held.positions.shape[1], held.positions.device
+    head = torch.arange(held.first_head, held.first_head + heads, device=device)
+    state = hashed(hashed(torch.full_like(head, seed & MASK)) ^ held.layer)
+    state = hashed(state ^ head)[None, :, None]
+    return hashed(state ^ (held.positions & MASK))
+
+
+def hashed(state: torch.Tensor) -> torch.Tensor:
     """Scramble the low 32 bits of int64 numbers, one to one (the `lowbias32` integer hash)."""
     # Products wrap modulo 2^64, which leaves the low 32 bits right.
-    state = ((state ^ (state >> 16)) * 0x7FEB352D) & _MASK
-    state = ((state ^ (state >> 15)) * 0x846CA68B) & _MASK
+    state = ((state ^ (state >> 16)) * 0x7FEB352D) & MASK
+    state = ((state ^ (state >> 15)) * 0x846CA68B) & MASK
     return state ^ (state >> 16)
