@@ -152,17 +152,18 @@ def redundancy_triton(
     place = torch.arange(1, tokens + 1, device=keys.device)
     compared = (place * (known != places.UNSEEN) * valid).amax(-1)
     mask = valid.contiguous().view(torch.uint8)
-    # Without a known end the search is not pipelined, and products of larger tiles spill.
+    # A search without a known end is not pipelined, nor are its tiles in flight. Products of larger
+    # tiles spill.
     if keys.dtype == torch.float32:
         tile = Tile(16, 16, 8, 1)
     elif block_d(size) > 128:
-        tile = Tile(32 if block_d(size) == 256 else 16, 32, 4, 1)
+        tile = Tile(32 if block_d(size) == 256 else 16, 32, 4 if block_d(size) <= 512 else 8, 1)
     else:
-        tile = Tile.of(keys.dtype, 64, size)
+        tile = Tile.of(keys.dtype, 64, block_d(size))
     columns = (rows * heads, blocks(tokens, tile.n))
     inverse, cosine = torch.empty_like(means), torch.empty_like(means)
     sums = means.new_empty(*columns, size)
-    shared = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps)
+    shared = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps, num_stages=1)
     units_kernel[columns](keys, mask, inverse, sums, tokens, size, **shared)
     search_kernel[(rows * heads, blocks(tokens, tile.m))](
         keys,
