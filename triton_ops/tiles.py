@@ -130,5 +130,6 @@ class Tile:
         n = 64 if widest <= 256 else 32
         step = n * sum(columns) * dtype.itemsize
         stages = min(3, 1 + AHEAD_BYTES // step)
-        # Products of queries and values stay in registers: 64 of a thread at most.
-        return Tile(m, n, 8 if m > 16 and m * widest > 4096 else 4, stages)
+        # Outputs stay in registers, beside the logits of as many queries.
+        outputs = m * widest > 4096 and len(columns) > 1
+        return Tile(m, n, 8 if m > 16 and (widest > 128 or outputs) else 4, stages)

@@ -54,23 +54,21 @@ def documented(version: str) -> dict[tuple[str, str], list[str]]:
     return {(row["case"], row["kernel"]): row["cells"].split(" | ") for row in found}
 
 
-def frames(capability: int) -> tuple[int, list[str]]:
-    """Count the programs for a capability, and name those that keep registers in memory."""
-    found = [(case, each) for case in CASES for each in compiled(case, capability)]
-    return len(found), [
-        f"`{each.name}` of “{case}” ({each.stack} bytes, {each.spilled_in_loops} uses in loops)"
-        for case, each in found
-        if each.stack
-    ]
-
-
 def summary() -> str:
-    """Say how many programs were compiled, and which spill."""
-    said = []
+    """Say how many programs were compiled, and which keep registers in memory."""
+    spilled, total = [], 0
     for capability in SHARED_MEMORY:
-        count, spilling = frames(capability)
-        said.append(f"sm_{capability}: {count} programs, stack: {', '.join(spilling) or 'none'}")
-    return f"triton {triton.__version__}. " + ". ".join(said) + "."
+        found = [(case, each) for case in CASES for each in compiled(case, capability)]
+        total += len(found)
+        spilled += [
+            f"- sm_{capability}, `{each.name}` of *{case}*: {each.stack} bytes, instructions in "
+            f"loops that use them: {each.spilled_in_loops}"
+            for case, each in found
+            if each.stack
+        ]
+    said = ", ".join(f"sm_{capability}" for capability in SHARED_MEMORY)
+    head = f"triton {triton.__version__}, {total} programs for {said}. Registers in memory:"
+    return f"{head}\n\n" + "\n".join(spilled) if spilled else f"{head} none."
 
 
 def table() -> str:
@@ -97,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     text = summary() if chosen.brief else f"{summary()}\n\n{table()}"
     if chosen.write:
-        insert(DOCS, f"compiled {triton.__version__}", text)
+        insert(DOCS, f"compiled {triton.__version__}", f"{text}\n")
     else:
         print(text)
 

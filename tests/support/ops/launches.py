@@ -153,7 +153,7 @@ CASES = {
     "16 branches: float32": (1, lambda: branches(torch.float32, 128, 4, 16)),
     "R-KV scores": (2, lambda: scores(torch.bfloat16, 128, 4, 8, "max")),
     "SnapKV scores": (2, lambda: scores(torch.bfloat16, 128, 5, 8, "mean")),
-    "Kara scores": (1, lambda: scores(torch.bfloat16, 128, 4, 512, "mean")),
+    "Kara scores": (2, lambda: scores(torch.bfloat16, 128, 4, 512, "mean")),
     "scores: size 256": (1, lambda: scores(torch.float16, 256, 2, 512, "max")),
     "scores: size 512": (1, lambda: scores(torch.bfloat16, 512, 8, 8, "max")),
     "scores: latents": (1, lambda: scores(torch.bfloat16, 576, 16, 8, "max")),

@@ -101,13 +101,14 @@ class Binary:
     def multiplying_loops(self) -> list[Counter[str]]:
         """Return the instructions of each innermost loop that multiplies matrices.
 
-        Matrix units do it for half precision. For float32 it is the loop with most of the sums of
-        products.
+        Matrix units do it for half precision. For float32 these are the loops with as many sums of
+        products as any, or half as many.
         """
         innermost = loops(self.ptx, innermost=True)
         if any(is_matrix_product(name) for name in instructions(self.ptx)):
             return [each for each in innermost if any(map(is_matrix_product, each))]
-        return [max(innermost, key=lambda each: each["fma.rn.f32"])]
+        most = max(each["fma.rn.f32"] for each in innermost)
+        return [each for each in innermost if 2 * each["fma.rn.f32"] >= most]
 
 
 def is_matrix_product(name: str) -> bool:
