@@ -21,11 +21,14 @@ NEWEST_PACKAGES = $(BIN)/python -c 'import json; \
 TEST_NEWEST = packages="$$($(NEWEST_PACKAGES))" && \
 	$(MAKE) --no-print-directory overlay-tests OVERLAY=.venv-newest PACKAGES="$$packages"
 
+# The triton of the torch that GPUs of today have; its wheel is 190 MB.
+TRITON_36 := OVERLAY=.venv-triton-3.6 PACKAGES=triton==3.6.0
+
 WITH_OVERLAY = PYTHONPATH=$(CURDIR)/$(OVERLAY)
-EXPECTED = $(patsubst transformers==%,%,$(filter transformers==%,$(PACKAGES)))
+EXPECTED = $(filter transformers==% triton==%,$(PACKAGES))
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-real test test-lowest test-newest overlay-tests lint format docs clean
+.PHONY: help venv demo demo-real test test-lowest test-newest test-compiled-36 overlay-tests lint format docs clean
 
 help:
 	@echo 'make venv         create $(VENV) with the package, its tests and tools, versions from constraints.txt'
@@ -34,6 +37,7 @@ help:
 	@echo 'make test         run all tests, the kernels in the interpreter, then test-lowest'
 	@echo 'make test-lowest  run the contract tests with transformers $(LOWEST), the oldest that is supported'
 	@echo 'make test-newest  run the contract, branching and graph tests with the newest transformers of the index'
+	@echo 'make test-compiled-36  compile all kernels with triton 3.6.0 too (a wheel of 190 MB; no part of make test)'
 	@echo 'make lint         check format, style and types'
 	@echo 'make format       format the code and sort its imports'
 	@echo 'make docs         build the documentation into site/'
@@ -80,8 +84,13 @@ test-newest: $(STAMP)
 	@$(TEST_NEWEST) TESTS='tests/contract tests/branching tests/test_graphs.py'
 	@export TRITON_INTERPRET=1 && $(TEST_NEWEST) TESTS=tests/triton_ops/kernels/test_graphs.py
 
+# No part of `make test` because of its size.
+test-compiled-36: $(STAMP)
+	@$(MAKE) --no-print-directory overlay-tests $(TRITON_36) \
+		TESTS='tests/triton_ops/test_compiled.py tests/triton_ops/test_specialisations.py'
+
 # TESTS with the PACKAGES in a folder OVERLAY laid over .venv, which is made anew where they or .venv have changed.
-# The version is asked of the module that the tests will import, not of the installer.
+# The versions are asked of the modules that the tests will import, not of the installer.
 overlay-tests:
 	@case ' $(PACKAGES)' in *' torch=='*) \
 		echo 'error: expected packages for the torch of $(VENV), got $(PACKAGES)' >&2; exit 1;; esac
@@ -90,7 +99,7 @@ overlay-tests:
 		rm -rf $(OVERLAY) && mkdir $(OVERLAY) && \
 		{ [ -z '$(PACKAGES)' ] || $(BIN)/python -m pip install --quiet --no-deps --target $(OVERLAY) $(PACKAGES); } && \
 		echo '$(PACKAGES)' >$$stamp; }
-	@$(WITH_OVERLAY) $(BIN)/python -c 'import sys, transformers as t; print("$(TESTS) with transformers", t.__version__); sys.exit("$(EXPECTED)" not in ("", t.__version__) and "error: expected transformers $(EXPECTED), got " + t.__file__)'
+	@$(WITH_OVERLAY) $(BIN)/python -c 'import importlib, sys; want = "$(EXPECTED)".split(); names = dict.fromkeys(["transformers", *(each.split("==")[0] for each in want)]); got = [name + "==" + importlib.import_module(name).__version__ for name in names]; print("$(TESTS) with", *got); sys.exit(not set(want) <= set(got) and "error: expected $(EXPECTED), got " + " ".join(got))'
 	$(WITH_OVERLAY) $(PYTEST) $(TESTS)
 
 lint: $(STAMP)
@@ -108,5 +117,5 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-triton-3.6 build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,15 +20,18 @@ NOTHING = tl.constexpr(-1.0e30)
 # Whether kernels are interpreted is decided when they are imported, hence once.
 UPCAST = tl.constexpr(interpreting())
 
-AHEAD_BYTES = 64 * 1024
+AHEAD_BYTES = 68 * 1024
 """Keys and values that are on their way while a program computes: two programs and more fit a
-multiprocessor of sm_90 (228 KB) and of sm_80 (164 KB)."""
+multiprocessor of sm_90 and sm_100 (228 KB), and of sm_80 (164 KB) unless its queries are many."""
 
 
 @triton.jit
-def load_rows(base, rows, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Load rows of `SIZE` numbers; zeros beyond the row and where the mask is False."""
-    column = tl.arange(0, BLOCK)
+def load_rows(base, rows, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
+    """Load `BLOCK` columns, from `FIRST` on, of rows of `SIZE` numbers.
+
+    Zeros beyond the row and where the mask is False.
+    """
+    column = FIRST + tl.arange(0, BLOCK)
     found = tl.load(
         base + rows.to(tl.int64)[:, None] * SIZE + column[None, :],
         mask=mask[:, None] & (column < SIZE)[None, :],
@@ -46,9 +49,12 @@ def dot_rows(a, b):
 
 
 @triton.jit
-def tile_logits(q, k, scale, softcap):
-    """Logits times log2(e), so that exp2 gives the weights."""
-    logits = dot_rows(q, k) * scale
+def tile_logits(q, k, scale, softcap, q_rest=None, k_rest=None):
+    """Logits times log2(e), so that exp2 gives the weights; rows may come in two parts."""
+    logits = dot_rows(q, k)
+    if q_rest is not None:
+        logits += dot_rows(q_rest, k_rest)
+    logits *= scale
     if softcap is not None:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), with both ends right where exp overflows.
         logits = softcap - 2.0 * softcap / (tl.exp2(logits * (2.0 * LOG2_E / softcap)) + 1.0)
@@ -73,6 +79,26 @@ def block_d(size: int) -> int:
     return max(16, power_of_two(size))
 
 
+@lru_cache(maxsize=256)
+def parts(size: int, values: int = 0) -> tuple[int, int]:
+    """Columns of the two tiles in which rows of keys are loaded; 0 for a second that is not needed.
+
+    One tile of a power of two would hold 1,024 columns where the latents of DeepSeek have 576.
+
+    Parameters
+    ----------
+    size : int
+        Numbers per row.
+    values : int
+        As many of them, the first ones, are the row's value; the first tile must hold these.
+    """
+    whole = block_d(size)
+    half = whole // 2
+    if size <= 128 or size == whole or values > half:
+        return whole, 0
+    return half, block_d(size - half)
+
+
 @dataclass(frozen=True)
 class Tile:
     """How one program works, chosen so that nothing spills; a test compiles and reads it.
@@ -94,14 +120,16 @@ class Tile:
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def of(dtype: torch.dtype, rows: int, *sizes: int) -> Tile:
-        """Choose for `rows` queries and the row sizes of what a step of the loop loads."""
-        widest = max(block_d(size) for size in sizes)
+    def of(dtype: torch.dtype, rows: int, *columns: int) -> Tile:
+        """Choose for `rows` queries and the columns of what a step of the loop loads."""
+        widest = max(columns)
         if dtype == torch.float32:
             # No matrix unit takes float32 as it is: the products live in registers.
             return Tile(16, 32, 8, 1)
         m = min(64 if widest <= 128 else 32, max(16, power_of_two(rows)))
         n = 64 if widest <= 256 else 32
-        step = n * sum(block_d(size) for size in sizes) * dtype.itemsize
+        step = n * sum(columns) * dtype.itemsize
         stages = min(3, 1 + AHEAD_BYTES // step)
-        return Tile(m, n, 8 if widest > 128 and m > 16 else 4, stages)
+        # Outputs stay in registers, beside the logits of as many queries.
+        outputs = m * widest > 4096 and len(columns) > 1
+        return Tile(m, n, 8 if m > 16 and (widest > 128 or outputs) else 4, stages)

@@ -37,7 +37,9 @@ def decode_attention(
     query : Tensor[B, H_kv, G, T, D]
         Post-RoPE queries, the `G` query heads of a group beside the KV head that they read.
     keys, values : Tensor[slots, D], Tensor[slots, D_v]
-        The pool. Unused slots must hold finite numbers; they get no weight.
+        The pool. Unused slots must hold finite numbers; they get no weight. The kernels take
+        contiguous tensors, or values that are the first columns of the keys, `keys[:, :D_v]`, which
+        they read once.
     positions : IntTensor[slots]
         Logical position of each slot, read only when `query_positions` is given.
     layout : RaggedLayout
@@ -75,7 +77,7 @@ def decode_attention(
     Raises
     ------
     ValueError
-        If the shapes do not fit together.
+        If the shapes do not fit together, or a kernel cannot read the pool's strides.
     """
     batch, kv_heads, _, steps, head_size = query.shape
     if keys.shape[-1] != head_size or tuple(length.shape) != (batch, kv_heads):

@@ -23,15 +23,17 @@ def load_chunk(items, program, start, length, chunk):
 def load_queries(
     query, head, first, rows, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Load `BLOCK_M` of the `rows` queries of a head: their numbers, which exist, and the tile."""
+    """Load `BLOCK_M` of the `rows` queries of a head: number, place, which exist, and the tile."""
     row = first + tl.arange(0, BLOCK_M)
     real = row < rows
-    return row, real, load_rows(query, head.to(tl.int64) * rows + row, real, D, BLOCK_D)
+    place = head.to(tl.int64) * rows + row
+    return row, place, real, load_rows(query, place, real, D, BLOCK_D)
 
 
 @triton.jit
 def attend_chunk(
     q,
+    q_rest,
     asking,
     keys,
     values,
@@ -45,9 +47,13 @@ def attend_chunk(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Softmax of a tile of queries over slots `begin` to `end - 1`: output and log2 of its sum."""
+    """Softmax of a tile of queries over slots `begin` to `end - 1`: output and log2 of its sum.
+
+    Without values, the first tile of a key is its value.
+    """
     top = tl.full([BLOCK_M], NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -55,7 +61,10 @@ def attend_chunk(
         slot = start + tl.arange(0, BLOCK_N)
         used = slot < end
         k = load_rows(keys, slot, used, D, BLOCK_D)
-        logits = tile_logits(q, k, scale, softcap)
+        k_rest = None
+        if BLOCK_REST > 0:
+            k_rest = load_rows(keys, slot, used, D, BLOCK_REST, BLOCK_D)
+        logits = tile_logits(q, k, scale, softcap, q_rest, k_rest)
         visible = used[None, :]
         if asking is not None:
             at = tl.load(positions + slot, mask=used, other=0)
@@ -66,7 +75,9 @@ def attend_chunk(
         weights = tl.where(visible, tl.exp2(logits - higher[:, None]), 0.0)
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, 1)
-        v = load_rows(values, slot, used, DV, BLOCK_DV)
+        v = k
+        if values is not None:
+            v = load_rows(values, slot, used, DV, BLOCK_DV)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
     seen = total > 0.0

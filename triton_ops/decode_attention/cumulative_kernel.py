@@ -6,12 +6,40 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2_E, NOTHING, Tile, block_d, load_rows, tile_logits
+from ..tiles import LOG2_E, NOTHING, Tile, load_rows, parts, tile_logits
 from .chunk_kernel import load_chunk, load_queries
 from .work import Work
 
 
 @triton.jit
+def load_asking(row, real, attention_weight, query_positions, logsumexp, head, heads, group, steps):
+    """Load what else is known of queries: logsumexp to base 2, positions, weights (0 for none)."""
+    step = head // heads * steps + row % steps
+    query_head = head % heads * group + row // steps
+    where = step.to(tl.int64) * (heads * group) + query_head
+    lse = tl.load(logsumexp + where, mask=real, other=0.0) * LOG2_E
+    asking = step
+    if query_positions is not None:
+        asking = tl.load(query_positions + step, mask=real, other=-1)
+    factor = real.to(tl.float32)
+    if attention_weight is not None:
+        factor = tl.load(attention_weight + row % steps, mask=real, other=0.0).to(tl.float32)
+    return lse, asking, factor
+
+
+@triton.jit
+def received(logits, lse, asking, factor, query_positions, positions, slot, used):
+    """Probabilities of a tile of keys, summed over a tile of queries with their weights."""
+    visible = used[None, :]
+    if query_positions is not None:
+        position = tl.load(positions + slot, mask=used, other=0)
+        visible = visible & (position[None, :] <= asking[:, None])
+    # The logsumexp of a query that sees nothing is -inf, and is masked.
+    weights = tl.exp2(tl.where(visible, logits - lse[:, None], NOTHING))
+    return tl.sum(weights * factor[:, None], 0)
+
+
+@triton.jit(do_not_specialize=["chunk", "steps"])
 def cumulative_kernel(
     cumulative_attention,
     attention_weight,
@@ -30,39 +58,52 @@ def cumulative_kernel(
     group,
     steps,
     D: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
     """Add to every slot of a chunk its probability, summed over the queries of the head.
 
-    One program owns a slot, so nothing is atomic and the sum has one order.
+    One program owns a slot, so nothing is atomic and the sum has one order. Where all queries are
+    `ONE_TILE`, it stays in place, and the keys are loaded ahead.
     """
     head, first, end, _ = load_chunk(items, tl.program_id(0), start, length, chunk)
     rows = group * steps
+    if ONE_TILE:
+        row, place, real, q = load_queries(query, head, 0, rows, D, BLOCK_M, BLOCK_D)
+        q_rest = None
+        if BLOCK_REST > 0:
+            q_rest = load_rows(query, place, real, D, BLOCK_REST, BLOCK_D)
+        lse, asking, factor = load_asking(
+            row, real, attention_weight, query_positions, logsumexp, head, heads, group, steps
+        )
     for at in tl.range(first, end, BLOCK_N):
         slot = at + tl.arange(0, BLOCK_N)
         used = slot < end
         k = load_rows(keys, slot, used, D, BLOCK_D)
-        added = tl.zeros([BLOCK_N], tl.float32)
-        for begin in tl.range(0, rows, BLOCK_M):
-            row, real, q = load_queries(query, head, begin, rows, D, BLOCK_M, BLOCK_D)
-            step = head // heads * steps + row % steps
-            query_head = head % heads * group + row // steps
-            where = step.to(tl.int64) * (heads * group) + query_head
-            lse = tl.load(logsumexp + where, mask=real, other=0.0) * LOG2_E
-            visible = used[None, :] & real[:, None]
-            if query_positions is not None:
-                position = tl.load(positions + slot, mask=used, other=0)
-                asking = tl.load(query_positions + step, mask=real, other=-1)
-                visible = visible & (position[None, :] <= asking[:, None])
-            logits = tile_logits(q, k, scale, softcap)
-            # The logsumexp of a query that sees nothing is -inf, and is masked.
-            weights = tl.exp2(tl.where(visible, logits - lse[:, None], NOTHING))
-            if attention_weight is not None:
-                factor = tl.load(attention_weight + row % steps, mask=real, other=0.0)
-                weights = weights * factor.to(tl.float32)[:, None]
-            added += tl.sum(weights, 0)
+        k_rest = None
+        if BLOCK_REST > 0:
+            k_rest = load_rows(keys, slot, used, D, BLOCK_REST, BLOCK_D)
+        if ONE_TILE:
+            logits = tile_logits(q, k, scale, softcap, q_rest, k_rest)
+            added = received(logits, lse, asking, factor, query_positions, positions, slot, used)
+        else:
+            added = tl.zeros([BLOCK_N], tl.float32)
+            for begin in tl.range(0, rows, BLOCK_M):
+                row, place, real, q = load_queries(query, head, begin, rows, D, BLOCK_M, BLOCK_D)
+                q_rest = None
+                if BLOCK_REST > 0:
+                    q_rest = load_rows(query, place, real, D, BLOCK_REST, BLOCK_D)
+                logits = tile_logits(q, k, scale, softcap, q_rest, k_rest)
+                lse, asking, factor = load_asking(
+                    row, real, attention_weight, query_positions, logsumexp, head, heads, group,
+                    steps,
+                )  # fmt: skip
+                added += received(
+                    logits, lse, asking, factor, query_positions, positions, slot, used
+                )
         before = tl.load(cumulative_attention + slot, mask=used, other=0.0)
         tl.store(cumulative_attention + slot, before + added, mask=used)
 
@@ -84,7 +125,9 @@ def add_received_attention(
 ) -> None:
     """Add attention probabilities to `cumulative_attention`; see `decode_attention`."""
     _, kv_heads, group, steps, head_size = query.shape
-    tile = Tile.of(keys.dtype, group * steps, head_size)
+    block, rest = parts(head_size)
+    tile = Tile.of(keys.dtype, group * steps, block + rest)
+    one_tile = group * steps <= tile.m
     cumulative_kernel[(plan.count,)](
         cumulative_attention,
         attention_weight,
@@ -103,10 +146,12 @@ def add_received_attention(
         group,
         steps,
         head_size,
+        ONE_TILE=one_tile,
         BLOCK_M=tile.m,
-        # Logits and keys of a tile are held at once: 64 keys of size 256 spill.
-        BLOCK_N=tile.n if head_size <= 128 else 32,
-        BLOCK_D=block_d(head_size),
+        # Logits and keys of a tile are held at once: 64 keys spill where either is wide.
+        BLOCK_N=tile.n if one_tile and head_size <= 128 else 32,
+        BLOCK_D=block,
+        BLOCK_REST=rest,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -10,7 +10,7 @@ from ..launch import launcher, send
 from ..layout import RaggedLayout, SharedPrefix
 from ..merge_state.kernel import join
 from ..prefix_attention.kernel import attend_prefix
-from ..tiles import Tile, block_d, blocks
+from ..tiles import Tile, block_d, blocks, load_rows, parts
 from .chunk_kernel import attend_chunk, load_chunk, load_queries, store_partial
 from .cumulative_kernel import add_received_attention
 from .work import PrefixWork, work
@@ -41,23 +41,32 @@ def attend_own(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     """One chunk of one head, attended to by a tile of the queries that belong to the head."""
     head, begin, end, partial = load_chunk(items, program, start, length, chunk)
-    row, real, q = load_queries(query, head, tile * BLOCK_M, rows, D, BLOCK_M, BLOCK_D)
+    row, place, real, q = load_queries(query, head, tile * BLOCK_M, rows, D, BLOCK_M, BLOCK_D)
+    q_rest = None
+    if BLOCK_REST > 0:
+        q_rest = load_rows(query, place, real, D, BLOCK_REST, BLOCK_D)
     asking = None
     if query_positions is not None:
         # A padding row asks at -1 and sees nothing.
         asking = tl.load(query_positions + head // heads * steps + row % steps, mask=real, other=-1)
     out, lse = attend_chunk(
-        q, asking, keys, values, positions, begin, end, scale, softcap,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        q, q_rest, asking, keys, values, positions, begin, end, scale, softcap,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
     )  # fmt: skip
     store_partial(partial_out, partial_lse, partial.to(tl.int64) * rows + row, real, out, lse, DV)
 
 
-@triton.jit(do_not_specialize=["prefix_programs"])
+# Drafts, later turns and rows come in any number: none of them may ask for a binary of its own.
+@triton.jit(
+    do_not_specialize=[
+        "chunk", "rows", "steps", "tiles", "prefix_chunk", "prefix_programs", "prefix_tiles",
+    ]
+)  # fmt: skip
 def attend_kernel(
     query,
     keys,
@@ -93,6 +102,7 @@ def attend_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     """The first programs read shared prefixes, if there are any, the others own tokens.
@@ -109,7 +119,7 @@ def attend_kernel(
                 prefix_keys, prefix_values, prefix_start, prefix_length, prefix_items,
                 prefix_members, prefix_first, first, partial_out, partial_lse,
                 scale, softcap, prefix_chunk, heads, rows,
-                D, DV, BLOCK_P, BLOCK_N, BLOCK_D, BLOCK_DV,
+                D, DV, BLOCK_P, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
             )  # fmt: skip
         program -= prefix_programs
     if own:
@@ -117,7 +127,7 @@ def attend_kernel(
             program // tiles, program % tiles, query, keys, values, positions, query_positions,
             start, length, items, partial_out, partial_lse, scale, softcap, chunk, heads, rows,
             steps,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
         )  # fmt: skip
 
 
@@ -143,9 +153,14 @@ def decode_attention_triton(
     batch, kv_heads, group, steps, head_size = query.shape
     value_size, device, rows = values.shape[-1], query.device, group * steps
     most = 1 if prefix is None else prefix.most
-    tile = Tile.of(keys.dtype, rows, head_size, value_size)
+    pools = [(keys, values)] if prefix is None else [(keys, values), (prefix.keys, prefix.values)]
+    latents = [_are_latents(*pool) for pool in pools]
+    block, rest = parts(head_size, value_size if any(latents) else 0)
+    value_block = block if any(latents) else block_d(value_size)
+    columns = (block + rest,) if all(latents) else (block + rest, value_block)
+    tile = Tile.of(keys.dtype, rows, *columns)
     # One launch has one number of warps: that of the larger tile.
-    wide = Tile.of(keys.dtype, rows * most, head_size, value_size)
+    wide = Tile.of(keys.dtype, rows * most, *columns)
     tiles, wide_tiles = blocks(rows, tile.m), blocks(rows * most, wide.m)
     plan = work(layout, tiles, device, prefix, wide_tiles)
     query = query.contiguous()
@@ -163,7 +178,7 @@ def decode_attention_triton(
         attend_kernel[(shared + plan.count * tiles,)](
             query,
             keys,
-            values,
+            None if latents[0] else values,
             positions,
             query_positions,
             start,
@@ -179,14 +194,15 @@ def decode_attention_triton(
             steps,
             tiles,
             plan.first,
-            *_prefix_arguments(prefix, plan.prefix, wide_tiles),
+            *_prefix_arguments(prefix, plan.prefix, wide_tiles, latents[-1]),
             head_size,
             value_size,
             BLOCK_M=tile.m,
             BLOCK_P=wide.m,
             BLOCK_N=tile.n,
-            BLOCK_D=block_d(head_size),
-            BLOCK_DV=block_d(value_size),
+            BLOCK_D=block,
+            BLOCK_REST=rest,
+            BLOCK_DV=value_block,
             num_warps=wide.warps,
             num_stages=tile.stages,
         )
@@ -209,14 +225,25 @@ def decode_attention_triton(
     return out
 
 
+def _are_latents(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether the first numbers of a key are its value, so that one load serves both."""
+    latents = values.stride() == keys.stride() and values.data_ptr() == keys.data_ptr()
+    if not (keys.is_contiguous() and (latents or values.is_contiguous())):
+        raise ValueError(
+            "decode_attention: expected contiguous keys and values, or values that are the first "
+            f"columns of the keys, got strides {keys.stride()} and {values.stride()}."
+        )
+    return latents
+
+
 def _prefix_arguments(
-    prefix: SharedPrefix | None, plan: PrefixWork | None, tiles: int
+    prefix: SharedPrefix | None, plan: PrefixWork | None, tiles: int, latents: bool
 ) -> tuple[object, ...]:
     if prefix is None or plan is None:
         return (None,) * 10
     return (
         prefix.keys,
-        prefix.values,
+        None if latents else prefix.values,
         plan.start,
         plan.length,
         plan.items,

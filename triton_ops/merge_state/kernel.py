@@ -10,7 +10,7 @@ from ..launch import launcher
 from ..tiles import LOG2_E, NOTHING, block_d, blocks, load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def join_kernel(
     partial_out,
     partial_lse,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..launch import on_device, send
+from .. import launch
 
 __all__ = ["HeadsOfPools", "Pools"]
 
@@ -63,7 +63,7 @@ class Pools:
             )
         table = [[_address(each[name]) for each in fields] for name in kinds[0]]
         table.append([_address(each) for each in lengths])
-        there = send(torch.tensor(table, device="cpu"), lengths[0].device)
+        there = launch.send(torch.tensor(table, device="cpu"), lengths[0].device)
         return Pools(kinds[0], there, tuple(map(weakref.ref, every)))
 
     def are(self, fields: Sequence[Fields], lengths: Sequence[torch.Tensor]) -> bool:
@@ -131,7 +131,7 @@ class HeadsOfPools:
         """Copy a field, zero where there is filler: Tensor[R, H, N, ...]."""
         from .kernel import gather
 
-        with on_device(self.offset):
+        with launch.on_device(self.offset):
             return gather(self, name)
 
     def write(self, name: str, numbers: torch.Tensor) -> None:

@@ -132,7 +132,7 @@ def move_kernel(
         tl.store(field + target[:, None] * size + element[None, :], found, mask=inside)
 
 
-@triton.jit(do_not_specialize=["pools"])
+@triton.jit(do_not_specialize=["pools", "lengths"])
 def finish_kernel(
     addresses,
     words,

@@ -34,6 +34,7 @@ def attend_prefix(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     """One chunk of one prefix head, read once for a tile of the queries of all its rows."""
@@ -46,13 +47,17 @@ def attend_prefix(
     branch = tl.load(members + begin_members + index // rows, mask=real, other=0)
     own_head = branch * heads + head % heads
     row = index % rows
-    q = load_rows(query, own_head.to(tl.int64) * rows + row, real, D, BLOCK_D)
+    place = own_head.to(tl.int64) * rows + row
+    q = load_rows(query, place, real, D, BLOCK_D)
+    q_rest = None
+    if BLOCK_REST > 0:
+        q_rest = load_rows(query, place, real, D, BLOCK_REST, BLOCK_D)
 
     # A tile beyond the queries of this prefix has nothing to read.
     end = tl.where(tile * BLOCK_M < queries, end, begin)
     out, lse = attend_chunk(
-        q, None, keys, values, None, begin, end, scale, softcap,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        q, q_rest, None, keys, values, None, begin, end, scale, softcap,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
     )  # fmt: skip
     partial = tl.load(first + own_head, mask=real, other=0).to(tl.int64) + number
     store_partial(partial_out, partial_lse, partial * rows + row, real, out, lse, DV)

@@ -156,18 +156,19 @@ def redundancy_triton(
         return means, repeat
     keys, known = keys.contiguous(), known.contiguous()
     mask = valid.contiguous().view(torch.uint8)
-    # Without a known end the search is not pipelined, and products of larger tiles spill.
+    # A search without a known end is not pipelined, nor are its tiles in flight. Products of larger
+    # tiles spill.
     if keys.dtype == torch.float32:
         tile = Tile(16, 16, 8, 1)
     elif block_d(size) > 128:
-        tile = Tile(32 if block_d(size) == 256 else 16, 32, 4, 1)
+        tile = Tile(32 if block_d(size) == 256 else 16, 32, 4 if block_d(size) <= 512 else 8, 1)
     else:
-        tile = Tile.of(keys.dtype, 64, size)
+        tile = Tile.of(keys.dtype, 64, block_d(size))
     columns = (rows * heads, blocks(tokens, tile.n))
     inverse, cosine = torch.empty_like(means), torch.empty_like(means)
     sums = means.new_empty(*columns, size)
-    ends = means.new_empty(*columns, dtype=torch.int32)
-    shared = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps)
+    ends = means.new_empty(*columns, dtype=torch.long)
+    shared = dict(BLOCK_N=tile.n, BLOCK_D=block_d(size), num_warps=tile.warps, num_stages=1)
     units_kernel[columns](keys, mask, known, inverse, sums, ends, tokens, size, **shared)
     compared = ends.amax(1)
     search_kernel[(rows * heads, blocks(tokens, tile.m))](

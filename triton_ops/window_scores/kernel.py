@@ -193,7 +193,7 @@ def window_scores_triton(
     queries, keys = queries.to(keys.dtype).contiguous(), keys.contiguous()
     query_positions, key_positions = query_positions.contiguous(), key_positions.contiguous()
 
-    tile = Tile.of(keys.dtype, window, size)
+    tile = Tile.of(keys.dtype, window, block_d(size))
     grid = (rows * heads, blocks(tokens, tile.n))
     partial = scores.new_empty(rows * heads, grid[1], lines * window)
     sizes = (heads, members, lines, window, tokens, scaling, size)

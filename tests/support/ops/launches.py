@@ -35,6 +35,32 @@ def decode(dtype, head_size, group, steps=1, extras=False):
     )
 
 
+def latents(dtype, heads, steps=1, extras=False, apart=False):
+    """Launch what `decode_attention` launches for the latents of DeepSeek: 512 + 64 numbers.
+
+    The first 512 are the value, unless keys and values are held `apart`.
+    """
+    from triton_ops.decode_attention.kernel import decode_attention_triton
+
+    layout = RaggedLayout(torch.full((BATCH, 1), CAPACITY))
+    keys = torch.empty(layout.slots, 576, dtype=dtype)
+    decode_attention_triton(
+        torch.empty(BATCH, 1, heads, steps, 576, dtype=dtype),
+        keys,
+        torch.empty(layout.slots, 512, dtype=dtype) if apart else keys[:, :512],
+        torch.empty(layout.slots, dtype=torch.int32),
+        layout,
+        layout.capacity,
+        query_positions=None if steps == 1 else torch.empty(BATCH, steps, dtype=torch.long),
+        scaling=192**-0.5,
+        softcap=None,
+        s_aux=None,
+        cumulative_attention=torch.empty(layout.slots) if extras else None,
+        attention_weight=None,
+        logsumexp=None,
+    )
+
+
 def branches(dtype, head_size, group, count):
     """Launch what `prefix_attention` launches for one prefix, and what `merge_state` does."""
     from triton_ops.decode_attention.kernel import decode_attention_triton
@@ -145,10 +171,15 @@ CASES = {
     "decode: size 512": (2, lambda: decode(torch.bfloat16, 512, 8, extras=True)),
     "decode: float16, all extras": (2, lambda: decode(torch.float16, 128, 4, extras=True)),
     "decode: float32, all extras": (2, lambda: decode(torch.float32, 128, 4, extras=True)),
+    "decode: latents, 16 heads": (2, lambda: latents(torch.bfloat16, 16, extras=True)),
+    "decode: latents, 128 heads": (1, lambda: latents(torch.bfloat16, 128)),
+    "decode: latents, values apart": (1, lambda: latents(torch.bfloat16, 16, apart=True)),
+    "decode: latents, float32": (1, lambda: latents(torch.float32, 16, extras=True)),
     "draft of 8": (1, lambda: decode(torch.bfloat16, 128, 4, steps=8)),
     "second turn": (1, lambda: decode(torch.bfloat16, 128, 4, steps=64, extras=True)),
     "second turn: size 256": (1, lambda: decode(torch.bfloat16, 256, 4, steps=64)),
     "second turn: size 512": (1, lambda: decode(torch.bfloat16, 512, 8, steps=64)),
+    "second turn: latents": (1, lambda: latents(torch.bfloat16, 16, steps=64)),
     "second turn: float32": (1, lambda: decode(torch.float32, 256, 4, steps=64, extras=True)),
     "16 branches": (1, lambda: branches(torch.bfloat16, 128, 4, 16)),
     "64 branches: size 256": (1, lambda: branches(torch.bfloat16, 256, 2, 64)),
@@ -159,11 +190,13 @@ CASES = {
     "Kara scores": (2, lambda: scores(torch.bfloat16, 128, 4, 512, "mean")),
     "scores: size 256": (1, lambda: scores(torch.float16, 256, 2, 512, "max")),
     "scores: size 512": (1, lambda: scores(torch.bfloat16, 512, 8, 8, "max")),
+    "scores: latents": (1, lambda: scores(torch.bfloat16, 576, 16, 8, "max")),
     "scores: float32": (1, lambda: scores(torch.float32, 256, 2, 8, "max")),
     "redundancy": (2, lambda: repeats(torch.bfloat16, 128)),
     "redundancy: size 96": (2, lambda: repeats(torch.float16, 96)),
     "redundancy: size 256": (1, lambda: repeats(torch.bfloat16, 256)),
     "redundancy: size 512": (1, lambda: repeats(torch.bfloat16, 512)),
+    "redundancy: latents": (1, lambda: repeats(torch.bfloat16, 576)),
     "redundancy: float32": (1, lambda: repeats(torch.float32, 128)),
     "redundancy: float32, size 256": (1, lambda: repeats(torch.float32, 256)),
     "compact": (2, lambda: fill_holes(torch.bfloat16, 128)),

@@ -1,4 +1,4 @@
-"""Compile what a launcher would launch on a GPU that is not there, and read the binary.
+"""Compile what a launcher would launch on a GPU that is not there, and read what was made.
 
 The launcher runs on CPU tensors with a driver that only names a target, and every launch stops
 after compilation: types, alignment and specialised arguments are those of a real call.
@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from triton import backends, runtime
 from triton.backends.compiler import GPUTarget
 
-CUOBJDUMP = Path(backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
+from tests.support.ops.loops import instructions, loops
 
-SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024}
+TOOLS = Path(backends.__file__).parent / "nvidia" / "bin"
+
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 """Bytes per multiprocessor, by compute capability; one program may use 1 KB less."""
 
 
 @dataclass(frozen=True)
 class Binary:
-    """What the assembler made of one kernel.
+    """What the compiler and the assembler made of one kernel.
 
     Attributes
     ----------
@@ -32,35 +35,56 @@ class Binary:
         Per thread.
     stack, local : int
         Bytes per thread in memory; more than 0 means that registers were spilled.
+    spilled_in_loops : int
+        Instructions of loops that move a spilled register.
     shared : int
         Bytes per program.
-    warps : int
+    warps, stages : int
+    types : dict
+        Of the arguments, by name.
+    constants : dict
+        Arguments that are part of the program, by name.
+    ptx : str
+        What the assembler got.
     """
 
     name: str
     registers: int
     stack: int
     local: int
+    spilled_in_loops: int
     shared: int
     warps: int
+    stages: int
+    types: dict[str, str] = field(repr=False)
+    constants: dict[str, object] = field(repr=False)
+    ptx: str = field(repr=False)
 
     @staticmethod
     def of(kernel, folder: Path) -> Binary:
-        """Read the resource usage of a compiled kernel."""
+        """Read what a compiled kernel uses."""
         path = folder / f"{kernel.hash}.cubin"
         path.write_bytes(kernel.asm["cubin"])
-        printed = subprocess.run(
-            [CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
+        printed = _run("cuobjdump", "-res-usage", path)
         found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", printed)}
+        spills = 0
+        if found["STACK"]:
+            looped = sum(loops(_run("nvdisasm", "-c", path)), Counter())
+            spills = sum(looped[name] for name in looped if name.startswith(("LDL", "STL")))
+        names = kernel.src.fn.arg_names
         return Binary(
             name=kernel.name,
             registers=found["REG"],
             stack=found["STACK"],
             local=found["LOCAL"],
+            spilled_in_loops=spills,
             # Shared memory is asked for at launch; the binary itself declares none.
             shared=kernel.metadata.shared + found["SHARED"],
             warps=kernel.metadata.num_warps,
+            stages=kernel.metadata.num_stages,
+            types=kernel.src.signature,
+            constants={names[place]: value for (place,), value in kernel.src.constants.items()},
+            ptx=kernel.asm["ptx"],
         )
 
     def programs(self, capability: int) -> int:
@@ -71,7 +95,30 @@ class Binary:
         """
         per_warp = -(-self.registers * 32 // 256) * 256
         by_registers = 65536 // (per_warp * self.warps)
-        return min(by_registers, SHARED_MEMORY[capability] // (self.shared + 1024))
+        by_threads = min(32, 64 // self.warps)
+        return min(by_registers, by_threads, SHARED_MEMORY[capability] // (self.shared + 1024))
+
+    def multiplying_loops(self) -> list[Counter[str]]:
+        """Return the instructions of each innermost loop that multiplies matrices.
+
+        Matrix units do it for half precision. For float32 these are the loops with as many sums of
+        products as any, or half as many.
+        """
+        innermost = loops(self.ptx, innermost=True)
+        if any(is_matrix_product(name) for name in instructions(self.ptx)):
+            return [each for each in innermost if any(map(is_matrix_product, each))]
+        most = max(each["fma.rn.f32"] for each in innermost)
+        return [each for each in innermost if 2 * each["fma.rn.f32"] >= most]
+
+
+def is_matrix_product(name: str) -> bool:
+    """Whether an instruction is one of the matrix units."""
+    return name.startswith(("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+
+
+def _run(tool: str, *arguments: object) -> str:
+    command = [TOOLS / tool, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 class Target:

@@ -61,10 +61,35 @@ def test_more_queries_than_one_tile(device):
     check(case, device)
 
 
-@pytest.mark.parametrize("sizes", [(32, 32), (80, 80), (96, 40), (128, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(32, 32), (80, 80), (96, 40), (128, 128), (144, 128), (200, 72), (256, 256), (576, 512)],
+    ids=str,
+)
 def test_head_sizes(sizes, device):
     case = make_case([[70, 9]], [[66, 9]], 2, 1, sizes=sizes, poison=math.nan)
     check(case, device)
+
+
+@pytest.mark.parametrize(("size", "first"), [(144, 128), (192, 160), (576, 512), (40, 40)])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_values_that_are_the_first_numbers_of_keys(size, first, steps, device):
+    case = make_case([[70, 9]], [[66, 9]], 2, steps, sizes=(size, size), poison=math.nan)
+    keys = case.keys.to(device)
+    latents = replace(case.to(device), keys=keys, values=keys[:, :first])
+    apart = replace(case, values=case.keys[:, :first].contiguous())
+    out, _, _ = expected(apart)
+    assert_equal(latents.run(), out)
+    assert_equal(apart.to(device).run(), out)
+
+
+def test_rows_of_a_wider_tensor_are_refused(device):
+    case = make_case([[9, 9]], [[9, 8]], 4, 1).to(device)
+    wide = torch.zeros(case.layout.slots, 16, device=device)
+    with pytest.raises(ValueError, match=r"expected contiguous keys .* got strides .*\(16, 1\)"):
+        replace(case, values=wide[:, :6]).run()
+    with pytest.raises(ValueError, match="expected contiguous keys"):
+        replace(case, keys=wide[:, :8]).run()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])

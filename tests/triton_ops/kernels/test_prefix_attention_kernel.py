@@ -1,12 +1,13 @@
 """Shared prefixes as part of the decode launch, and the join of two results."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from tests.support.ops.prefix_cases import SHAPES, make_shared, shared_cases
+from tests.support.ops.prefix_cases import SHAPES, Shared, make_shared, shared_cases
 from triton_ops.backend import use_backend
 from triton_ops.merge_state import merge_state
 
@@ -31,6 +32,19 @@ def test_more_queries_of_a_prefix_than_one_tile(device):
     rows = ([[3]] * 6, [[3], [0], [1], [2], [3], [1]])
     case = make_shared(rows, ([[70]], [[66]]), [0] * 6, 4, 3, poison=math.nan)
     check(case, device)
+
+
+@pytest.mark.parametrize("own_values_apart", [False, True])
+def test_values_that_are_the_first_numbers_of_keys(own_values_apart, device):
+    case = make_shared(*SHAPES["mixed_owners"], 4, 1, sizes=(144, 144), poison=math.nan)
+    own, prefix = case.own.to(device), replace(case.prefix, keys=case.prefix.keys.to(device))
+    own = replace(own, values=own.keys[:, :128])
+    latents = Shared(own, replace(prefix, values=prefix.keys[:, :128]))
+    out, _ = latents.expected()
+    if own_values_apart:
+        latents.own = replace(own, values=own.values.contiguous())
+    found = latents.run(device).double()
+    assert bool((found - out.nan_to_num(0.0)).norm() <= 1e-5 * out.nan_to_num(0.0).norm())
 
 
 def test_sinks_softcap_and_half_precision(device):
