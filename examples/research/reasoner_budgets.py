@@ -72,6 +72,7 @@ def specs(own: Path = OWN) -> dict[str, CacheSpec]:
         threshold("SnapKV, profile", SnapKV(), profile),
         threshold("H2O, profile", H2O(), profile),
         windows("windows, profile", profile, BUFFER, WINDOW, 0.5),
+        windows("windows of ratio 0.7, profile", profile, BUFFER, WINDOW, 0.7),
         threshold("random, profile", Random(), profile),
     ]
     return {spec.name: spec for spec in made}
@@ -213,6 +214,7 @@ def main(given: Sequence[str] | None = None) -> None:
     made.add_argument("--journal", type=Path, default=Path("build/reasoner_readings.jsonl"))
     arguments = parse(made, given)
     is_sweep = arguments.table == "sweep"
+    command = f"python -m examples.research.reasoner_budgets --tasks {' '.join(arguments.tasks)}"
     if is_sweep:
         arms = sweep(arguments.budget, arguments.problems, arguments.profile)
         wanted = {MAIN, *(arguments.only or [arm.spec.name for arm in arms])}
@@ -234,8 +236,7 @@ def main(given: Sequence[str] | None = None) -> None:
         f"{CHUNK} tokens at a time; `held`: tokens per KV head until the first wrong token; `right "
         f"until`: share of the chain before it; against {MAIN} on the same problems: points and p "
         "of McNemar's exact test, and the mean difference of `right until` with its bootstrapped "
-        f"95% interval. `python -m examples.research.reasoner_budgets"
-        f"{' --table sweep' if is_sweep else ''}`, {versions()}."
+        f"95% interval. `{command}{' --table sweep' if is_sweep else ''}`, {versions()}."
     )
     name = f"reasoner-{arguments.table}"
     publish(rows, note, name, arguments.output, arguments.document)
@@ -243,8 +244,17 @@ def main(given: Sequence[str] | None = None) -> None:
         (arguments.output / f"{name}.png").write_bytes(picture(found))
 
 
-ARMS = [f"{MAIN}:224:40"]
-"""Replaced below the measurements."""
+ARMS = [
+    "R-KV, profile:192:20",
+    "R-KV, profile:224:20",
+    "R-KV:224:20",
+    "SnapKV, profile:224:20",
+    "windows, profile:224:20",
+    "windows of ratio 0.7, profile:224:20",
+    "random, profile:224:20",
+    "R-KV, profile:256:20",
+]
+"""Those of the published table."""
 
 if __name__ == "__main__":
     main()

@@ -114,25 +114,73 @@ def signals(weights: Weights) -> dict[str, Signal]:
     return found
 
 
-ORACLE = "before the first error: mean error"
-"""Not a signal: nobody knows where the first error is. It says whether damage leads to errors."""
+Until = Callable[[Chain, float], float]
+"""A number of an answer up to some token."""
 
 
-def before_the_error(chain: Chain) -> float:
-    """Return the mean error of the evictions before the first wrong token."""
-    return mean_of(chain, column=ERROR, until=math.inf if chain.right is None else chain.right)
+def before_the_error(weights: Weights) -> dict[str, Until]:
+    """Return what is asked about the time before the first wrong token.
+
+    None of it is a signal, as nobody knows where the first error is: it says whether damage leads
+    to errors. A right chain is looked at up to the same token as the wrong one that it is compared
+    with, because damage changes along a chain.
+    """
+    return {
+        "mean error": lambda chain, until: mean_of(chain, ERROR, until=until),
+        "sum of errors": lambda chain, until: total(chain, ERROR, weights.equal, until),
+        "sum of squares x demand": lambda chain, until: total(chain, SQUARE, weights.demand, until),
+        f"mean error of the last {SPAN} tokens": lambda chain, until: mean_of(
+            chain, ERROR, until=until, since=until - SPAN
+        ),
+    }
 
 
-def _chosen(chain: Chain, until: float) -> np.ndarray:
+def matched_area(chains: Sequence[Chain], value: Until) -> str:
+    """Area under the ROC curve up to the first error within tasks, with its 95% interval.
+
+    Wrong chains, here those that leave the script, and right ones are resampled.
+    """
+    rng = np.random.default_rng(0)
+    drawn, found = [], []
+    for task in dict.fromkeys(chain.task for chain in chains):
+        own = [chain for chain in chains if chain.task == task]
+        right = [chain for chain in own if chain.right is None]
+        wins = np.array(
+            [
+                [_wins(value(wrong, wrong.right), value(other, wrong.right)) for other in right]
+                for wrong in own
+                if wrong.right is not None
+            ]
+        )
+        if min(wins.shape) < 2:
+            continue
+        rows, columns = (rng.integers(size, size=(RESAMPLES, size)) for size in wins.shape)
+        drawn.append([wins[np.ix_(*pair)].mean() for pair in zip(rows, columns, strict=True)])
+        found.append(wins.mean())
+    if not found:
+        return ""
+    low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975))
+    return f"{np.mean(found):.2f} ({low:.2f}-{high:.2f})"
+
+
+def _wins(wrong: float, right: float) -> float:
+    return float(wrong > right) + 0.5 * float(wrong == right)
+
+
+def _chosen(chain: Chain, until: float, since: float = -math.inf) -> np.ndarray:
     found = evictions(chain)
-    return found[found[:, AT] <= until]
+    return found[(found[:, AT] <= until) & (found[:, AT] > since)]
 
 
 def mean_of(
-    chain: Chain, column: int, weights: np.ndarray | None = None, until: float = math.inf
+    chain: Chain,
+    column: int,
+    weights: np.ndarray | None = None,
+    until: float = math.inf,
+    since: float = -math.inf,
 ) -> float:
-    """Mean over the evictions up to some token, each times its layer's weight."""
-    found = _chosen(chain, until)
+    """Mean over the evictions between two tokens, each times its layer's weight."""
+    found = _chosen(chain, until, since)
     values = found[:, column]
     if weights is not None:
         values = values * weights[found[:, LAYER].astype(int)]
@@ -298,13 +346,15 @@ class Scored:
 RESAMPLES = 2000
 
 
-def area_line(name: str, development: Scored, fresh: Scored) -> dict[str, str]:
-    """Row of the table of areas."""
+def area_line(
+    name: str, development: Scored, fresh: Scored, tasks: Sequence[str]
+) -> dict[str, str]:
+    """Row of the table of areas, with columns of some tasks alone."""
     return {
         "signal": name,
         "development": f"{development.mean_area:.2f}",
         "fresh": fresh.mean_area_with_interval,
-        **{task: area_with_interval(*fresh.within(task)) for task in fresh.names},
+        **{task: area_with_interval(*fresh.within(task)) for task in tasks},
     }
 
 
@@ -402,7 +452,8 @@ def tables(
     shipped, calibrated : BudgetProfile
         See `Weights`.
     """
-    made = signals(Weights.of(shipped, calibrated, development))
+    weights = Weights.of(shipped, calibrated, development)
+    made = signals(weights)
     scores = {
         name: (Scored.of(development, signal), Scored.of(fresh, signal))
         for name, signal in made.items()
@@ -413,9 +464,18 @@ def tables(
     # The best of what damage says, and the best of all.
     damage = [name for name in scores if "confidence" not in name and name != "length"]
     picked = [max(names, key=lambda name: scores[name][0].mean_area) for names in (damage, scores)]
-    areas = [area_line(name, *pair) for name, pair in scores.items()]
-    oracle = [Scored.of(some, before_the_error) for some in (development, fresh)]
-    areas.append(area_line(ORACLE, *oracle))
+    tasks = list(dict.fromkeys(chain.task for chain in fresh))
+    # Of one task, it is the average already.
+    columns = tasks if len(tasks) > 1 else []
+    areas = [area_line(name, *pair, columns) for name, pair in scores.items()]
+    for name, value in before_the_error(weights).items():
+        both = [matched_area(some, value) for some in (development, fresh)]
+        by_task = {
+            task: matched_area([chain for chain in fresh if chain.task == task], value)
+            for task in columns
+        }
+        name = f"until the first error: {name}"
+        areas.append({"signal": name, "development": both[0][:4], "fresh": both[1], **by_task})
     chosen = {name: scores[name][1] for name in dict.fromkeys(picked)}
     promises = [line for name, scored in chosen.items() for line in promise_lines(name, scored)]
     return areas, promises, chosen
@@ -430,9 +490,10 @@ def draw(chosen: Mapping[str, Scored], path: Path) -> None:
         axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
         for name, scored in chosen.items():
             values, wrong = scored.within(task)
-            marks = wrong[np.argsort(-values, kind="stable")]
+            marks = np.append(False, wrong[np.argsort(-values, kind="stable")])
+            right = np.append(False, ~marks[1:])
             axes.plot(
-                np.cumsum(~marks) / max((~marks).sum(), 1),
+                np.cumsum(right) / max(right.sum(), 1),
                 np.cumsum(marks) / max(marks.sum(), 1),
                 label=name,
             )
@@ -475,6 +536,10 @@ def main(given: Sequence[str] | None = None) -> None:
     profiles = [BudgetProfile.from_pretrained(each) for each in (SENSITIVITY, arguments.profile)]
     areas, promises, chosen = tables(development, fresh, *profiles)
     wrong = [sum(not chain.correct for chain in some) for some in (development, fresh)]
+    command = (
+        f"python -m examples.research.risk_signals --tasks {' '.join(arguments.tasks)} "
+        f"--development {arguments.development} --problems {arguments.problems}"
+    )
     setting = (
         f"The reasoner in bfloat16 under {MAIN} at a budget of {arguments.budget}, window "
         f"{COMMON['window']}, buffer {COMMON['buffer']}, prompt evictable; greedy, at most "
@@ -483,11 +548,12 @@ def main(given: Sequence[str] | None = None) -> None:
         f"(seed {TEST_SEEDS[0]}) are wrong."
     )
     note = (
-        f"{setting} Area under the ROC curve within a task, on average over the tasks and of each, "
+        f"{setting} Area under the ROC curve within a task ({', '.join(arguments.tasks)}), "
         f"with bootstrapped 95% intervals ({RESAMPLES} resamples). `fitted`: logistic regressions "
-        f"on the development problems, whose own area is cross-validated in {FOLDS} parts. The "
-        "last line is no signal: nobody knows where the first error is. "
-        f"`python -m examples.research.risk_signals`, {versions()}."
+        f"on the development problems, whose own area is cross-validated in {FOLDS} parts. "
+        "`until the first error` is no signal, as nobody knows where that is; right chains are "
+        "looked at up to the same token. "
+        f"`{command}`, {versions()}."
     )
     publish(areas, note, "risk-signals", arguments.output, arguments.document)
     note = (

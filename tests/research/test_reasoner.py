@@ -165,6 +165,9 @@ def chain_of(number, wrong, level, task="trades", seed=1000, layers=3, **changes
     return Chain(task, seed, number, correct=not wrong, **(fields | changes))
 
 
+EQUAL = Weights(*[np.ones(1)] * 3)
+
+
 def test_sums_and_peaks_of_damage():
     damage = [[[0, 1.0, 1.0, 0.5, 2.0], [100, 3.0, 9.0, 0.5, 2.0]], [[40, 2.0, 4.0, 0.5, 5.0]]]
     chain = chain_of(0, True, 0.0, damage=damage)
@@ -175,7 +178,23 @@ def test_sums_and_peaks_of_damage():
     assert mean_of(chain, ERROR, weights) == 8
     assert peak(chain, ERROR, weights) == 20 + 3, "0 and 40 are within 64 tokens, and 40 and 100"
     assert peak(replace(chain, damage=[[], []]), ERROR, weights) == 0
-    assert risk_signals.before_the_error(chain) == 1, "the first wrong token is the 20th"
+    assert mean_of(chain, ERROR, until=50, since=10) == 2
+
+
+def test_damage_before_the_error_is_compared_at_the_same_token():
+    """Damage falls along a chain, and is the same in right and wrong ones up to any token."""
+
+    def damage(level):
+        return [[[at, level + 1 / (1 + at), 0.0, 0.0, 0.0] for at in range(0, 50, 10)]]
+
+    chains = [
+        chain_of(n, n % 2 == 0, 0.0, damage=damage(0.0), right=None if n % 2 else 5 + n % 3 * 10)
+        for n in range(20)
+    ]
+    value = risk_signals.before_the_error(EQUAL)["mean error"]
+    assert risk_signals.matched_area(chains, value) == "0.50 (0.50-0.50)"
+    worse = [replace(chain, damage=damage(0.5 * (chain.right is not None))) for chain in chains]
+    assert risk_signals.matched_area(worse, value) == "1.00 (1.00-1.00)"
 
 
 def test_weights_are_costs_per_squared_error():
