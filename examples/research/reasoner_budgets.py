@@ -233,7 +233,7 @@ def main(given: Sequence[str] | None = None) -> None:
         f"The reasoner in bfloat16, the first {kind} problems of each task (seed {seed}), window "
         f"{WINDOW}, buffer {BUFFER}, prompt evictable. Chains that greedy decoding would write to "
         f"the letter, in percent with Wilson's 95% interval, found by reading the script's chain "
-        f"{CHUNK} tokens at a time; `held`: tokens per KV head until the first wrong token; `right "
+        f"{CHUNK} tokens at a time, which makes the buffer act as {BUFFER + CHUNK}; `held`: tokens per KV head until the first wrong token; `right "
         f"until`: share of the chain before it; against {MAIN} on the same problems: points and p "
         "of McNemar's exact test, and the mean difference of `right until` with its bootstrapped "
         f"95% interval. `{command}{' --table sweep' if is_sweep else ''}`, {versions()}."
@@ -247,8 +247,10 @@ def main(given: Sequence[str] | None = None) -> None:
 ARMS = [
     "R-KV, profile:192:20",
     "R-KV, profile:224:20",
+    "R-KV, own profile:224:20",
     "R-KV:224:20",
     "SnapKV, profile:224:20",
+    "H2O, profile:224:20",
     "windows, profile:224:20",
     "windows of ratio 0.7, profile:224:20",
     "random, profile:224:20",
