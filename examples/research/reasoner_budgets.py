@@ -177,7 +177,7 @@ def interval_of_mean(values: np.ndarray) -> str:
 
 
 def picture(arms: Sequence[Sequence[Reading]]) -> bytes:
-    """Draw the share of right chains over the budget, a panel for each task."""
+    """Draw the share of right chains over the tokens held, a panel for each task."""
     full = next((found for found in arms if found[0].budget is None), None)
 
     def share(found: Sequence[Reading], task: str) -> Share:
@@ -188,7 +188,7 @@ def picture(arms: Sequence[Sequence[Reading]]) -> bytes:
         lines = []
         for name in dict.fromkeys(found[0].cache for found in arms):
             points = sorted(
-                (found[0].budget, share(found, task))
+                (statistics.mean(each.held for each in found), share(found, task))
                 for found in arms
                 if found[0].cache == name and found[0].budget is not None
             )
@@ -197,7 +197,7 @@ def picture(arms: Sequence[Sequence[Reading]]) -> bytes:
                 reference = None if full is None else share(full, task).value
                 lines.append(Line(name, places, shares, reference))
         panels.append(Panel(task, lines))
-    return panels_png(panels, "budget", "right chains")
+    return panels_png(panels, "tokens held", "right chains")
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -233,9 +233,10 @@ def main(given: Sequence[str] | None = None) -> None:
         f"The reasoner in bfloat16, the first {kind} problems of each task (seed {seed}), window "
         f"{WINDOW}, buffer {BUFFER}, prompt evictable. Chains that greedy decoding would write to "
         f"the letter, in percent with Wilson's 95% interval, found by reading the script's chain "
-        f"{CHUNK} tokens at a time, which makes the buffer act as {BUFFER + CHUNK}; `held`: tokens per KV head until the first wrong token; `right "
-        f"until`: share of the chain before it; against {MAIN} on the same problems: points and p "
-        "of McNemar's exact test, and the mean difference of `right until` with its bootstrapped "
+        f"{CHUNK} tokens at a time, which makes the buffer act as {BUFFER + CHUNK}; `held`: tokens "
+        "per KV head until the first wrong token; `right until`: share of the chain before it, in "
+        f"percent; against {MAIN} on the same problems: points and p of McNemar's exact test, and "
+        "the mean difference of `right until` with its bootstrapped "
         f"95% interval. `{command}{' --table sweep' if is_sweep else ''}`, {versions()}."
     )
     name = f"reasoner-{arguments.table}"
@@ -245,6 +246,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 ARMS = [
+    "full::20",
     "R-KV, profile:192:20",
     "R-KV, profile:224:20",
     "R-KV, own profile:224:20",
