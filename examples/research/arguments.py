@@ -35,11 +35,11 @@ def parser(
 
 
 def real_parser(
-    doc: str | None, document: str, threads: int | None = None
+    doc: str | None, document: str, threads: int | None = None, model: Path = FOLDER
 ) -> argparse.ArgumentParser:
     """Return a parser for a script on pretrained weights; `threads` are torch's own by default."""
     made = _parser(doc, document, torch.get_num_threads() if threads is None else threads)
-    made.add_argument("--model", type=Path, default=FOLDER, help="folder of SmolLM2")
+    made.add_argument("--model", type=Path, default=model, help="folder of the weights")
     return made
 
 

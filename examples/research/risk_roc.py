@@ -84,9 +84,14 @@ def area(wrong: np.ndarray, right: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def describe(answered: Sequence[Signals], signal: int) -> str:
+    """Area under the ROC curve of a signal; see `area_with_interval`."""
+    values = np.array([each.signals[signal] for each in answered])
+    return area_with_interval(values, np.array([each.wrong for each in answered], dtype=bool))
+
+
+def area_with_interval(values: np.ndarray, is_wrong: np.ndarray) -> str:
     """Area under the ROC curve with a bootstrapped 95% interval; nothing where all are alike."""
-    wrong = np.array([each.signals[signal] for each in answered if each.wrong])
-    right = np.array([each.signals[signal] for each in answered if not each.wrong])
+    wrong, right = values[is_wrong], values[~is_wrong]
     if min(len(wrong), len(right)) < 10:
         return ""
     interval = bootstrap(

@@ -1,10 +1,12 @@
 """The problems of the reasoner on pretrained weights, and their checker."""
 
+import json
 import random
 import re
 
 import pytest
 
+from examples.real_model.reasoner import prompts
 from examples.real_model.reasoner.evaluate import describe
 from examples.real_model.reasoner.problems import (
     CITIES,
@@ -156,3 +158,10 @@ def test_a_description_counts_answers_words_chains_and_first_wrong_sentences():
     side = problems[1].side
     kinds = {" ".join(line[3:]) for line in lines[3:]}
     assert f"Write the word WORD {side} the answer. (1)" in kinds and len(kinds) == 2
+
+
+def test_prompts_to_calibrate_on_are_development_problems():
+    lines = [json.loads(line) for line in prompts.prompts(2)]
+    [first] = lines[0]["messages"]
+    assert len(lines) == 2 * len(TASKS) and prompts.SEED in DEVELOPMENT_SEEDS
+    assert first["content"] == make_problems(TASKS[0], 1, prompts.SEED)[0].prompt

@@ -2,24 +2,14 @@
 
 import json
 import random
-import re
 from dataclasses import replace
-from string import ascii_uppercase
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.real_model.reasoner import adapter, attention, evaluate
-from examples.real_model.reasoner.problems import (
-    CITIES,
-    GOODS,
-    NAMES,
-    NUMBERS,
-    TASKS,
-    WORDS,
-    make_problems,
-)
+from examples.real_model.reasoner.problems import NUMBERS, make_problems
 from examples.real_model.reasoner.train import (
     Settings,
     Trainer,
@@ -29,50 +19,12 @@ from examples.real_model.reasoner.train import (
     group,
     predict,
 )
+from tests.support.tokenizers import Words
 
 SETTINGS = Settings(steps=12, ramp=6, tokens=400, warmup=2, rank=4, alpha=8.0)
 
 
-class WordTokenizer:
-    """Words, marks and line ends, each with a number; one kind of chat."""
-
-    def __init__(self):
-        problems = [problem for task in TASKS for problem in make_problems(task, 40, 1000)]
-        texts = [problem.prompt + problem.chain for problem in problems]
-        words = {word for text in texts for word in self.split(text)}
-        words |= {
-            *ascii_uppercase,
-            *NAMES,
-            *GOODS,
-            *CITIES,
-            *WORDS,
-            *NUMBERS,
-            "<|im_end|>",
-            "<user>",
-            "<reply>",
-        }
-        self.ids = {word: number for number, word in enumerate(sorted(words))}
-
-    def split(self, text):
-        return re.findall(r"<[^>]*>|\w+|\n|[^\w\s]", text)
-
-    def __call__(self, text):
-        return {"input_ids": [self.ids[word] for word in self.split(text)]}
-
-    def convert_tokens_to_ids(self, word):
-        return self.ids[word]
-
-    def decode(self, ids, skip_special_tokens=True):
-        words = sorted(self.ids, key=self.ids.get)
-        kept = [word for word in (words[number] for number in ids) if word != "<|im_end|>"]
-        return " ".join(kept)
-
-    def apply_chat_template(self, chat, tokenize, add_generation_prompt):
-        assert not tokenize and add_generation_prompt and chat[0]["role"] == "user"
-        return f"<user>{chat[0]['content']}<reply>"
-
-
-TOKENIZER = WordTokenizer()
+TOKENIZER = Words()
 
 
 def make_model():

@@ -1,8 +1,20 @@
-"""A byte-level tokenizer with a chat template, trained on a few words, and one of letters."""
+"""Byte-level, with a chat template, trained on a few words; letters; and words of the reasoner."""
+
+import re
+from string import ascii_uppercase
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from examples.real_model.reasoner.problems import (
+    CITIES,
+    GOODS,
+    NAMES,
+    NUMBERS,
+    TASKS,
+    WORDS,
+    make_problems,
+)
 from tests.support.models import VOCABULARY
 
 TEMPLATE = (
@@ -38,3 +50,46 @@ class Letters:
 
     def __call__(self, text):
         return {"input_ids": [3 + ord(letter) % (VOCABULARY - 3) for letter in text]}
+
+
+class Words:
+    """Words, marks and line ends of the reasoner's problems, with numbers; one kind of chat."""
+
+    def __init__(self):
+        problems = [problem for task in TASKS for problem in make_problems(task, 40, 1000)]
+        texts = [problem.prompt + problem.chain for problem in problems]
+        words = {word for text in texts for word in self.split(text)}
+        words |= {
+            *ascii_uppercase,
+            *NAMES,
+            *GOODS,
+            *CITIES,
+            *WORDS,
+            *NUMBERS,
+            "<|im_end|>",
+            "<user>",
+            "<reply>",
+        }
+        self.ids = {word: number for number, word in enumerate(sorted(words))}
+
+    @property
+    def pad_token_id(self):
+        return self.ids["<|im_end|>"]
+
+    def split(self, text):
+        return re.findall(r"<[^>]*>|\w+|\n|[^\w\s]", text)
+
+    def __call__(self, text):
+        return {"input_ids": [self.ids[word] for word in self.split(text)]}
+
+    def convert_tokens_to_ids(self, word):
+        return self.ids[word]
+
+    def decode(self, ids, skip_special_tokens=True):
+        words = sorted(self.ids, key=self.ids.get)
+        kept = [word for word in (words[number] for number in ids) if word != "<|im_end|>"]
+        return " ".join(kept)
+
+    def apply_chat_template(self, chat, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt and chat[0]["role"] == "user"
+        return f"<user>{chat[0]['content']}<reply>"
