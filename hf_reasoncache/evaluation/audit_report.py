@@ -182,7 +182,7 @@ def _loss(worst: ClassResult) -> str:
     paired = worst.against_full
     if not paired.lost and not paired.gained:
         return "-"
-    return f"{worst.name} {-100 * paired.difference:.1f} (p {paired.p_value:.2g})"
+    return f"{worst.name} {0 - 100 * paired.difference:.1f} (p {paired.p_value:.2g})"
 
 
 def _bare(share: Share) -> str:
