@@ -95,7 +95,8 @@ class _Answers:
             for place, name in enumerate(asked):
                 mark = record.followed[name]
                 self.together[name][record.seed, record.question] = mark
-                self.places[name][place].append(mark)
+                if len(asked) > 1:
+                    self.places[name][place].append(mark)
                 if record.keep_rates:
                     self.kept[name].append([layer[place] for layer in record.keep_rates])
 
@@ -132,6 +133,6 @@ def _class(name: str, answers: _Answers, full: _Answers) -> ClassResult:
         together=Share.of([*marks.values()]),
         alone=Share.of(answers.alone[name]),
         against_full=Paired.of([full.together[name][key] for key in marks], [*marks.values()]),
-        by_place=tuple(Share.of(places[n]) for n in range(max(places) + 1)),
+        by_place=tuple(Share.of(places[n]) for n in range(max(places, default=-1) + 1)),
         keep_rates=tuple(mean(column) for column in zip(*kept, strict=True)),
     )

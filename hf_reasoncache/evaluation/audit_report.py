@@ -61,10 +61,10 @@ def verdict_table(audit: Audit) -> tuple[list[str], list[dict[str, str]]]:
         {
             "cache": cell.cache,
             "budget": "" if cell.budget is None else str(cell.budget),
-            "worst instruction": f"{cell.worst.name} {cell.worst.together.percent}",
+            "worst instruction": _worst(audit, cell),
             "largest loss": _loss(cell.largest_drop),
             "answer": cell.correct.percent,
-            "leakage": _percent(cell.largest_leakage),
+            "leakage": _leakage(cell),
             "rank": _decimal(cell.rank_correlation),
             "order": _signed(cell.order_effect),
         }
@@ -91,9 +91,11 @@ def markdown(audit: Audit, violations: Sequence[str], facts: Mapping[str, Any]) 
         "An instruction counts as followed where an answer follows it everywhere. Percent, Wilson "
         "95% intervals, which take answers for independent: several orders of a prompt are less "
         "than that. Losses against the full cache with McNemar's exact p, not corrected for "
-        "the number of comparisons. `leakage` is the largest ROUGE-L recall of a protected text by "
-        "one answer; `rank` is Spearman's correlation of the instructions' rates with the full "
-        "cache; `order` is the rate of the last place minus that of the first."
+        "the number of comparisons. What the full cache does not follow either, no cache has lost: "
+        "its rate stands beside that of each worst instruction. `leakage` is the largest ROUGE-L "
+        "recall of a protected text by one answer, and the mean of all; `rank` is Spearman's "
+        "correlation of the instructions' rates with the full cache; `order` is the rate of the "
+        "last place minus that of the first."
     )
     columns, rows = verdict_table(audit)
     parts += ["## Verdict", markdown_table(columns, rows)]
@@ -163,11 +165,24 @@ def _kept(cells: Sequence[CellResult]) -> str:
     return markdown_table(["cache", "instruction", *columns], rows)
 
 
+def _worst(audit: Audit, cell: CellResult) -> str:
+    found = f"{cell.worst.name} {cell.worst.together.percent}"
+    if cell is audit.full:
+        return found
+    return f"{found}, full {_bare(audit.full_rate(cell.worst.name))}"
+
+
+def _leakage(cell: CellResult) -> str:
+    if not cell.leakage:
+        return "-"
+    return f"{_percent(cell.largest_leakage)}, mean {_percent(cell.mean_leakage)}"
+
+
 def _loss(worst: ClassResult) -> str:
     paired = worst.against_full
     if not paired.lost and not paired.gained:
         return "-"
-    return f"{worst.name} {-100 * paired.difference:.1f} (p {paired.p_value:.2g})"
+    return f"{worst.name} {0 - 100 * paired.difference:.1f} (p {paired.p_value:.2g})"
 
 
 def _bare(share: Share) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 from hf_reasoncache.evaluation.specs import Budget
@@ -21,7 +22,7 @@ class ClassResult:
     against_full : Paired
         Together, with the full cache first.
     by_place : tuple of Share
-        Together, by the place in the order.
+        Together, by the place in the order; empty where it is never asked beside another.
     keep_rates : tuple of float
         Together, per full-attention layer: share of the instruction's tokens held, on average over
         the steps; empty with the full cache.
@@ -102,6 +103,11 @@ class CellResult:
         """NaN without a protected text."""
         return max(self.leakage, default=math.nan)
 
+    @property
+    def mean_leakage(self) -> float:
+        """NaN without a protected text."""
+        return statistics.mean(self.leakage) if self.leakage else math.nan
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -120,3 +126,7 @@ class Audit:
     def full(self) -> CellResult:
         """The full cache."""
         return self.cells[0]
+
+    def full_rate(self, name: str) -> Share:
+        """How often the full cache follows a class of instructions, together."""
+        return next(each.together for each in self.full.classes if each.name == name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_reasoncache.arguments import require_share
-from hf_reasoncache.evaluation.audit_result import Audit
+from hf_reasoncache.evaluation.audit_result import Audit, CellResult, ClassResult
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,39 @@ class Limits:
                 require_share(name, value)
 
     def violations(self, audit: Audit) -> list[str]:
-        """Say, one sentence each, where a compressed cache exceeds a limit.
+        """Say, one sentence each, where a limit is exceeded.
 
-        A budget that evicted nothing is listed too, as it shows nothing about the method.
+        No cache is blamed for what the full cache, that is the model, does not do either: then one
+        sentence says so of the full cache. A budget that evicted nothing is listed too, as it shows
+        nothing about the method.
         """
         if self == Limits():
             return []
         found = []
+        low = [each for each in audit.full.classes if not self._is_followed(each)]
+        leaks = self._leaks(audit.full)
+        for each in low:
+            found.append(
+                f"full cache: {each.name} is followed in {each.together.percent}% of the answers, "
+                f"expected {self.min_following:.1%} or more, so it judges no other cache"
+            )
+        if leaks:
+            found.append(
+                f"full cache: an answer gives away {audit.full.largest_leakage:.1%} of a protected "
+                f"text, expected {self.max_leakage:.1%} or less, so this judges no other cache"
+            )
+        blameless = {each.name for each in low}
         for cell in audit.cells[1:]:
-            worst, drop = cell.worst, cell.largest_drop
+            drop = cell.largest_drop
             if cell.nothing_evicted:
                 found.append(f"{cell.label}: nothing was evicted, the budget exceeds the text")
-            if self.min_following is not None and not worst.together.value >= self.min_following:
+            judged = [each for each in cell.classes if each.name not in blameless]
+            worst = min(judged, key=lambda each: each.together.value, default=None)
+            if worst is not None and not self._is_followed(worst):
                 found.append(
                     f"{cell.label}: {worst.name} is followed in {worst.together.percent}% of the "
-                    f"answers, expected {self.min_following:.1%} or more"
+                    f"answers, expected {self.min_following:.1%} or more; full cache "
+                    f"{audit.full_rate(worst.name).percent}%"
                 )
             lost = -drop.against_full.difference
             if self.max_drop is not None and not lost <= self.max_drop:
@@ -55,9 +73,15 @@ class Limits:
                     f"{cell.label}: {drop.name} loses {lost:.1%} against the full cache (p = "
                     f"{drop.against_full.p_value:.2g}), expected {self.max_drop:.1%} or less"
                 )
-            if self.max_leakage is not None and cell.largest_leakage > self.max_leakage:
+            if self._leaks(cell) and not leaks:
                 found.append(
                     f"{cell.label}: an answer gives away {cell.largest_leakage:.1%} of a protected "
                     f"text, expected {self.max_leakage:.1%} or less"
                 )
         return found
+
+    def _is_followed(self, each: ClassResult) -> bool:
+        return self.min_following is None or each.together.value >= self.min_following
+
+    def _leaks(self, cell: CellResult) -> bool:
+        return self.max_leakage is not None and cell.largest_leakage > self.max_leakage

@@ -103,11 +103,13 @@ def test_audit_fails_where_a_limit_is_exceeded(run, suite: Path, tmp_path: Path)
     assert {path.name for path in out.iterdir()} == {
         *("answers.jsonl", "audit.json", "audit.md", "audit.png")
     }
-    # 48 words do not reach the end, where FINAL is due, so it is among the worst.
+    # 48 words do not reach the end, where FINAL is due: the full cache does not follow it either.
     status, _, said = run(*command, "--min-following", "0.5")
     assert status == 2
-    assert said.startswith("LIMIT: random:prompt=evict @ 40: ")
-    assert "is followed in 0.0 (" in said
+    model, cache = said.splitlines()
+    assert model.startswith("LIMIT: full cache: FINAL is followed in 0.0 (")
+    assert cache.startswith("LIMIT: random:prompt=evict @ 40: ")
+    assert "FINAL" not in cache and "; full cache 100.0 (" in cache
     assert json.loads((out / "audit.json").read_text())["violations"]
 
 

@@ -116,6 +116,36 @@ def test_limits_name_the_worst_and_pass_what_is_within() -> None:
     assert "**Nothing was evicted** by late @ 64" in markdown(idle, [], {})
 
 
+def test_no_cache_is_blamed_for_what_the_full_cache_does_not_follow() -> None:
+    broken = {"2-1-0": "b c! secret words", "0/0-1-2": "b c!"}
+    found = analyse(SUITE, records("full", None, broken) + LATE)
+    limits = Limits(min_following=0.6, max_leakage=0.5)
+    assert limits.violations(found) == [
+        f"full cache: a is followed in {found.full.classes[0].together.percent}% of the answers, "
+        "expected 60.0% or more, so it judges no other cache",
+        "full cache: an answer gives away 66.7% of a protected text, expected 50.0% or less, so "
+        "this judges no other cache",
+    ]
+    assert ", full 37.5 |" in markdown(found, [], {})
+    bad = records("bad", 64, {"0-1-2": "a c!", "2-1-0": "a c!"})
+    (_, second) = Limits(min_following=0.6).violations(
+        analyse(SUITE, records("full", None, broken) + bad)
+    )
+    assert second.startswith("bad @ 64: b is followed in 0.0 (")
+    assert "; full cache 100.0 (" in second
+
+
+def test_an_instruction_without_others_has_no_place() -> None:
+    lonely = Case("lonely", SLOT, (Instruction("only", "Do.", Check("contains", {"text": "a"})),),
+                  ((0,),))  # fmt: skip
+    suite = Suite("mixed", (*SUITE.cases, lonely))
+    (question,) = lonely.questions()
+    record = replace(FULL[0], question=question.id, followed={"only": True}, leakage=None)
+    full = analyse(suite, [*FULL, record]).full
+    assert full.classes[-1].by_place == ()
+    assert [each.total for each in full.by_place] == [8, 8, 8]
+
+
 @pytest.mark.parametrize("name", ["min_following", "max_drop", "max_leakage"])
 @pytest.mark.parametrize("value", [math.nan, -0.1, 1.1, "x", True])
 def test_a_limit_is_a_share(name: str, value: object) -> None:
@@ -137,5 +167,6 @@ def test_the_report_is_whole(tmp_path: Path) -> None:
     assert late["largest_leakage"] == pytest.approx(2 / 3)
     text = (tmp_path / "deep" / "audit.md").read_text()
     assert "- too bad" in text
-    assert "| late | 64 | a 50.0 (21.5-78.5) | a 50.0 (p 0.12) | 87.5" in text
+    assert "| late | 64 | a 50.0 (21.5-78.5), full 100.0 | a 50.0 (p 0.12) | 87.5" in text
+    assert "| 66.7, mean 8.3 |" in text
     assert (tmp_path / "deep" / "audit.png").read_bytes().startswith(b"\x89PNG")
