@@ -6,14 +6,43 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from examples.research.branch_recordings import GROUP
+from examples.research.reasoners import Reasoner
 from examples.research.timed_branches import Timing
-from hf_reasoncache.branching import VoteResult
-from hf_reasoncache.branching.recording import Recording
+from hf_reasoncache.branching import ExitRules, VoteResult
+from hf_reasoncache.branching.recording import Recording, replay
+from hf_reasoncache.branching.vote import group_confidence, majority, sqrt_confidence
 from hf_reasoncache.evaluation import Share
+
+WEIGHTS = {
+    "majority": majority,
+    "sqrt(confidence)": sqrt_confidence,
+    "group confidence": group_confidence,
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Says which answers to some problems are right.
+
+    Attributes
+    ----------
+    reasoner : Reasoner
+    problems : sequence
+    """
+
+    reasoner: Reasoner
+    problems: Sequence[Any]
+
+    def __call__(self, answers: Sequence[str | None]) -> list[bool]:
+        """Judge the answer to each of the problems."""
+        pairs = zip(self.problems, answers, strict=True)
+        return [self.reasoner.is_right(*pair) for pair in pairs]
 
 
 def saved_interval(
@@ -41,11 +70,11 @@ def line(
     name: str,
     votes: Sequence[VoteResult],
     full: Sequence[VoteResult],
-    truth: Sequence[str],
+    judge: Judge,
     target: float | None,
 ) -> dict[str, str]:
     """One row of the table."""
-    right = Share.of([each.answer == answer for each, answer in zip(votes, truth, strict=True)])
+    right = Share.of(judge([each.answer for each in votes]))
     changed = Share(sum(a.answer != b.answer for a, b in zip(votes, full, strict=True)), len(votes))
     branches = sum(len(each.branches) for each in votes) / len(votes)
     return {
@@ -59,15 +88,36 @@ def line(
     }
 
 
-def single(recordings: Sequence[Recording], truth: Sequence[str]) -> str:
+def single(recordings: Sequence[Recording], judge: Judge) -> str:
     """Share of right branches, with a bootstrap interval over problems."""
-    rates = torch.tensor(
-        [
-            sum(answer == right for answer in recording.answers) / len(recording.answers)
-            for recording, right in zip(recordings, truth, strict=True)
-        ],
-        dtype=torch.float64,
-    )
+    return _mean([judge([each.answers[i] for each in recordings]) for i in _branches(recordings)])
+
+
+def votes_by_branches(recordings: Sequence[Recording], judge: Judge) -> list[dict[str, str]]:
+    """One row for each number of branches, doubled from 1 on; every branch votes once in each."""
+    rows, branches = [], len(_branches(recordings))
+    count = 1
+    while count <= branches:
+        row = {"branches": str(count)}
+        for name, weight in WEIGHTS.items():
+            right = []
+            for first in range(0, branches - count + 1, count):
+                parts = [each.part(slice(first, first + count)) for each in recordings]
+                votes = replay(parts, ExitRules(consensus=None, group=GROUP), weight=weight)
+                right.append(judge([each.answer for each in votes]))
+            row[name] = _mean(right)
+        rows.append(row)
+        count *= 2
+    return rows
+
+
+def _branches(recordings: Sequence[Recording]) -> range:
+    return range(len(recordings[0].answers))
+
+
+def _mean(right: Sequence[Sequence[bool]]) -> str:
+    """Share of what is right, several marks of each problem, with an interval over problems."""
+    rates = torch.tensor(right, dtype=torch.float64).mean(0)
     generator = torch.Generator().manual_seed(0)
     means = rates[torch.randint(len(rates), (2000, len(rates)), generator=generator)].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -135,13 +185,12 @@ def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float)
     figure.savefig(path, dpi=130)
 
 
-def timing(timings: Sequence[Timing], truth: Sequence[str]) -> list[dict[str, str]]:
+def timing(timings: Sequence[Timing], judge: Judge) -> list[dict[str, str]]:
     """One row per method; speed is over the first method and over the second."""
     rows = []
     for each in timings:
-        right = sum(
-            a.answer == b for a, b in zip(each.votes, truth[-len(each.votes) :], strict=True)
-        )
+        counted = Judge(judge.reasoner, judge.problems[-len(each.votes) :])
+        right = sum(counted([vote.answer for vote in each.votes]))
         speeds = [
             [base / own for base, own in zip(other.seconds, each.seconds, strict=True)]
             for other in timings[:2]
@@ -152,6 +201,7 @@ def timing(timings: Sequence[Timing], truth: Sequence[str]) -> list[dict[str, st
                 "right": f"{right}/{len(each.votes)}",
                 "tokens": f"{statistics.mean(vote.tokens for vote in each.votes):.0f}",
                 "seconds": f"{statistics.mean(each.seconds):.2f}",
+                "MB": f"{statistics.mean(each.bytes) / 1e6:.1f}",
                 "over prompt per branch: mean, peak": _mean_and_peak(speeds[0]),
                 "over shared prompt: mean, peak": _mean_and_peak(speeds[1]),
             }
