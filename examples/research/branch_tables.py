@@ -63,7 +63,8 @@ def saved_interval(
 
 def percent(value: float, low: float, high: float) -> str:
     """Render with an interval."""
-    return f"{100 * value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    dash = ", " if low < 0 else "-"
+    return f"{100 * value:.1f} ({100 * low:.1f}{dash}{100 * high:.1f})"
 
 
 def line(
@@ -90,22 +91,30 @@ def line(
 
 def single(recordings: Sequence[Recording], judge: Judge) -> str:
     """Share of right branches, with a bootstrap interval over problems."""
-    return _mean([judge([each.answers[i] for each in recordings]) for i in _branches(recordings)])
+    right = [judge([each.answers[i] for each in recordings]) for i in _branches(recordings)]
+    return _mean(torch.tensor(right, dtype=torch.float64))
 
 
 def votes_by_branches(recordings: Sequence[Recording], judge: Judge) -> list[dict[str, str]]:
-    """One row for each number of branches, doubled from 1 on; every branch votes once in each."""
+    """One row for each number of branches, doubled from 1 on; every branch votes once in each.
+
+    Weights are also paired with the majority of the same branches.
+    """
     rows, branches = [], len(_branches(recordings))
     count = 1
     while count <= branches:
         row = {"branches": str(count)}
+        found: dict[str, torch.Tensor] = {}
         for name, weight in WEIGHTS.items():
             right = []
             for first in range(0, branches - count + 1, count):
                 parts = [each.part(slice(first, first + count)) for each in recordings]
                 votes = replay(parts, ExitRules(consensus=None, group=GROUP), weight=weight)
                 right.append(judge([each.answer for each in votes]))
-            row[name] = _mean(right)
+            found[name] = torch.tensor(right, dtype=torch.float64)
+            row[name] = _mean(found[name])
+        for name in list(WEIGHTS)[1:]:
+            row[f"{name} minus majority"] = _mean(found[name] - found["majority"])
         rows.append(row)
         count *= 2
     return rows
@@ -115,9 +124,9 @@ def _branches(recordings: Sequence[Recording]) -> range:
     return range(len(recordings[0].answers))
 
 
-def _mean(right: Sequence[Sequence[bool]]) -> str:
-    """Share of what is right, several marks of each problem, with an interval over problems."""
-    rates = torch.tensor(right, dtype=torch.float64).mean(0)
+def _mean(marks: torch.Tensor) -> str:
+    """Mean of Tensor[marks of a problem, problems], with a bootstrap interval over problems."""
+    rates = marks.mean(0)
     generator = torch.Generator().manual_seed(0)
     means = rates[torch.randint(len(rates), (2000, len(rates)), generator=generator)].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -147,7 +156,7 @@ def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float)
     """Plot what tokens saved cost: right votes, and votes that exit changed."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, points), marker in zip(curves.items(), "os^D", strict=False):
+    for place, (name, points) in enumerate(curves.items()):
         for panel, shares in (
             (left, [point.right for point in points]),
             (right, [point.changed for point in points]),
@@ -160,18 +169,29 @@ def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float)
             ]
             saved = [100 * point.saved for point in points]
             panel.errorbar(
-                saved, values, bars, marker=marker, ms=4, capsize=2, lw=1, label=name, clip_on=False
+                saved,
+                values,
+                bars,
+                marker="os^D"[place],
+                ms=4,
+                capsize=2,
+                lw=1,
+                label=name,
+                clip_on=False,
             )
         right.annotate(
             f"{points[-1].level:g}",
             (100 * points[-1].saved, 100 * points[-1].changed.value),
-            xytext=(4, 4),
+            xytext=(4, 4 + 9 * place),
             textcoords="offset points",
             fontsize=8,
         )
     left.axhline(100 * full.value, color="black", ls=":", lw=1, label="all branches to their ends")
     right.axhline(100 * target, color="black", ls="--", lw=1)
-    right.annotate(f"target {100 * target:g}%", (1, 100 * target), va="bottom", fontsize=8)
+    place_of_target = (99, 100 * target)
+    right.annotate(
+        f"target {100 * target:g}%", place_of_target, ha="right", va="bottom", fontsize=8
+    )
     left.set_ylabel("right votes, %")
     right.set_ylabel("votes changed by exit, %")
     right.set_ylim(bottom=0)

@@ -169,7 +169,10 @@ REASONERS: dict[str, Reasoner] = {
     for each in (
         ChatReasoner("smollm2", "SmolLM2 reasoner, bfloat16", chats.FULL, 600),
         ChatReasoner(
-            "smollm2-short", "SmolLM2 reasoner, bfloat16, a third of the steps", SHORT, 240
+            "smollm2-short",
+            "SmolLM2 reasoner (trades and ledger, a third of the steps), bfloat16",
+            SHORT,
+            240,
         ),
         *map(TinyReasoner, tiny_reasoner.MODELS),
     )

@@ -50,7 +50,7 @@ from hf_reasoncache.evaluation import Share
 
 CALIBRATION_SEED = DEVELOPMENT_SEEDS[600]
 TIMED_SEED = DEVELOPMENT_SEEDS[700]
-LEVELS = (1.0, 0.99, 0.95, 0.9, 0.8)
+LEVELS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 NOTHING = ExitRules(consensus=None, group=GROUP)
 
 
