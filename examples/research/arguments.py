@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from examples.real_model.model import FOLDER
+from examples.research.reasoners import REASONERS
 from examples.tiny_reasoner import MODELS
 
 
@@ -31,6 +32,14 @@ def parser(
     made = _parser(doc, document, threads=1)
     made.add_argument("--family", choices=sorted(MODELS), default="llama")
     made.add_argument("--problems", type=int, default=problems, help=of)
+    return made
+
+
+def reasoner_parser(doc: str | None, document: str, problems: int) -> argparse.ArgumentParser:
+    """Return a parser for a script that runs on any of `REASONERS`, over problems of all tasks."""
+    made = _parser(doc, document, threads=1)
+    made.add_argument("--reasoner", choices=list(REASONERS), default=next(iter(REASONERS)))
+    made.add_argument("--problems", type=int, default=problems, help="of all tasks together")
     return made
 
 

@@ -1,4 +1,4 @@
-"""Sampled branches of the tiny reasoners' problems, kept on disk batch by batch.
+"""Sampled branches of a reasoner's problems, kept on disk batch by batch.
 
 Whatever stops branches early is judged on these: `replay` cuts a recording short exactly where a
 run with the same seed would have stopped. A run that was stopped goes on where it was.
@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.tiny_reasoner import TASKS, make_problems, read_answer
-from examples.tiny_reasoner.evaluate import encode
-from examples.tiny_reasoner.tasks import Problem
+from examples.research.reasoners import Reasoner, encode
 from hf_reasoncache.branching import ConfidentExit, ExitRules
 from hf_reasoncache.branching.generate import branch_generate
 from hf_reasoncache.branching.recording import Recording
@@ -33,41 +31,32 @@ class Sampling:
 
     Attributes
     ----------
-    family : str
+    reasoner : Reasoner
     temperature : float
     branches : int
     batch : int
         Problems generated together; part of the recipe, since a batch shares its random numbers.
     """
 
-    family: str
+    reasoner: Reasoner
     temperature: float
     branches: int
     batch: int = 10
 
     def folder(self, root: Path, seed: int) -> Path:
         """Where the branches of the problems of a seed are kept."""
-        recipe = f"{self.family}-{self.temperature:g}-{self.branches}x{self.batch}-{seed}"
+        recipe = f"{self.reasoner.name}-{self.temperature:g}-{self.branches}x{self.batch}-{seed}"
         return root / recipe
 
 
-def mixed(count: int, seed: int, family: str) -> dict[str, list[Problem]]:
-    """Return that many problems, as equally as can be from each task."""
-    sizes = [count // len(TASKS) + (index < count % len(TASKS)) for index in range(len(TASKS))]
-    return {
-        task: make_problems(task, size, seed, family)
-        for task, size in zip(TASKS, sizes, strict=True)
-    }
-
-
-def generate_arguments(sampling: Sampling, problem: Problem) -> dict[str, Any]:
+def generate_arguments(sampling: Sampling) -> dict[str, Any]:
     """Arguments of generate, but for inputs and criteria."""
     return {
         "do_sample": True,
         "temperature": sampling.temperature,
         "top_k": 0,
         "top_p": 1.0,
-        "max_new_tokens": problem.max_new_tokens,
+        "max_new_tokens": sampling.reasoner.max_new_tokens,
     }
 
 
@@ -75,7 +64,7 @@ def generate_arguments(sampling: Sampling, problem: Problem) -> dict[str, Any]:
 def record_branches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: dict[str, list[Problem]],
+    problems: dict[str, list[Any]],
     sampling: Sampling,
     folder: Path,
     seed: int,
@@ -92,9 +81,10 @@ def record_branches(
                 batch = some[start : start + sampling.batch]
                 path = folder / f"{task}-{start:04d}-{len(batch)}.safetensors"
                 if not path.exists():
-                    torch.manual_seed(seed * 1_000_003 + TASKS.index(task) * 10_007 + start)
+                    task_index = sampling.reasoner.tasks.index(task)
+                    torch.manual_seed(seed * 1_000_003 + task_index * 10_007 + start)
                     _write(path, _generate(model, tokenizer, batch, sampling))
-                recordings += _read(path, tokenizer, sampling.branches)
+                recordings += _read(path, tokenizer, sampling)
                 progress.update(len(batch))
     return recordings
 
@@ -102,11 +92,11 @@ def record_branches(
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Problem],
+    batch: Sequence[Any],
     sampling: Sampling,
 ) -> list[Recording]:
     exit = ConfidentExit(
-        read_answer,
+        sampling.reasoner.read_answer,
         branches=sampling.branches,
         tokenizer=tokenizer,
         rules=ExitRules(consensus=None, group=GROUP),
@@ -114,9 +104,9 @@ def _generate(
     model.set_attn_implementation("reasoncache")
     branch_generate(
         model,
-        encode(tokenizer, batch),
+        encode(sampling.reasoner, tokenizer, batch),
         num_branches=sampling.branches,
-        **generate_arguments(sampling, batch[0]),
+        **generate_arguments(sampling),
         stopping_criteria=[exit],
         logits_processor=[exit.recorder],
     )
@@ -139,12 +129,13 @@ def _write(path: Path, recordings: Sequence[Recording]) -> None:
     temporary.replace(path)
 
 
-def _read(path: Path, tokenizer: PreTrainedTokenizerBase, branches: int) -> list[Recording]:
+def _read(path: Path, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> list[Recording]:
     stored = load_file(path)
     ids, confidence, ended = stored["ids"].long(), stored["confidence"], stored["ended"]
     lengths = stored["lengths"].tolist()
     rows = [(ids[row, :n], confidence[row, :n]) for row, n in enumerate(lengths)]
     found = []
+    read_answer, branches = sampling.reasoner.read_answer, sampling.branches
     for first in range(0, len(rows), branches):
         some = rows[first : first + branches]
         found.append(

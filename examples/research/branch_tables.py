@@ -6,14 +6,43 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from examples.research.branch_recordings import GROUP
+from examples.research.reasoners import Reasoner
 from examples.research.timed_branches import Timing
-from hf_reasoncache.branching import VoteResult
-from hf_reasoncache.branching.recording import Recording
+from hf_reasoncache.branching import ExitRules, VoteResult
+from hf_reasoncache.branching.recording import Recording, replay
+from hf_reasoncache.branching.vote import group_confidence, majority, sqrt_confidence
 from hf_reasoncache.evaluation import Share
+
+WEIGHTS = {
+    "majority": majority,
+    "sqrt(confidence)": sqrt_confidence,
+    "group confidence": group_confidence,
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Says which answers to some problems are right.
+
+    Attributes
+    ----------
+    reasoner : Reasoner
+    problems : sequence
+    """
+
+    reasoner: Reasoner
+    problems: Sequence[Any]
+
+    def __call__(self, answers: Sequence[str | None]) -> list[bool]:
+        """Judge the answer to each of the problems."""
+        pairs = zip(self.problems, answers, strict=True)
+        return [self.reasoner.is_right(*pair) for pair in pairs]
 
 
 def saved_interval(
@@ -34,18 +63,19 @@ def saved_interval(
 
 def percent(value: float, low: float, high: float) -> str:
     """Render with an interval."""
-    return f"{100 * value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    dash = ", " if low < 0 else "-"
+    return f"{100 * value:.1f} ({100 * low:.1f}{dash}{100 * high:.1f})"
 
 
 def line(
     name: str,
     votes: Sequence[VoteResult],
     full: Sequence[VoteResult],
-    truth: Sequence[str],
+    judge: Judge,
     target: float | None,
 ) -> dict[str, str]:
     """One row of the table."""
-    right = Share.of([each.answer == answer for each, answer in zip(votes, truth, strict=True)])
+    right = Share.of(judge([each.answer for each in votes]))
     changed = Share(sum(a.answer != b.answer for a, b in zip(votes, full, strict=True)), len(votes))
     branches = sum(len(each.branches) for each in votes) / len(votes)
     return {
@@ -59,15 +89,44 @@ def line(
     }
 
 
-def single(recordings: Sequence[Recording], truth: Sequence[str]) -> str:
+def single(recordings: Sequence[Recording], judge: Judge) -> str:
     """Share of right branches, with a bootstrap interval over problems."""
-    rates = torch.tensor(
-        [
-            sum(answer == right for answer in recording.answers) / len(recording.answers)
-            for recording, right in zip(recordings, truth, strict=True)
-        ],
-        dtype=torch.float64,
-    )
+    right = [judge([each.answers[i] for each in recordings]) for i in _branches(recordings)]
+    return _mean(torch.tensor(right, dtype=torch.float64))
+
+
+def votes_by_branches(recordings: Sequence[Recording], judge: Judge) -> list[dict[str, str]]:
+    """One row for each number of branches, doubled from 1 on; every branch votes once in each.
+
+    Weights are also paired with the majority of the same branches.
+    """
+    rows, branches = [], len(_branches(recordings))
+    count = 1
+    while count <= branches:
+        row = {"branches": str(count)}
+        found: dict[str, torch.Tensor] = {}
+        for name, weight in WEIGHTS.items():
+            right = []
+            for first in range(0, branches - count + 1, count):
+                parts = [each.part(slice(first, first + count)) for each in recordings]
+                votes = replay(parts, ExitRules(consensus=None, group=GROUP), weight=weight)
+                right.append(judge([each.answer for each in votes]))
+            found[name] = torch.tensor(right, dtype=torch.float64)
+            row[name] = _mean(found[name])
+        for name in list(WEIGHTS)[1:]:
+            row[f"{name} minus majority"] = _mean(found[name] - found["majority"])
+        rows.append(row)
+        count *= 2
+    return rows
+
+
+def _branches(recordings: Sequence[Recording]) -> range:
+    return range(len(recordings[0].answers))
+
+
+def _mean(marks: torch.Tensor) -> str:
+    """Mean of Tensor[marks of a problem, problems], with a bootstrap interval over problems."""
+    rates = marks.mean(0)
     generator = torch.Generator().manual_seed(0)
     means = rates[torch.randint(len(rates), (2000, len(rates)), generator=generator)].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -97,7 +156,7 @@ def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float)
     """Plot what tokens saved cost: right votes, and votes that exit changed."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, points), marker in zip(curves.items(), "os^D", strict=False):
+    for place, (name, points) in enumerate(curves.items()):
         for panel, shares in (
             (left, [point.right for point in points]),
             (right, [point.changed for point in points]),
@@ -110,18 +169,29 @@ def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float)
             ]
             saved = [100 * point.saved for point in points]
             panel.errorbar(
-                saved, values, bars, marker=marker, ms=4, capsize=2, lw=1, label=name, clip_on=False
+                saved,
+                values,
+                bars,
+                marker="os^D"[place],
+                ms=4,
+                capsize=2,
+                lw=1,
+                label=name,
+                clip_on=False,
             )
         right.annotate(
             f"{points[-1].level:g}",
             (100 * points[-1].saved, 100 * points[-1].changed.value),
-            xytext=(4, 4),
+            xytext=(4, 4 + 9 * place),
             textcoords="offset points",
             fontsize=8,
         )
     left.axhline(100 * full.value, color="black", ls=":", lw=1, label="all branches to their ends")
     right.axhline(100 * target, color="black", ls="--", lw=1)
-    right.annotate(f"target {100 * target:g}%", (1, 100 * target), va="bottom", fontsize=8)
+    place_of_target = (99, 100 * target)
+    right.annotate(
+        f"target {100 * target:g}%", place_of_target, ha="right", va="bottom", fontsize=8
+    )
     left.set_ylabel("right votes, %")
     right.set_ylabel("votes changed by exit, %")
     right.set_ylim(bottom=0)
@@ -135,13 +205,12 @@ def draw(path: Path, curves: dict[str, list[Point]], full: Share, target: float)
     figure.savefig(path, dpi=130)
 
 
-def timing(timings: Sequence[Timing], truth: Sequence[str]) -> list[dict[str, str]]:
+def timing(timings: Sequence[Timing], judge: Judge) -> list[dict[str, str]]:
     """One row per method; speed is over the first method and over the second."""
     rows = []
     for each in timings:
-        right = sum(
-            a.answer == b for a, b in zip(each.votes, truth[-len(each.votes) :], strict=True)
-        )
+        counted = Judge(judge.reasoner, judge.problems[-len(each.votes) :])
+        right = sum(counted([vote.answer for vote in each.votes]))
         speeds = [
             [base / own for base, own in zip(other.seconds, each.seconds, strict=True)]
             for other in timings[:2]
@@ -152,6 +221,7 @@ def timing(timings: Sequence[Timing], truth: Sequence[str]) -> list[dict[str, st
                 "right": f"{right}/{len(each.votes)}",
                 "tokens": f"{statistics.mean(vote.tokens for vote in each.votes):.0f}",
                 "seconds": f"{statistics.mean(each.seconds):.2f}",
+                "MB": f"{statistics.mean(each.bytes) / 1e6:.1f}",
                 "over prompt per branch: mean, peak": _mean_and_peak(speeds[0]),
                 "over shared prompt: mean, peak": _mean_and_peak(speeds[1]),
             }

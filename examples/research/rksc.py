@@ -1,11 +1,11 @@
-"""RKSC's semantic sharing and logit-lens exit on the tiny reasoners: what they get wrong.
+"""RKSC's semantic sharing and logit-lens exit on a reasoner: what they get wrong.
 
-    python -m examples.research.rksc --family llama
+    python -m examples.research.rksc --reasoner llama
 
-Semantic sharing: every problem is a root, and two kinds of prompts of the same length ask to share
-its prefix: the same facts in another order, which mean the same, and another problem, which does
-not. Logit lens: how many tokens a layer before the last would decide, how many of them otherwise,
-and what becomes of the answers if generation goes on with them.
+Semantic sharing, on the tiny reasoners: every problem is a root, and two kinds of prompts of the
+same length ask to share its prefix: the same facts in another order, which mean the same, and
+another problem, which does not. Logit lens: how many tokens a layer before the last would decide,
+how many of them otherwise, and what becomes of the answers if generation goes on with them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.research.arguments import parse, parser
-from examples.research.branch_recordings import mixed
-from examples.research.tables import publish
-from examples.tiny_reasoner import MODELS, TASKS, TEST_SEEDS, check, make_problems
-from examples.tiny_reasoner.evaluate import encode, load
+from examples.research.arguments import parse, reasoner_parser
+from examples.research.reasoners import REASONERS, Reasoner, TinyReasoner, encode, mixed
+from examples.research.tables import publish, versions
+from examples.tiny_reasoner import TASKS, TEST_SEEDS, check, make_problems
 from examples.tiny_reasoner.tasks import Problem
 from hf_reasoncache.evaluation import Share
 from hf_reasoncache.experimental import LensExit, LogitLens, semantic_prefill
@@ -111,7 +110,7 @@ def semantic(
 
 @torch.inference_mode()
 def lenses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, family: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, reasoner: Reasoner
 ) -> list[dict[str, str]]:
     """Measure the logit lens, one line per threshold."""
     model.set_attn_implementation("sdpa")
@@ -119,18 +118,19 @@ def lenses(
     for name, exit in LENSES.items():
         right: dict[bool, list[bool]] = {False: [], True: []}
         looked = LogitLens(model, exit)
-        for some in tqdm(mixed(count, TEST_SEEDS[0], family).values(), desc=name):
-            inputs = encode(tokenizer, some)
+        for some in tqdm(mixed(reasoner, count, TEST_SEEDS[0]).values(), desc=name):
+            inputs = encode(reasoner, tokenizer, some)
             for act, lens in ((False, looked), (True, LogitLens(model, exit))):
                 with lens:
                     out = model.generate(
                         **inputs,
                         do_sample=False,
-                        max_new_tokens=some[0].max_new_tokens,
+                        max_new_tokens=reasoner.max_new_tokens,
                         logits_processor=[lens.processor] if act else [],
                     )
                 texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :])
-                right[act] += [check(*each).correct for each in zip(some, texts, strict=True)]
+                answers = map(reasoner.read_answer, texts)
+                right[act] += list(map(reasoner.is_right, some, answers))
         report = looked.report()
         rows.append(
             {
@@ -148,17 +148,18 @@ def lenses(
 
 def main() -> None:
     """Measure both and write the tables."""
-    made = parser(__doc__, "self_consistency.md", problems=30, of="roots, of all tasks together")
-    arguments = parse(made)
-    model, tokenizer = load(MODELS[arguments.family])
+    arguments = parse(reasoner_parser(__doc__, "self_consistency.md", problems=100))
+    reasoner, count = REASONERS[arguments.reasoner], arguments.problems
+    model, tokenizer = reasoner.load()
     note = (
-        f"{arguments.family} model, {arguments.problems} fresh problems of all tasks (seed "
-        f"{TEST_SEEDS[0]}), greedy, float32, torch {torch.__version__}. Percent, Wilson 95% "
-        "intervals."
+        f"{reasoner.title}, {count} fresh problems of all tasks (seed {TEST_SEEDS[0]}), greedy. "
+        f"Percent, Wilson 95% intervals. {versions()}."
     )
-    for name, measure in (("semantic", semantic), ("lens", lenses)):
-        rows = measure(model, tokenizer, arguments.problems, arguments.family)
-        table = f"{name}-{arguments.family}"
+    tables = {"lens": lenses(model, tokenizer, count, reasoner)}
+    if isinstance(reasoner, TinyReasoner):
+        tables["semantic"] = semantic(model, tokenizer, count, reasoner.name)
+    for name, rows in tables.items():
+        table = f"{name}-{reasoner.name}"
         publish(rows, note, table, arguments.output, arguments.document)
 
 

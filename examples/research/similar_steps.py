@@ -1,10 +1,10 @@
 """Accuracy against the distance up to which similar steps share blocks: a table of the docs.
 
-    python -m examples.research.similar_steps --family llama
-    python -m examples.research.similar_steps --family llama --branches 8
+    python -m examples.research.similar_steps --reasoner smollm2-short
+    python -m examples.research.similar_steps --reasoner llama --branches 8
 
 Answers of fresh problems with `StepShareCache`, which shares values alone, or keys as well,
-moved to their new position or left where they were. Every finished line is written at once; a run
+moved to their new position or left where they were. Every finished batch is written at once; a run
 that was stopped goes on where it was.
 """
 
@@ -12,25 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.research.arguments import parse, parser
-from examples.research.branch_recordings import mixed
-from examples.research.tables import markdown, publish, read_csv, write_csv
-from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS, check
-from examples.tiny_reasoner.evaluate import encode, load
-from examples.tiny_reasoner.tasks import Problem
-from hf_reasoncache.evaluation import Share
-from hf_reasoncache.experimental import Boundaries, StepShareCache
+from examples.research.arguments import parse, reasoner_parser
+from examples.research.reasoners import REASONERS, Reasoner, encode, mixed
+from examples.research.tables import markdown, publish, versions
+from examples.tiny_reasoner import DEVELOPMENT_SEEDS, TEST_SEEDS
+from hf_reasoncache.evaluation import Paired, Share
+from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.experimental import StepShareCache
+from hf_reasoncache.processes import Processes
 from hf_reasoncache.releases import cache_kwarg
 
-SENTENCES = Boundaries((r"\.",), look_back=1)
-"""A step of the tiny reasoners ends with a full stop, which is a word of its own."""
-
+NOTHING = "nothing"
 MODES: dict[str, dict[str, Any]] = {
     "values": {"share": "values"},
     "keys and values": {"share": "keys_values"},
@@ -38,32 +37,60 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
-    """Sums over batches."""
+    """What became of a batch.
 
+    Attributes
+    ----------
+    share : str
+        `NOTHING` or one of `MODES`.
+    distance : float
+    task : str
+    start : int
+        The first problem of the batch.
+    right : list of bool
+        Branches of a problem beside each other.
+    steps, matched, saved, bytes : int
+        Of `StepShareReport`; `bytes` would be held without sharing.
+    divergence : float
+        Nats, over all tokens.
+    tokens : int
+    """
+
+    share: str
+    distance: float
+    task: str
+    start: int
     right: list[bool]
-    steps: int = 0
-    matched: int = 0
-    saved: int = 0
-    bytes: int = 0
-    divergence: float = 0.0
-    tokens: int = 0
+    steps: int
+    matched: int
+    saved: int
+    bytes: int
+    divergence: float
+    tokens: int
+
+    @property
+    def key(self) -> tuple[str, float, str, int]:
+        """See `Journal`."""
+        return self.share, self.distance, self.task, self.start
 
 
 @torch.inference_mode()
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
+    reasoner: Reasoner,
+    problems: Sequence[Any],
     settings: dict[str, Any],
     branches: int,
-    tally: Tally,
-) -> None:
-    """Answer some problems, greedily or by several sampled branches, and add to the sums."""
+) -> dict[str, Any]:
+    """Answer some problems, greedily or by several sampled branches; return what a `Tally` has."""
     problems = [problem for problem in problems for _ in range(branches)]
-    inputs = encode(tokenizer, problems)
-    cache = StepShareCache(model, tokenizer, boundaries=SENTENCES, branches=branches, **settings)
+    inputs = encode(reasoner, tokenizer, problems)
+    cache = StepShareCache(
+        model, tokenizer, boundaries=reasoner.boundaries, branches=branches, **settings
+    )
     torch.manual_seed(0)
     sampling = {"do_sample": True, "top_k": 0} if branches > 1 else {"do_sample": False}
     out = model.generate(
@@ -71,21 +98,16 @@ def run(
         **cache_kwarg(cache),
         stopping_criteria=[cache.watcher],
         **sampling,
-        max_new_tokens=problems[0].max_new_tokens,
+        max_new_tokens=reasoner.max_new_tokens,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    prompt = inputs["input_ids"].shape[1]
-    completions = tokenizer.batch_decode(out.sequences[:, prompt:])
-    outcomes = [check(*pair) for pair in zip(problems, completions, strict=True)]
-    tally.right += [outcome.correct for outcome in outcomes]
+    generated = out.sequences[:, inputs["input_ids"].shape[1] :]
+    answers = map(reasoner.read_answer, tokenizer.batch_decode(generated))
+    right = list(map(reasoner.is_right, problems, answers))
     found = cache.report()
-    tally.steps += found.steps
-    tally.matched += found.matched
-    tally.saved += found.saved_bytes
-    tally.bytes += found.saved_bytes + found.held_bytes
     # What the model would have said to the same text with the full cache.
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(out.sequences[:, prompt:])], -1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(generated)], -1)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     exact = model(
         out.sequences[:, :-1],
@@ -93,60 +115,109 @@ def run(
         position_ids=positions[:, :-1],
         **cache_kwarg(DynamicCache(config=model.config)),
         logits_to_keep=len(out.logits),
-    ).logits.log_softmax(-1)
-    shared = torch.stack(out.logits, 1).log_softmax(-1)
-    divergence = (exact.exp() * (exact - shared)).sum(-1)
-    for row, outcome in enumerate(outcomes):
-        tally.divergence += float(divergence[row, : outcome.length].sum())
-        tally.tokens += outcome.length
+    ).logits
+    ended = (generated == tokenizer.eos_token_id).cumsum(-1)
+    divergence, tokens = 0.0, 0
+    # Row by row: logits of all rows and a large vocabulary in float32 would take gigabytes.
+    for row, length in enumerate((ended == 0).sum(-1).tolist()):
+        mine = torch.stack([step[row] for step in out.logits[:length]]).float().log_softmax(-1)
+        true = exact[row, :length].float().log_softmax(-1)
+        divergence += float((true.exp() * (true - mine)).sum())
+        tokens += length
+    return {
+        "right": right,
+        "steps": found.steps,
+        "matched": found.matched,
+        "saved": found.saved_bytes,
+        "bytes": found.saved_bytes + found.held_bytes,
+        "divergence": divergence,
+        "tokens": tokens,
+    }
+
+
+def table(tallies: Sequence[Tally]) -> list[dict[str, str]]:
+    """One row for each way to share and distance, in the order in which they were run."""
+    groups: dict[tuple[str, float], list[Tally]] = {}
+    for each in tallies:
+        groups.setdefault((each.share, each.distance), []).append(each)
+    marks = {key: [mark for each in some for mark in each.right] for key, some in groups.items()}
+    rows = []
+    for (mode, distance), some in groups.items():
+        right = marks[mode, distance]
+        paired = Paired.of(marks[NOTHING, 0.0], right)
+        saved, whole = sum(each.saved for each in some), sum(each.bytes for each in some)
+        nats = sum(each.divergence for each in some) / sum(each.tokens for each in some)
+        rows.append(
+            {
+                "share": mode,
+                "distance": f"{distance:g}",
+                "right": Share.of(right).percent,
+                "lost, gained (p)": f"{paired.lost}, {paired.gained} ({paired.p_value:.2g})",
+                "steps that share": _percent(
+                    sum(each.matched for each in some), sum(each.steps for each in some)
+                ),
+                "bytes saved": _percent(saved, whole),
+                "nats per token": f"{max(0.0, nats):.4f}",
+            }
+        )
+    return rows
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}"
 
 
 def main() -> None:
     """Run what is missing, then write the table."""
-    made = parser(__doc__, "self_consistency.md", problems=60, of="of all tasks together")
-    made.add_argument("--distances", type=float, nargs="+", default=[0.1, 0.3, 0.6, 1.0])
+    made = reasoner_parser(__doc__, "self_consistency.md", problems=100)
+    made.add_argument("--distances", type=float, nargs="+", default=[0.3, 1.0])
+    made.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     made.add_argument("--branches", type=int, default=1, help="sampled ones of each problem")
     made.add_argument("--development", action="store_true", help="other problems, no document")
     made.add_argument("--batch", type=int, default=20)
+    made.add_argument("--recordings", type=Path, default=Path("recordings"))
     arguments = parse(made)
     seed = DEVELOPMENT_SEEDS[800] if arguments.development else TEST_SEEDS[0]
-    name = f"similar_steps-{arguments.family}"
+    reasoner = REASONERS[arguments.reasoner]
+    name = f"similar_steps-{reasoner.name}"
     if arguments.branches > 1:
         name += f"-{arguments.branches}"
-    path = arguments.output / f"{name}.csv"
-    rows = read_csv(path)
-    done = {(row["share"], row["distance"]) for row in rows}
-    todo = [("nothing", 0.0), *((mode, d) for mode in MODES for d in arguments.distances)]
-    missing = [(mode, d) for mode, d in todo if (mode, f"{d:g}") not in done]
-    model, tokenizer = load(MODELS[arguments.family])
-    model.set_attn_implementation("reasoncache")
-    problems = mixed(arguments.problems, seed, arguments.family)
-    with tqdm(total=len(missing) * arguments.problems, unit="problem") as progress:
-        for mode, distance in missing:
-            tally = Tally([])
-            for some in problems.values():
-                for start in range(0, len(some), arguments.batch):
-                    batch = some[start : start + arguments.batch]
-                    settings = MODES.get(mode, {}) | {"distance": distance}
-                    run(model, tokenizer, batch, settings, arguments.branches, tally)
-                    progress.update(len(batch))
-            rows.append(
-                {
-                    "share": mode,
-                    "distance": f"{distance:g}",
-                    "right": Share.of(tally.right).percent,
-                    "steps that share": f"{100 * tally.matched / tally.steps:.1f}",
-                    "bytes saved": f"{100 * tally.saved / tally.bytes:.1f}",
-                    "nats per token": f"{max(0.0, tally.divergence / tally.tokens):.4f}",
-                }
+    problems = mixed(reasoner, arguments.problems, seed)
+    batches = [
+        (mode, distance, task, start)
+        for mode, distance in [
+            (NOTHING, 0.0),
+            *((mode, d) for d in arguments.distances for mode in arguments.modes),
+        ]
+        for task, some in problems.items()
+        for start in range(0, len(some), arguments.batch)
+    ]
+    settings = {"problems": arguments.problems, "batch": arguments.batch, "seed": seed}
+    path = arguments.recordings / f"{name}-{seed}.jsonl"
+    with Journal(path, Tally, settings, Processes(cpu=True)) as journal:
+        missing = [batch for batch in batches if batch not in journal.records]
+        if missing:
+            model, tokenizer = reasoner.load()
+            model.set_attn_implementation("reasoncache")
+        for batch in tqdm(missing, unit="batch", desc=name):
+            mode, distance, task, start = batch
+            found = run(
+                model,
+                tokenizer,
+                reasoner,
+                problems[task][start : start + arguments.batch],
+                MODES.get(mode, {}) | {"distance": distance},
+                arguments.branches,
             )
-            write_csv(path, rows)
+            journal.add([Tally(mode, distance, task, start, **found)])
+        rows = table([journal.records[batch] for batch in batches])
     way = f"{arguments.branches} branches sampled" if arguments.branches > 1 else "greedy"
     note = (
-        f"{arguments.family} model, {arguments.problems} "
+        f"{reasoner.title}, {arguments.problems} "
         f"{'development' if arguments.development else 'fresh'} problems of all tasks (seed "
-        f"{seed}), {way}, float32, torch {torch.__version__}. Percent, Wilson 95% intervals; "
-        "nats: divergence of the next-token distribution from the full cache's on the same text."
+        f"{seed}), {way}. Percent, Wilson 95% intervals; lost, gained: against sharing nothing, "
+        "with McNemar's p; nats: divergence of the next-token distribution from the full cache's "
+        f"on the same text. {versions()}."
     )
     if arguments.development:
         print(markdown(rows, note))

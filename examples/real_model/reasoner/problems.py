@@ -144,8 +144,8 @@ class Problem:
         return f"Write the word {self.word} {self.side} the answer."
 
 
-def make_problems(task: str, count: int, seed: int) -> list[Problem]:
-    """Return `count` problems of full size; those of a smaller count come first.
+def make_problems(task: str, count: int, seed: int, size: Size | None = None) -> list[Problem]:
+    """Return `count` problems, of full size by default; those of a smaller count come first.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def make_problems(task: str, count: int, seed: int) -> list[Problem]:
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}.")
     rng = random.Random(f"{task}/{seed}")
-    return [draw(task, rng, FULL[task]) for _ in range(count)]
+    return [draw(task, rng, size or FULL[task]) for _ in range(count)]
 
 
 def draw(task: str, rng: random.Random, size: Size) -> Problem:
