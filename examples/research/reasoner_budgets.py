@@ -250,16 +250,16 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 ARMS = [
-    "full::60",
+    "full::20",
     "R-KV, profile:192:20",
-    "R-KV, profile:224:60",
+    "R-KV, profile:224:20",
     "R-KV, own profile:224:20",
-    "R-KV:224:60",
-    "SnapKV, profile:224:60",
-    "H2O, profile:224:60",
-    "windows, profile:224:60",
+    "R-KV:224:20",
+    "SnapKV, profile:224:20",
+    "H2O, profile:224:20",
+    "windows, profile:224:20",
     f"{MORE_WINDOWS}:224:20",
-    "random, profile:224:60",
+    "random, profile:224:20",
     "R-KV, profile:256:20",
 ]
 """Those of the published table."""
