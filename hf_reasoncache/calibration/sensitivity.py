@@ -121,10 +121,11 @@ class Sensitivity:
                 f"budgets: expected more than the window of {self.eviction.window} tokens, which "
                 f"are never evicted, got {self.budgets[0]}."
             )
-        if self.budgets and self.budget is not None and self.budget < self.budgets[0]:
+        if self.budgets and self.budget is not None and self.budget <= self.budgets[0]:
             raise ValueError(
-                f"budget: expected at least the smallest of the measured budgets, "
-                f"{self.budgets[0]}, got {self.budget}."
+                f"budget: expected more than the smallest of the measured budgets, "
+                f"{self.budgets[0]}, which every layer gets, got {self.budget}; there would be "
+                "nothing to share out. Measure a smaller budget too."
             )
 
     def expect(self, prompts: Sequence[int], most: int) -> None:
@@ -157,7 +158,7 @@ class Sensitivity:
         """
         shares = sorted({self.eviction.budget(traces, part) for part in (16, 8, 4, 2)})
         budgets = self.budgets or tuple(shares)
-        budget = self.budget or max(budgets[0], self.eviction.budget(traces, 4))
+        budget = self.budget or max(budgets[0] + 1, self.eviction.budget(traces, 4))
         self._expect_text(max(trace.length for trace in traces), budgets[0])
         return replace(self, budgets=budgets, budget=budget)
 

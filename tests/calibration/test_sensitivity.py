@@ -124,7 +124,8 @@ def test_no_answers_cost_more_than_the_bound(budgets: tuple[int, ...]) -> None:
         ({"budget": 0}, "budget: expected an integer >= 1"),
         ({"budgets": (20, 10)}, "ascending"),
         ({"budgets": (8, 20)}, "more than the window of 8"),
-        ({"budgets": (20, 40), "budget": 19}, "smallest of the measured budgets, 20, got 19"),
+        ({"budgets": (20, 40), "budget": 19}, "smallest of the measured budgets, 20, .* got 19"),
+        ({"budgets": (20, 40), "budget": 20}, "nothing to share out"),
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict, message: str) -> None:
