@@ -281,6 +281,11 @@ class ReasonCache(Cache):
         if keys.shape[-2] == 1:
             self.evict_due()
 
+    @property
+    def evicts_together(self) -> bool:
+        """Whether evictions are those of all layers at once, where the kernels run."""
+        return bool(self._joint.layers)
+
     def evict_due(self) -> None:
         """Evict what is due before one more token, from all layers at once where that is possible.
 

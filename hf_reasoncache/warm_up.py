@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.base import Policy
 from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.storage.pool import RaggedPool
+from hf_reasoncache.storage.pool_store import SCORER_STATE
 from triton_ops.backend import chosen
+from triton_ops.pools import HeadsOfPools, Pools
 
 TOKENS = 32
 """Tokens of the eviction that is tried: kernels are the same for any number."""
@@ -47,35 +51,53 @@ def warm_up(model: torch.nn.Module, cache: ReasonCache) -> None:
             if layer.policy is not None:
                 heads, size = head_shape(decoder, layer.index)
                 keys = torch.randn(1, heads, TOKENS, size, dtype=dtype, device=device)
-                _evict(layer, layer.policy, keys, decoder.num_attention_heads // heads)
+                group = decoder.num_attention_heads // heads
+                _evict(layer, layer.policy, keys, group, together=cache.evicts_together)
 
 
-def _evict(layer: CacheLayer, policy: Policy, keys: torch.Tensor, group: int) -> None:
+def _evict(
+    layer: CacheLayer, policy: Policy, keys: torch.Tensor, group: int, *, together: bool
+) -> None:
     """Score and compact tokens as the layer would, in a pool of their own."""
-    scorer, (_, heads, tokens, size) = policy.scorer, keys.shape
+    scorer, (_, heads, tokens, size), device = policy.scorer, keys.shape, keys.device
     pool = RaggedPool(
         torch.full((1, heads), tokens, device="cpu"), keys, keys, layer.store.statistics
     )
-    pool.append(keys, keys, torch.arange(tokens, device=keys.device))
+    pool.append(keys, keys, torch.arange(tokens, device=device))
     rows = torch.arange(1, device="cpu")
     slots, offset = pool.slots(rows)
     asked = policy.queries
     queries = asked_at = None
     if asked:
-        queries = torch.randn(1, heads, group, asked, size, dtype=keys.dtype, device=keys.device)
-        asked_at = torch.arange(tokens - asked, tokens, device=keys.device)[None].clamp_min(-1)
-    statistics: dict[str, Any] = {name: pool.take(name, slots) for name in layer.store.statistics}
+        queries = torch.randn(1, heads, group, asked, size, dtype=keys.dtype, device=device)
+        asked_at = torch.arange(tokens - asked, tokens, device=device)[None].clamp_min(-1)
+    field: Callable[[str], torch.Tensor] = partial(pool.take, slots=slots)
+    found: HeadsOfPools | None = None
+    if together:
+        place = torch.arange(heads, device="cpu")[None]
+        table = torch.stack([torch.zeros_like(place), place, pool.layout.start, pool.length])
+        pools = Pools.of([pool.fields], [pool.device_length])
+        first = torch.zeros(1, dtype=torch.long, device=device)
+        found = HeadsOfPools.read(pools, table.to(device), first, tokens)
+        field = found.field
+    statistics: dict[str, Any] = {name: field(name) for name in layer.store.statistics}
     held = HeldTokens(
-        keys=keys,
+        keys=field("keys"),
         positions=offset,
         valid=offset >= 0,
-        length=torch.full((1,), tokens, device=keys.device),
+        length=torch.full((1,), tokens, device=device),
         scaling=size**-0.5,
         layer=layer.index,
-        load_values=lambda: keys,
+        load_values=lambda: field("values"),
         queries=queries,
         query_positions=asked_at,
         **statistics,
     )
     scorer.score(held)
-    pool.compact(rows, slots, offset, offset % 2 == 0)
+    if found is None:
+        pool.compact(rows, slots, offset, offset % 2 == 0)
+        return
+    if held.scorer_state is not None:
+        found.write(SCORER_STATE, held.scorer_state)
+    keep = found.offset % 2 == 0
+    found.compact(keep, keep.sum(-1), list(layer.store.statistics))

@@ -9,6 +9,7 @@ import torch
 
 from hf_reasoncache.scorers._checks import at_least, odd, share
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
+from triton_ops.backend import chosen
 from triton_ops.redundancy import redundancy
 from triton_ops.rkv import find_repeats, rkv_scores
 from triton_ops.window_scores import window_scores
@@ -70,8 +71,8 @@ class RKV(Scorer):
             sees="past",
         )
         known, state = None, held.scorer_state
-        # Only a CPU is asked whether anything is known: for a GPU the host would have to wait.
-        if state is not None and (not state.is_cpu or bool(state.any())):
+        # Where the kernels run nobody asks whether anything is known: the host would have to wait.
+        if state is not None and (chosen(state.device) == "triton" or bool(state.any())):
             known = find_repeats(state, held.positions)
         repeated, repeat = redundancy(held.keys, held.valid, threshold=self.threshold, known=known)
         found = (importance, repeated, repeat, held.positions)

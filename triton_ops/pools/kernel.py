@@ -171,9 +171,8 @@ def read_positions(
     """See `HeadsOfPools.read`: positions, offsets and which are no filler."""
     _, rows, heads = table.shape
     packed = table.new_empty(rows, heads, tokens)
-    block = min(1024, power_of_two(tokens))
-    order_kernel[(rows * heads, blocks(tokens, block))](
-        pools.of_field("positions"), table, first, packed, heads, tokens, BLOCK=block, num_warps=4
+    order_kernel[(rows * heads, blocks(tokens, 1024))](
+        pools.of_field("positions"), table, first, packed, heads, tokens, BLOCK=1024, num_warps=4
     )
     packed = packed.sort(dim=-1).values
     positions, offset = torch.empty_like(packed), torch.empty_like(packed)

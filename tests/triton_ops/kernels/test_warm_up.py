@@ -13,7 +13,7 @@ from triton_ops.backend import interpreting, use_backend
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="looks at the interpreter's launches")
 
-STEP = {"attend_kernel", "join_kernel", "cumulative_kernel"}
+STEP = {"append_kernel", "attend_kernel", "join_kernel", "cumulative_kernel"}
 """Launched from the first step on, before which nobody has to wait twice."""
 
 
