@@ -82,7 +82,7 @@ PARTS: dict[str, set[str]] = {
     | {"arguments", "outputs", "processes", "releases"}
     | CACHES,
     # Bytes follow from how layers allocate; which cache has them does not matter.
-    "planning": LAYERS | {"geometry", "shards"},
+    "planning": LAYERS | {"geometry", "shards", "sliding"},
     "generation": {"branching", "evaluation", "planning", "processes", "releases", "report"}
     # Prompts are read as for a calibration.
     | {"calibration.prompts"},

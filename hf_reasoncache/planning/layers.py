@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hf_reasoncache.geometry import head_shape
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.planning.counted import counted_row, kept_queries
+from hf_reasoncache.sliding import SlidingLayer
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class LayerRow:
         token, seen = 2 * heads * size * dtype.itemsize, prompt + generated
         if type(layer) is DynamicLayer:
             return LayerRow(token, token * seen, seen, token * seen, concatenates=True)
-        if type(layer) is DynamicSlidingWindowLayer:
+        if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
             # What stays is a view of what the last forward attended to, which may be a prompt.
             held = min(seen, layer.sliding_window) if generated else prompt
             return LayerRow(token, token * held, held, token * held, concatenates=True)

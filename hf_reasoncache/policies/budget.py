@@ -84,7 +84,7 @@ class BudgetPolicy:
             and not self.head_budgets
             and self.risk is None
             and self.protection is None
-            and vars(other) | {"layer_rank": 0} == vars(self) | {"layer_rank": 0}
+            and _equal_but_rank(vars(self), vars(other))
         )
 
     @property
@@ -176,6 +176,16 @@ class BudgetPolicy:
         if self.demand is None:
             return self.budget
         return _layer_budgets(self.rule, self.demand, self.budget, floor)[self.layer_rank]
+
+
+def _equal_but_rank(settings: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether layers differ in nothing but their place; settings that are tensors must be one."""
+    return settings.keys() == others.keys() and all(
+        value is others[name]
+        or (not isinstance(value, torch.Tensor) and bool(value == others[name]))
+        for name, value in settings.items()
+        if name != "layer_rank"
+    )
 
 
 @lru_cache(maxsize=256)
