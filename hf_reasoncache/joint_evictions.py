@@ -20,7 +20,6 @@ from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.base import RowState
 from hf_reasoncache.precision import without_autocast
 from hf_reasoncache.scorers.base import HeldTokens
-from hf_reasoncache.storage.pool import POOL_FIELDS
 from hf_reasoncache.storage.pool_store import SCORER_STATE
 from hf_reasoncache.storage.query_window import last_of_several
 from triton_ops.backend import uses_triton
@@ -49,6 +48,10 @@ class JointEvictions:
         self.layers = layers if alike else ()
         self._pools: dict[int, Pools] = {}
         self._seen = self._until = 0  # columns at the last look, and until when nothing is due
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out where pools lie: a copy has others."""
+        return vars(self) | {"_pools": {}}
 
     def run(self) -> None:
         """Evict what is due before one more token; nothing where layers must do it themselves."""
@@ -98,8 +101,7 @@ class JointEvictions:
         table, first, now, asked = (x.view(y.shape) for x, y in zip(split, parts, strict=True))
         # 2. Read and score.
         tokens = HeadsOfPools.read(pools, table, first, int(length.max()))
-        names = [name for name in pools.kinds if name not in POOL_FIELDS]
-        statistics: dict[str, Any] = {name: tokens.field(name) for name in names}
+        statistics: dict[str, Any] = {name: tokens.field(name) for name in pools.statistics}
         held = HeldTokens(
             keys=tokens.field("keys"),
             positions=tokens.positions,
@@ -122,7 +124,7 @@ class JointEvictions:
         keep = plan.keep(stays)
         if held.scorer_state is not None:
             tokens.write(SCORER_STATE, held.scorer_state)
-        tokens.compact(keep, stays, names)
+        tokens.compact(keep, stays)
         counts = zip(layers, length.split(len(rows)), kept.split(len(rows)), strict=True)
         for layer, count, left in counts:
             layer.evicted_elsewhere(rows, count, left)
@@ -133,7 +135,8 @@ class JointEvictions:
         lengths = [layer.store.tokens.device_length for layer in layers]
         known = self._pools.get(number)
         if known is None or not known.are(fields, lengths):
-            known = self._pools[number] = Pools.of(fields, lengths)
+            statistics = tuple(layers[0].store.statistics)
+            known = self._pools[number] = Pools.of(fields, lengths, statistics)
         return known
 
 

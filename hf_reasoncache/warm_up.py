@@ -76,11 +76,12 @@ def _evict(
     if together:
         place = torch.arange(heads, device="cpu")[None]
         table = torch.stack([torch.zeros_like(place), place, pool.layout.start, pool.length])
-        pools = Pools.of([pool.fields], [pool.device_length])
+        statistics = tuple(layer.store.statistics)
+        pools = Pools.of([pool.fields], [pool.device_length], statistics)
         first = torch.zeros(1, dtype=torch.long, device=device)
         found = HeadsOfPools.read(pools, table.to(device), first, tokens)
         field = found.field
-    statistics: dict[str, Any] = {name: field(name) for name in layer.store.statistics}
+    noted: dict[str, Any] = {name: field(name) for name in layer.store.statistics}
     held = HeldTokens(
         keys=field("keys"),
         positions=offset,
@@ -91,7 +92,7 @@ def _evict(
         load_values=lambda: field("values"),
         queries=queries,
         query_positions=asked_at,
-        **statistics,
+        **noted,
     )
     scorer.score(held)
     if found is None:
@@ -100,4 +101,4 @@ def _evict(
     if held.scorer_state is not None:
         found.write(SCORER_STATE, held.scorer_state)
     keep = found.offset % 2 == 0
-    found.compact(keep, keep.sum(-1), list(layer.store.statistics))
+    found.compact(keep, keep.sum(-1))

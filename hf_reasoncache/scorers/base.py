@@ -14,6 +14,8 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
+from triton_ops.window_scores import window_scores
+
 
 @dataclass(frozen=True)
 class HeldTokens:
@@ -97,6 +99,24 @@ class HeldTokens:
                 "`scorer.queries` of them and pass `queries` and `query_positions`."
             )
         return self.queries[..., -last:, :], self.query_positions[:, -last:]
+
+    def mean_attention(self, last: int, *, sees: Literal["causal", "all"]) -> torch.Tensor:
+        """Mean attention of the newest `last` queries, over them and the query group.
+
+        Parameters
+        ----------
+        last : int
+        sees : {"causal", "all"}
+            Whether a query sees the keys up to its own position, or younger ones too.
+
+        Returns
+        -------
+        Tensor[R, H_kv, N]
+        """
+        queries, at = self.window(last)
+        return window_scores(
+            queries, self.keys, at, self.positions, self.scaling, group="mean", sees=sees
+        )
 
     @cached_property
     def has_filler(self) -> bool:

@@ -8,7 +8,6 @@ import torch
 
 from hf_reasoncache.scorers._checks import at_least
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
-from triton_ops.window_scores import window_scores
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,4 @@ class Bidirectional(Scorer):
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Mean attention, younger keys included."""
-        queries, query_positions = held.window(self.queries)
-        return window_scores(
-            queries,
-            held.keys,
-            query_positions,
-            held.positions,
-            held.scaling,
-            group="mean",
-            sees="all",
-        ).float()
+        return held.mean_attention(self.queries, sees="all").float()

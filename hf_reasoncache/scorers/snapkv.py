@@ -10,7 +10,6 @@ import torch
 from hf_reasoncache.scorers._checks import at_least, odd
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 from hf_reasoncache.scorers.pooling import pool
-from triton_ops.window_scores import window_scores
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,8 @@ class SnapKV(Scorer):
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Mean attention of the window, pooled before it."""
-        queries, query_positions = held.window(self.queries)
-        attention = window_scores(
-            queries,
-            held.keys,
-            query_positions,
-            held.positions,
-            held.scaling,
-            group="mean",
-            sees="causal",
-        )
+        _, query_positions = held.window(self.queries)
+        attention = held.mean_attention(self.queries, sees="causal")
         # Absent queries (-1) are clamped to "no window at all", never to a window from the first
         # token on.
         first = query_positions.where(query_positions >= 0, held.length[:, None]).amin(-1)

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
-from triton_ops.window_scores import window_scores
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,4 @@ class TOVA(Scorer):
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Attention of the newest query."""
-        queries, query_positions = held.window(self.queries)
-        return window_scores(
-            queries,
-            held.keys,
-            query_positions,
-            held.positions,
-            held.scaling,
-            group="mean",
-            sees="causal",
-        ).float()
+        return held.mean_attention(self.queries, sees="causal").float()

@@ -9,7 +9,6 @@ import torch
 from hf_reasoncache.scorers._checks import at_least
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 from hf_reasoncache.scorers.random import token_bits
-from triton_ops.window_scores import window_scores
 
 _ABOVE = 32.0
 """Higher than any logarithm of a probability with Gumbel noise of 24 bits."""
@@ -51,16 +50,7 @@ class VaSE(Scorer):
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Range of the largest values above all, else logarithm of the attention plus noise."""
-        queries, query_positions = held.window(self.queries)
-        attention = window_scores(
-            queries,
-            held.keys,
-            query_positions,
-            held.positions,
-            held.scaling,
-            group="mean",
-            sees="causal",
-        ).float()
+        attention = held.mean_attention(self.queries, sees="causal").float()
         uniform = ((token_bits(held, self.seed) >> 8).float() + 0.5) / (1 << 24)
         tiny = torch.finfo(torch.float32).tiny
         sampled = attention.clamp_min(tiny).log() - (-uniform.log()).log()

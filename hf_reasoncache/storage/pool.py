@@ -111,11 +111,6 @@ class RaggedPool:
         return self._device_length
 
     @property
-    def _counts_there(self) -> bool:
-        """Whether lengths are on the device as well, and appending must count them there."""
-        return self._device_length is not None
-
-    @property
     def capacity(self) -> torch.Tensor:
         """LongTensor[B, H_kv]: slots owned by each head."""
         return self.layout.capacity
@@ -154,10 +149,11 @@ class RaggedPool:
                 f"{self.least_free} free slots; relayout the pool first."
             )
         one_column = isinstance(columns, int) or columns.numel() == 1
-        if q_len == 1 and one_column and keep is None and not statistics and self._counts_there:
+        single = q_len == 1 and one_column and keep is None and not statistics
+        if single and self._device_length is not None:
             stored = (self.fields["keys"], self.fields["values"], self.fields["positions"])
             start = self.layout.start_on(keys.device)
-            append(stored, start, self.device_length, keys, values, columns)
+            append(stored, start, self._device_length, keys, values, columns)
             self.count_appended(1)
             return
         new = {"keys": keys, "values": values, "positions": columns, **statistics}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_ELSEWHERE = frozenset({"policy", "settings", "_settings", "observers", "deduplicator"})
+_ELSEWHERE = frozenset({"policy", "settings", "observers", "deduplicator"})
 """Attributes that other layers share, that are the model's, or that a report counts apart."""
 
 

@@ -64,6 +64,22 @@ def move_kernel(
 
 
 @launcher
+def pair(
+    slots: torch.Tensor, offset: torch.Tensor, keep: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Say which slots of every head move where, and how many: LongTensor[R, H, N] twice, [R, H].
+
+    Only as many entries are written as a head has moves.
+    """
+    rows, heads, tokens = slots.shape
+    sources, targets = torch.empty_like(slots), torch.empty_like(slots)
+    moves, mask = torch.empty_like(kept), keep.contiguous().view(torch.uint8)
+    arguments = (slots, offset, mask, kept, sources, targets, moves, tokens)
+    pair_kernel[(rows * heads,)](*arguments, BLOCK=512, num_warps=4)
+    return sources, targets, moves
+
+
+@launcher
 def compact_triton(
     fields: Iterable[torch.Tensor], slots: torch.Tensor, offset: torch.Tensor, keep: torch.Tensor
 ) -> None:
@@ -71,23 +87,7 @@ def compact_triton(
     rows, heads, tokens = slots.shape
     if 0 in slots.shape:
         return
-    slots, offset, keep = slots.contiguous(), offset.contiguous(), keep.contiguous()
-    kept = keep.sum(-1)
-    # Only as many entries are written, and read, as a head has moves.
-    sources, targets = torch.empty_like(slots), torch.empty_like(slots)
-    moves = torch.empty_like(kept)
-    pair_kernel[(rows * heads,)](
-        slots,
-        offset,
-        keep.view(torch.uint8),
-        kept,
-        sources,
-        targets,
-        moves,
-        tokens,
-        BLOCK=512,
-        num_warps=4,
-    )
+    sources, targets, moves = pair(slots.contiguous(), offset.contiguous(), keep, keep.sum(-1))
     for field in fields:
         bits = field.view(BITS[field.dtype.itemsize])
         size = field.shape[1:].numel()

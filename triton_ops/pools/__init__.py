@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 
@@ -18,6 +19,7 @@ __all__ = ["HeadsOfPools", "Pools"]
 
 
 Fields = Mapping[str, torch.Tensor]
+Kinds = Mapping[str, tuple[torch.dtype, torch.Size]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +28,31 @@ class Pools:
 
     Attributes
     ----------
-    kinds : dict of str to (dtype, Size)
+    kinds : mapping of str to (dtype, Size)
         Type and size of a row of each field, the same in every pool.
+    statistics : tuple of str
+        Fields that are zero in slots that are not used.
     addresses : LongTensor[F + 1, P]
-        Of all fields in order, then of the lengths; on the GPU.
+        Of all fields in order, then of the lengths; on the GPU, like what follows.
+    sizes : LongTensor[F]
+        Words of `word_bytes` in a row of each field.
+    cleared : LongTensor[S]
+        Numbers of the statistics among the fields.
     known : tuple of weak references
         To these tensors.
     """
 
-    kinds: dict[str, tuple[torch.dtype, torch.Size]]
+    kinds: Kinds
+    statistics: tuple[str, ...]
     addresses: torch.Tensor
+    sizes: torch.Tensor
+    cleared: torch.Tensor
     known: tuple[weakref.ref[torch.Tensor], ...]
 
     @staticmethod
-    def of(fields: Sequence[Fields], lengths: Sequence[torch.Tensor]) -> Pools:
+    def of(
+        fields: Sequence[Fields], lengths: Sequence[torch.Tensor], statistics: Sequence[str]
+    ) -> Pools:
         """Note where some pools lie.
 
         Parameters
@@ -48,6 +61,8 @@ class Pools:
             Of each pool; contiguous, all on one GPU.
         lengths : sequence of LongTensor[B, H]
             Slots in use of the heads of each pool, on that GPU; contiguous.
+        statistics : sequence of str
+            Fields that are zero in slots that are not used.
 
         Raises
         ------
@@ -61,10 +76,26 @@ class Pools:
                 "Pools: expected contiguous fields of the same names, types and sizes in every "
                 f"pool, got {kinds}."
             )
-        table = [[_address(each[name]) for each in fields] for name in kinds[0]]
+        names, device = list(kinds[0]), lengths[0].device
+        table = [[_address(each[name]) for each in fields] for name in names]
         table.append([_address(each) for each in lengths])
-        there = launch.send(torch.tensor(table, device="cpu"), lengths[0].device)
-        return Pools(kinds[0], there, tuple(map(weakref.ref, every)))
+        return Pools(
+            kinds=kinds[0],
+            statistics=tuple(statistics),
+            addresses=_sent(table, device),
+            sizes=_sent([_words(kinds[0], name) for name in names], device),
+            cleared=_sent([names.index(name) for name in statistics], device),
+            known=tuple(map(weakref.ref, every)),
+        )
+
+    @property
+    def word_bytes(self) -> int:
+        """The largest word that rows of all fields are made of."""
+        return _word_bytes(self.kinds)
+
+    def words(self, name: str) -> int:
+        """How many of them a row of a field has."""
+        return _words(self.kinds, name)
 
     def are(self, fields: Sequence[Fields], lengths: Sequence[torch.Tensor]) -> bool:
         """Whether these are the pools that were noted."""
@@ -76,6 +107,23 @@ class Pools:
     def of_field(self, name: str) -> torch.Tensor:
         """Return the addresses of a field, LongTensor[P]."""
         return self.addresses[list(self.kinds).index(name)]
+
+
+_WIDEST = 8
+"""Bytes of the widest word that a kernel moves."""
+
+
+def _word_bytes(kinds: Kinds) -> int:
+    return gcd(_WIDEST, *(dtype.itemsize * shape.numel() for dtype, shape in kinds.values()))
+
+
+def _words(kinds: Kinds, name: str) -> int:
+    dtype, shape = kinds[name]
+    return dtype.itemsize * shape.numel() // _word_bytes(kinds)
+
+
+def _sent(numbers: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
+    return launch.send(torch.tensor(numbers, dtype=torch.long, device="cpu"), device)
 
 
 def _all(fields: Sequence[Fields], lengths: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -140,7 +188,7 @@ class HeadsOfPools:
 
         scatter(self, name, numbers)
 
-    def compact(self, keep: torch.Tensor, kept: torch.Tensor, clear: Sequence[str]) -> None:
+    def compact(self, keep: torch.Tensor, kept: torch.Tensor) -> None:
         """Move the kept tokens of every head into its first slots, and count them.
 
         Parameters
@@ -149,9 +197,7 @@ class HeadsOfPools:
             False for filler.
         kept : LongTensor[R, H]
             How many that are.
-        clear : sequence of str
-            Fields that are zero in slots that are no longer used.
         """
         from .kernel import compact_heads
 
-        compact_heads(self, keep, kept, clear)
+        compact_heads(self, keep, kept)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compact.kernel import BITS, pair_kernel
-from ..launch import launcher, send
+from ..compact.kernel import BITS, pair
+from ..launch import launcher
 from ..tiles import blocks, power_of_two
 
 if TYPE_CHECKING:
@@ -103,7 +101,7 @@ def scatter_kernel(
 @triton.jit(do_not_specialize=["tokens", "pools"])
 def move_kernel(
     addresses,
-    words,
+    sizes,
     table,
     sources,
     targets,
@@ -119,7 +117,7 @@ def move_kernel(
     pool, _, start, _ = head_of(table, head, count)
     index = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     kind = tl.program_id(2)
-    size = tl.load(words + kind)
+    size = tl.load(sizes + kind)
     field = tl.load(addresses + kind * pools + pool).to(tl.pointer_type(WORD))
     real = index < tl.load(moves + head)
     at = head.to(tl.int64) * tokens + index
@@ -135,7 +133,7 @@ def move_kernel(
 @triton.jit(do_not_specialize=["pools", "lengths"])
 def finish_kernel(
     addresses,
-    words,
+    sizes,
     cleared,
     table,
     kept,
@@ -157,7 +155,7 @@ def finish_kernel(
             tl.store(length + place, stays)
     else:
         kind = tl.load(cleared + tl.program_id(2))
-        size = tl.load(words + kind)
+        size = tl.load(sizes + kind)
         field = tl.load(addresses + kind * pools + pool).to(tl.pointer_type(WORD))
         begin, end = (start + stays) * size, (start + used) * size
         at = begin + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -225,59 +223,39 @@ def scatter(held: HeadsOfPools, name: str, numbers: torch.Tensor) -> None:
 
 
 @launcher
-def compact_heads(
-    held: HeadsOfPools, keep: torch.Tensor, kept: torch.Tensor, clear: Sequence[str]
-) -> None:
+def compact_heads(held: HeadsOfPools, keep: torch.Tensor, kept: torch.Tensor) -> None:
     """See `HeadsOfPools.compact`."""
     pools, (rows, heads, tokens) = held.pools, held.offset.shape
-    sources, targets = torch.empty_like(held.offset), torch.empty_like(held.offset)
-    moves, keep = torch.empty_like(kept), keep.contiguous()
     # Offsets stand for slots: the pools are found later.
-    pair_kernel[(rows * heads,)](
-        held.offset,
-        held.offset,
-        keep.view(torch.uint8),
-        kept,
-        sources,
-        targets,
-        moves,
-        tokens,
-        BLOCK=512,
-        num_warps=4,
-    )
-    sizes = [shape.numel() * dtype.itemsize for dtype, shape in pools.kinds.values()]
-    word, names = gcd(8, *sizes), list(pools.kinds)
-    told = torch.tensor(
-        [*(size // word for size in sizes), *(names.index(name) for name in clear)], device="cpu"
-    )
-    words, cleared = send(told, kept.device).split([len(sizes), len(clear)])
-    width = min(256, power_of_two(max(sizes) // word))
+    sources, targets, moves = pair(held.offset, held.offset, keep, kept)
+    fields, count = len(pools.kinds), pools.addresses.shape[1]
+    word = WORDS[pools.word_bytes]
+    width = min(256, power_of_two(max(pools.words(name) for name in pools.kinds)))
     block = min(1024, 4096 // width)
-    count = pools.addresses.shape[1]
-    move_kernel[(rows * heads, blocks(tokens, block), len(sizes))](
+    move_kernel[(rows * heads, blocks(tokens, block), fields)](
         pools.addresses,
-        words,
+        pools.sizes,
         held.table,
         sources,
         targets,
         moves,
         tokens,
         count,
-        WORD=WORDS[word],
+        WORD=word,
         BLOCK_N=block,
         BLOCK_E=width,
         num_warps=4,
     )
-    most = max([sizes[names.index(name)] // word for name in clear], default=1)
-    finish_kernel[(rows * heads, blocks(tokens * most, 1024), len(clear) + 1)](
+    most = max([pools.words(name) for name in pools.statistics], default=1)
+    finish_kernel[(rows * heads, blocks(tokens * most, 1024), len(pools.statistics) + 1)](
         pools.addresses,
-        words,
-        cleared,
+        pools.sizes,
+        pools.cleared,
         held.table,
         kept,
         count,
-        len(sizes),
-        WORD=WORDS[word],
+        fields,
+        WORD=word,
         BLOCK=1024,
         num_warps=4,
     )

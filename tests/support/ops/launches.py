@@ -153,10 +153,11 @@ def layers_at_once(dtype, head_size):
     fields = {"keys": keys, "values": values, "positions": positions, "notes": notes}
     table = torch.stack([length, length, layout.start, length]).repeat(1, 2, 1)
     first = torch.zeros(2 * BATCH, dtype=torch.long)
-    held = HeadsOfPools.read(Pools.of([fields] * 2, [length] * 2), table, first, CAPACITY)
+    pools = Pools.of([fields] * 2, [length] * 2, ["notes"])
+    held = HeadsOfPools.read(pools, table, first, CAPACITY)
     held.field("keys")
     held.write("notes", held.field("notes"))
-    held.compact(torch.zeros_like(held.offset, dtype=torch.bool), table[3], ["notes"])
+    held.compact(torch.zeros_like(held.offset, dtype=torch.bool), table[3])
 
 
 # What is launched, and how many programs of each kernel must fit one multiprocessor: two wherever

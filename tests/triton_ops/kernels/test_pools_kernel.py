@@ -65,7 +65,7 @@ def test_what_is_kept_stays_and_nothing_else_changes(rows, dtype, device):
     lengths = [length.to(device, copy=True) for _, length, _ in pools]
     before = [contents(pool) for pool in pools]
     table, first = choose(pools, rows, device), torch.tensor([3] * len(rows) * 3, device=device)
-    known = Pools.of([fields for *_, fields in pools], lengths)
+    known = Pools.of([fields for *_, fields in pools], lengths, ["state"])
     held = HeadsOfPools.read(known, table, first, int(table[3].max()))
 
     # Read: in order of position, filler last and zero.
@@ -92,7 +92,7 @@ def test_what_is_kept_stays_and_nothing_else_changes(rows, dtype, device):
     noted = torch.randint(1, 9, held.offset.shape, dtype=torch.int32).to(device)
     held.write("state", noted)
     keep = (torch.rand(held.offset.shape) < 0.5).to(device) & held.valid
-    held.compact(keep, keep.sum(-1), ["state"])
+    held.compact(keep, keep.sum(-1))
     flat_keep, flat_noted = keep.flatten(0, 1).tolist(), noted.flatten(0, 1).tolist()
     for number, (layout, _, fields) in enumerate(pools):
         stays = list(before[number])
@@ -118,7 +118,7 @@ def test_what_is_kept_stays_and_nothing_else_changes(rows, dtype, device):
 def test_pools_that_moved_are_others_and_are_not_kept_alive(device):
     pools = make(2, torch.float32, device)
     fields, lengths = [pool[2] for pool in pools], [pool[1].to(device, copy=True) for pool in pools]
-    known = Pools.of(fields, lengths)
+    known = Pools.of(fields, lengths, [])
     assert known.are(fields, lengths)
     assert not known.are(fields[:1], lengths[:1])
     assert not known.are(fields, [lengths[0], lengths[1].clone()])
@@ -130,4 +130,4 @@ def test_pools_that_moved_are_others_and_are_not_kept_alive(device):
 def test_pools_of_different_kinds_are_refused(device):
     fields = [{"positions": torch.zeros(4, dtype=kind)} for kind in (torch.int32, torch.int64)]
     with pytest.raises(ValueError, match="expected contiguous fields of the same names, types"):
-        Pools.of(fields, [torch.zeros(1, 1, dtype=torch.long)] * 2)
+        Pools.of(fields, [torch.zeros(1, 1, dtype=torch.long)] * 2, [])
