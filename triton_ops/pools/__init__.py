@@ -77,14 +77,18 @@ class Pools:
                 f"pool, got {kinds}."
             )
         names, device = list(kinds[0]), lengths[0].device
-        table = [[_address(each[name]) for each in fields] for name in names]
-        table.append([_address(each) for each in lengths])
+        places = [_address(each[name]) for name in names for each in fields]
+        places += [_address(each) for each in lengths]
+        sizes = [_words(kinds[0], name) for name in names]
+        cleared = [names.index(name) for name in statistics]
+        numbers = torch.tensor([*places, *sizes, *cleared], device="cpu")
+        there = launch.send(numbers, device).split([len(places), len(sizes), len(cleared)])
         return Pools(
             kinds=kinds[0],
             statistics=tuple(statistics),
-            addresses=_sent(table, device),
-            sizes=_sent([_words(kinds[0], name) for name in names], device),
-            cleared=_sent([names.index(name) for name in statistics], device),
+            addresses=there[0].view(-1, len(lengths)),
+            sizes=there[1],
+            cleared=there[2],
             known=tuple(map(weakref.ref, every)),
         )
 
@@ -120,10 +124,6 @@ def _word_bytes(kinds: Kinds) -> int:
 def _words(kinds: Kinds, name: str) -> int:
     dtype, shape = kinds[name]
     return dtype.itemsize * shape.numel() // _word_bytes(kinds)
-
-
-def _sent(numbers: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
-    return launch.send(torch.tensor(numbers, dtype=torch.long, device="cpu"), device)
 
 
 def _all(fields: Sequence[Fields], lengths: Sequence[torch.Tensor]) -> list[torch.Tensor]:
