@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -130,39 +130,97 @@ def answer_arms(
         If the journal is of another model or version, or has answers of other settings under the
         same names.
     """
-    about = {
-        "fingerprint": fingerprint(model),
-        "dtype": str(model.dtype),
-        "limit": MAX_NEW_TOKENS,
-        **versions(),
-    }
     most = max(arm.problems for arm in arms)
     problems = {task: make_problems(task, most, seed) for task in tasks}
+
+    def make(arm: Arm, task: str, numbers: Sequence[int]) -> list[Chain]:
+        batch = {number: problems[task][number] for number in numbers}
+        return answer(model, tokenizer, batch, arm, seed)
+
+    about = about_model(model) | {"limit": MAX_NEW_TOKENS}
+    return fill(model, path, Chain, about, arms, tasks, seed, batch_size, make)
+
+
+class Line(Protocol):
+    """A line of a journal on one problem under one arm."""
+
+    @property
+    def key(self) -> tuple[str, int, int, str, int | float | None]:
+        """Task, seed, number, name of the cache, budget."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """That of the arm's spec."""
+        ...
+
+
+L = TypeVar("L", bound=Line)
+
+
+def fill(
+    model: PreTrainedModel,
+    path: Path,
+    kind: type[L],
+    about: Mapping[str, Any],
+    arms: Sequence[Arm],
+    tasks: Sequence[str],
+    seed: int,
+    batch_size: int,
+    make: Callable[[Arm, str, Sequence[int]], list[L]],
+) -> list[list[L]]:
+    """Make the lines that a journal lacks; return those of each arm, by task and number.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    path : Path
+        Of the journal, whose lines are of a `kind` and `about` the same.
+    kind : type
+    about : mapping
+    arms : sequence of Arm
+    tasks : sequence of str
+    seed : int
+        Of the problems.
+    batch_size : int
+        Problems at once.
+    make : Callable
+        Makes the lines of an arm on some problems of a task, by number.
+
+    Raises
+    ------
+    ValueError
+        If the journal is about something else, or has lines of other settings under the same names.
+    """
     found = []
     with (
-        Journal(path, Chain, about, Processes.of(model)) as journal,
-        tqdm(total=len(tasks) * sum(arm.problems for arm in arms), unit="answer") as bar,
+        Journal(path, kind, dict(about), Processes.of(model)) as journal,
+        tqdm(total=len(tasks) * sum(arm.problems for arm in arms), unit="chain") as bar,
     ):
         for arm in arms:
             bar.set_description(f"{arm.spec.name} {arm.budget or ''}".strip()[:40])
-            chains = []
+            lines = []
             for task in tasks:
                 keys = [(task, seed, n, arm.spec.name, arm.budget) for n in range(arm.problems)]
                 missing = [key[2] for key in keys if key not in journal.records]
                 for start in range(0, len(missing), batch_size):
                     numbers = missing[start : start + batch_size]
-                    batch = {number: problems[task][number] for number in numbers}
-                    journal.add(answer(model, tokenizer, batch, arm, seed))
-                    bar.update(len(batch))
+                    journal.add(make(arm, task, numbers))
+                    bar.update(len(numbers))
                 bar.update(len(keys) - len(missing))
-                chains += [journal.records[key] for key in keys]
-            if {chain.digest for chain in chains} != {digest(arm.spec)}:
+                lines += [journal.records[key] for key in keys]
+            if {line.digest for line in lines} != {digest(arm.spec)}:
                 raise ValueError(
-                    f"{path}: expected answers by {arm.spec.name} as it is now, got some of other "
+                    f"{path}: expected lines on {arm.spec.name} as it is now, got some of other "
                     "settings under this name; choose another file, or another name."
                 )
-            found.append(chains)
+            found.append(lines)
     return found
+
+
+def about_model(model: PreTrainedModel) -> dict[str, str]:
+    """Return what all lines of a journal have in common."""
+    return {"fingerprint": fingerprint(model), "dtype": str(model.dtype), **versions()}
 
 
 def digest(spec: CacheSpec) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from examples.research.arguments import parse, parser
 from examples.research.harness import FULL, Summary, fill_table
 from examples.research.policies import BUFFER, make_spec, policies, wave
-from examples.research.tables import markdown, publish, read_csv, versions
+from examples.research.tables import read_csv, show, versions
 from examples.tiny_reasoner import (
     DEVELOPMENT_SEEDS,
     MODELS,
@@ -119,10 +119,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "mean over the steps that a solution takes. `at the end`: when the longest row of a batch "
         "ends."
     )
-    if arguments.development:
-        print(markdown(rows, note))
-    else:
-        publish(rows, note, table, arguments.output, arguments.document)
+    show(rows, note, table, arguments)
 
 
 if __name__ == "__main__":

@@ -13,27 +13,30 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.real_model.model import SENSITIVITY
-from examples.research.arguments import parse, reasoner_parser
+from examples.research.arguments import parse
 from examples.research.branch_recordings import Sampling, generate_arguments
-from examples.research.reasoners import REASONERS, Reasoner, TinyReasoner, encode, mixed
-from examples.research.tables import markdown, publish, versions
+from examples.research.reasoner_batches import (
+    Key,
+    answer_batches,
+    batches_parser,
+    seed_of,
+    table_name,
+)
+from examples.research.reasoners import REASONERS, Reasoner, TinyReasoner, encode
+from examples.research.tables import show, versions
 from examples.research.timed_branches import watch_bytes
-from examples.tiny_reasoner import DEVELOPMENT_SEEDS, MODELS, TEST_SEEDS
+from examples.tiny_reasoner import MODELS
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.branching import ConfidentExit, ExitRules
 from hf_reasoncache.branching.generate import branch_generate
 from hf_reasoncache.cache import CacheFactory
 from hf_reasoncache.evaluation import Paired, Share
-from hf_reasoncache.evaluation.journal import Journal
-from hf_reasoncache.processes import Processes
 from hf_reasoncache.releases import cache_kwarg
 
 FULL = "every token"
@@ -156,49 +159,23 @@ def table(batches: Sequence[Batch]) -> list[dict[str, str]]:
 
 def main() -> None:
     """Run what is missing, then write the table."""
-    made = reasoner_parser(__doc__, "branches.md", problems=100)
+    made = batches_parser(__doc__, "branches.md", batch=50)
     made.add_argument("--budgets", type=int, nargs="+", default=[144])
-    made.add_argument("--branches", type=int, default=1)
     made.add_argument("--temperature", type=float, default=1.3)
-    made.add_argument("--development", action="store_true", help="other problems, no document")
-    made.add_argument("--batch", type=int, default=50)
-    made.add_argument("--recordings", type=Path, default=Path("recordings"))
     arguments = parse(made)
-    seed = DEVELOPMENT_SEEDS[900] if arguments.development else TEST_SEEDS[0]
+    seed, name = seed_of(arguments, 900), table_name(arguments, "compressed_branches")
     reasoner = REASONERS[arguments.reasoner]
     sampling = Sampling(reasoner, arguments.temperature, arguments.branches, arguments.batch)
-    name = f"compressed_branches-{reasoner.name}"
-    if arguments.branches > 1:
-        name += f"-{arguments.branches}"
-    problems = mixed(reasoner, arguments.problems, seed)
-    keys = [
-        (suffix, budget, task, start)
-        for suffix, budget in [
-            (FULL, 0),
-            *((suffix, budget) for budget in arguments.budgets for suffix in SCORERS),
-        ]
-        for task, some in problems.items()
-        for start in range(0, len(some), arguments.batch)
-    ]
-    settings = {
-        "problems": arguments.problems,
-        "batch": arguments.batch,
-        "temperature": arguments.temperature,
-        "seed": seed,
-    }
-    path = arguments.recordings / f"{name}-{seed}.jsonl"
-    with Journal(path, Batch, settings, Processes(cpu=True)) as journal:
-        missing = [key for key in keys if key not in journal.records]
-        if missing:
-            model, tokenizer = reasoner.load()
-            model.set_attn_implementation("reasoncache")
-        for key in tqdm(missing, unit="batch", desc=name):
-            suffix, budget, task, start = key
-            some = problems[task][start : start + arguments.batch]
-            compressed = make_suffix(reasoner, suffix, budget)
-            found = run(model, tokenizer, some, sampling, compressed)
-            journal.add([Batch(suffix, budget, task, start, **found)])
-        rows = table([journal.records[key] for key in keys])
+    ways = [(suffix, budget) for budget in arguments.budgets for suffix in SCORERS]
+
+    def make(
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: Key, some: Sequence[Any]
+    ) -> Batch:
+        compressed = make_suffix(reasoner, *key[:2])
+        return Batch(*key, **run(model, tokenizer, some, sampling, compressed))
+
+    settings = {"temperature": arguments.temperature}
+    rows = table(answer_batches(arguments, name, seed, [(FULL, 0), *ways], Batch, settings, make))
     way = "greedy"
     if arguments.branches > 1:
         way = f"the vote of {arguments.branches} branches at temperature {arguments.temperature:g}"
@@ -209,10 +186,7 @@ def main() -> None:
         f"that all of a batch held, over its branches, one prompt each. Buffer {COMMON['buffer']}, "
         f"window {COMMON['window']}. {versions()}."
     )
-    if arguments.development:
-        print(markdown(rows, note))
-    else:
-        publish(rows, note, name, arguments.output, arguments.document)
+    show(rows, note, name, arguments)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import Cache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from examples.real_model.perplexity import CHUNK
 from examples.real_model.reasoner.problems import make_problems
 from examples.real_model.reasoner.train import Example, encode
-from examples.research.chains import Arm, digest, held_by_row
-from hf_reasoncache.calibration.settings import versions
-from hf_reasoncache.evaluation.journal import Journal
-from hf_reasoncache.processes import Processes
-from hf_reasoncache.profiles.fingerprint import fingerprint
+from examples.research.chains import Arm, about_model, digest, fill, held_by_row
 from hf_reasoncache.releases import cache_kwarg
 
 
@@ -149,39 +144,20 @@ def read_arms(
         If the journal is of another model or version, or has lines of other settings under the
         same names.
     """
-    about = {"fingerprint": fingerprint(model), "dtype": str(model.dtype), **versions()}
     most = max(arm.problems for arm in arms)
     examples = {
         task: [encode(tokenizer, problem) for problem in make_problems(task, most, seed)]
         for task in tasks
     }
-    found = []
-    with (
-        Journal(path, Reading, about, Processes.of(model)) as journal,
-        tqdm(total=len(tasks) * sum(arm.problems for arm in arms), unit="chain") as bar,
-    ):
-        for arm in arms:
-            bar.set_description(f"{arm.spec.name} {arm.budget or ''}".strip()[:40])
-            keys = [
-                (task, seed, number, arm.spec.name, arm.budget)
-                for task in tasks
-                for number in range(arm.problems)
-            ]
-            for task in tasks:
-                missing = [key for key in keys if key[0] == task and key not in journal.records]
-                for start in range(0, len(missing), batch_size):
-                    some = missing[start : start + batch_size]
-                    own = {key: examples[task][key[2]] for key in some}
-                    journal.add(_readings(model, own, arm))
-                    bar.update(len(some))
-            readings = [journal.records[key] for key in keys]
-            if {each.digest for each in readings} != {digest(arm.spec)}:
-                raise ValueError(
-                    f"{path}: expected lines on {arm.spec.name} as it is now, got some of other "
-                    "settings under this name; choose another file, or another name."
-                )
-            found.append(readings)
-    return found
+
+    def make(arm: Arm, task: str, numbers: Sequence[int]) -> list[Reading]:
+        own = {
+            (task, seed, number, arm.spec.name, arm.budget): examples[task][number]
+            for number in numbers
+        }
+        return _readings(model, own, arm)
+
+    return fill(model, path, Reading, about_model(model), arms, tasks, seed, batch_size, make)
 
 
 def _readings(

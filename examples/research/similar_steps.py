@@ -12,21 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.research.arguments import parse, reasoner_parser
-from examples.research.reasoners import REASONERS, Reasoner, encode, mixed
-from examples.research.tables import markdown, publish, versions
-from examples.tiny_reasoner import DEVELOPMENT_SEEDS, TEST_SEEDS
+from examples.research.arguments import parse
+from examples.research.reasoner_batches import (
+    Key,
+    answer_batches,
+    batches_parser,
+    seed_of,
+    table_name,
+)
+from examples.research.reasoners import REASONERS, Reasoner, encode
+from examples.research.tables import show, versions
 from hf_reasoncache.evaluation import Paired, Share
-from hf_reasoncache.evaluation.journal import Journal
 from hf_reasoncache.experimental import StepShareCache
-from hf_reasoncache.processes import Processes
 from hf_reasoncache.releases import cache_kwarg
 
 NOTHING = "nothing"
@@ -169,48 +171,23 @@ def _percent(part: int, whole: int) -> str:
 
 def main() -> None:
     """Run what is missing, then write the table."""
-    made = reasoner_parser(__doc__, "self_consistency.md", problems=100)
+    made = batches_parser(
+        __doc__, "self_consistency.md", batch=20, branches="sampled ones of each problem"
+    )
     made.add_argument("--distances", type=float, nargs="+", default=[0.3, 1.0])
     made.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    made.add_argument("--branches", type=int, default=1, help="sampled ones of each problem")
-    made.add_argument("--development", action="store_true", help="other problems, no document")
-    made.add_argument("--batch", type=int, default=20)
-    made.add_argument("--recordings", type=Path, default=Path("recordings"))
     arguments = parse(made)
-    seed = DEVELOPMENT_SEEDS[800] if arguments.development else TEST_SEEDS[0]
+    seed, name = seed_of(arguments, 800), table_name(arguments, "similar_steps")
     reasoner = REASONERS[arguments.reasoner]
-    name = f"similar_steps-{reasoner.name}"
-    if arguments.branches > 1:
-        name += f"-{arguments.branches}"
-    problems = mixed(reasoner, arguments.problems, seed)
-    batches = [
-        (mode, distance, task, start)
-        for mode, distance in [
-            (NOTHING, 0.0),
-            *((mode, d) for d in arguments.distances for mode in arguments.modes),
-        ]
-        for task, some in problems.items()
-        for start in range(0, len(some), arguments.batch)
-    ]
-    settings = {"problems": arguments.problems, "batch": arguments.batch, "seed": seed}
-    path = arguments.recordings / f"{name}-{seed}.jsonl"
-    with Journal(path, Tally, settings, Processes(cpu=True)) as journal:
-        missing = [batch for batch in batches if batch not in journal.records]
-        if missing:
-            model, tokenizer = reasoner.load()
-            model.set_attn_implementation("reasoncache")
-        for batch in tqdm(missing, unit="batch", desc=name):
-            mode, distance, task, start = batch
-            found = run(
-                model,
-                tokenizer,
-                reasoner,
-                problems[task][start : start + arguments.batch],
-                MODES.get(mode, {}) | {"distance": distance},
-                arguments.branches,
-            )
-            journal.add([Tally(mode, distance, task, start, **found)])
-        rows = table([journal.records[batch] for batch in batches])
+    ways = [(mode, distance) for distance in arguments.distances for mode in arguments.modes]
+
+    def make(
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: Key, some: Sequence[Any]
+    ) -> Tally:
+        how = MODES.get(key[0], {}) | {"distance": key[1]}
+        return Tally(*key, **run(model, tokenizer, reasoner, some, how, arguments.branches))
+
+    rows = table(answer_batches(arguments, name, seed, [(NOTHING, 0.0), *ways], Tally, {}, make))
     way = f"{arguments.branches} branches sampled" if arguments.branches > 1 else "greedy"
     note = (
         f"{reasoner.title}, {arguments.problems} "
@@ -219,10 +196,7 @@ def main() -> None:
         "with McNemar's p; nats: divergence of the next-token distribution from the full cache's "
         f"on the same text. {versions()}."
     )
-    if arguments.development:
-        print(markdown(rows, note))
-    else:
-        publish(rows, note, name, arguments.output, arguments.document)
+    show(rows, note, name, arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import platform
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,16 @@ def publish(
     write_csv(output / f"{name}.csv", rows)
     insert(document, name, markdown(rows, note))
     print(f"{len(rows)} lines in {output / name}.csv and in {document}")
+
+
+def show(
+    rows: Sequence[Mapping[str, str]], note: str, name: str, arguments: argparse.Namespace
+) -> None:
+    """Print a table on development problems; publish one on fresh ones."""
+    if arguments.development:
+        print(markdown(rows, note))
+    else:
+        publish(rows, note, name, arguments.output, arguments.document)
 
 
 def insert(document: Path, name: str, text: str) -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.real_model.reasoner import adapter, attention, evaluate
 from examples.real_model.reasoner.problems import NUMBERS, make_problems
@@ -19,7 +18,7 @@ from examples.real_model.reasoner.train import (
     group,
     predict,
 )
-from tests.support.tokenizers import Words
+from tests.support.tokenizers import Words, words_model
 
 SETTINGS = Settings(steps=12, ramp=6, tokens=400, warmup=2, rank=4, alpha=8.0)
 
@@ -28,18 +27,7 @@ TOKENIZER = Words()
 
 
 def make_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER.ids),
-        initializer_range=0.2,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        attn_implementation=attention.NAME,
-    )
-    return LlamaForCausalLM(config)
+    return words_model(TOKENIZER, layers=2, attention=attention.NAME)
 
 
 def loss_of(trainer):

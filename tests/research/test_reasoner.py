@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from examples.real_model.perplexity import CHUNK
 from examples.real_model.reasoner.problems import TASKS, make_problems
@@ -31,7 +31,7 @@ from hf_reasoncache.evaluation import CacheSpec
 from hf_reasoncache.evaluation.specs import FULL
 from hf_reasoncache.releases import cache_kwarg
 from tests.support.profiles import make_profile
-from tests.support.tokenizers import Words
+from tests.support.tokenizers import Words, words_model
 
 TOKENIZER = Words()
 LIMIT = 40
@@ -42,18 +42,7 @@ SPEC = CacheSpec(
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER.ids),
-        initializer_range=0.2,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        attn_implementation="reasoncache",
-    )
-    return LlamaForCausalLM(config).eval()
+    return words_model(TOKENIZER, layers=3, attention="reasoncache").eval()
 
 
 @pytest.fixture(autouse=True)

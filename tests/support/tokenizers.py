@@ -1,10 +1,11 @@
-"""Byte-level, with a chat template, trained on a few words; letters; and words of the reasoner."""
+"""Byte-level, with a chat template, trained on a few words; letters; the reasoner's words."""
 
 import re
 from string import ascii_uppercase
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.real_model.reasoner.problems import (
     CITIES,
@@ -93,3 +94,19 @@ class Words:
     def apply_chat_template(self, chat, tokenize, add_generation_prompt):
         assert not tokenize and add_generation_prompt and chat[0]["role"] == "user"
         return f"<user>{chat[0]['content']}<reply>"
+
+
+def words_model(tokenizer: Words, layers: int, attention: str) -> LlamaForCausalLM:
+    """Return a model of random weights, of six query and two KV heads, that knows these words."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer.ids),
+        initializer_range=0.2,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        attn_implementation=attention,
+    )
+    return LlamaForCausalLM(config)
