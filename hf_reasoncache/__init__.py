@@ -14,6 +14,7 @@ from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
 from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.caches.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.model_graphs import decode_graphs, disable_graphs, enable_graphs
+from hf_reasoncache.pipeline import pipeline
 from hf_reasoncache.profiles.profile import BudgetProfile
 from hf_reasoncache.protection import Protect
 from hf_reasoncache.risk import Risk
@@ -35,6 +36,7 @@ __all__ = [
     "decode_graphs",
     "disable_graphs",
     "enable_graphs",
+    "pipeline",
     "prefill_once",
     "warm_up",
 ]

@@ -100,7 +100,9 @@ class ReasonCache(Cache):
 
     @classmethod
     def policy(cls, **settings: Any) -> CacheFactory:
-        """Describe how this class compresses, for `SharedBranchCache(suffix=...)`.
+        """Describe a cache of this class without a config, which is given later.
+
+        `SharedBranchCache(suffix=...)` and `pipeline(cache=...)` take such a description.
 
         Parameters
         ----------
@@ -368,7 +370,7 @@ class ReasonCache(Cache):
 
 @dataclass(frozen=True)
 class CacheFactory:
-    """How branches are compressed while they share their prompt; made by `policy` of a cache.
+    """A cache but for its config, made by `policy` of its class; called with one, a new cache.
 
     Attributes
     ----------
@@ -379,3 +381,7 @@ class CacheFactory:
 
     cache: type[ReasonCache]
     settings: dict[str, Any]
+
+    def __call__(self, config: PretrainedConfig) -> ReasonCache:
+        """Make a new cache for a model."""
+        return self.cache(config, **self.settings)

@@ -70,6 +70,7 @@ PARTS: dict[str, set[str]] = {
     "graphs": CACHES
     | {"graph_use", "layer", "precision", "releases", "shards", "sliding", "triton_ops"},
     "model_graphs": CACHES | {"graphs", "releases", "triton_ops"},
+    "pipeline": {"attention", "model_graphs", "releases"},
     "warm_up": CACHES | LAYERS | {"geometry", "scorers", "triton_ops"},
     "branching": CACHES | {"arguments", "geometry", "releases"},
     "experimental": CACHES
@@ -121,6 +122,7 @@ LIBRARIES: dict[str, set[str]] = {
     "hf_reasoncache.layer": {"torch", "transformers"},
     "hf_reasoncache.sliding": {"torch", "transformers"},
     "hf_reasoncache.graphs": {"torch", "transformers"},
+    "hf_reasoncache.pipeline": {"transformers"},
     "hf_reasoncache.branching": {"torch", "transformers"},
     "hf_reasoncache.experimental": {"torch", "transformers"},
     "hf_reasoncache.calibration": {"torch", "transformers", "safetensors"},

@@ -84,7 +84,7 @@ class SharedBranchCache(ReasonCache):
         self.max_bytes = max_bytes
         self._forget_parked()
         # It checks its arguments, and has a layer for each of ours.
-        compressed = None if suffix is None else suffix.cache(config, **suffix.settings)
+        compressed = None if suffix is None else suffix(config)
         deduplicator = PromptDeduplicator()
         self._stores: list[BranchStore] = []
 
