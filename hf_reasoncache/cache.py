@@ -295,12 +295,18 @@ class ReasonCache(Cache):
         """
         self._joint.run()
 
-    def report(self) -> CacheReport:
-        """Return what is held now, and what it took; of the KV heads that this process holds."""
+    def report(self, *, positions: bool = False) -> CacheReport:
+        """Return what is held now, and what it took; of the KV heads that this process holds.
+
+        Parameters
+        ----------
+        positions : bool
+            Whether also which tokens are held, for `CacheReport.to_html`.
+        """
         ours = self.own_layers
         return CacheReport(
             seen=self.get_seq_length(),
-            layers=tuple(LayerReport.of(layer.index, layer) for layer in ours),
+            layers=tuple(LayerReport.of(layer.index, layer, positions=positions) for layer in ours),
             other_bytes=sum(storage_bytes(layer) for layer in self.foreign_layers),
             shard=ours[0].shard.describe(ours[0].held().shape[1]),
             graphs=self._describe_graphs(),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from textwrap import wrap
 from typing import Any
 
 import torch
 
 from hf_reasoncache.layer import CacheLayer
+from hf_reasoncache.report_html import Text, page
 from hf_reasoncache.risk import RiskLog
 from hf_reasoncache.sliding import SlidingLayer
 from hf_reasoncache.storage.pool_store import distinct_bytes
@@ -51,6 +54,8 @@ class LayerReport:
         CPU memory of the shadow, its log included, in no other number.
     token_bytes : int
         Bytes of the key and value of one token in one head; 0 without a pool.
+    holding : IntTensor[B, T] or None
+        How many KV heads hold each column seen, -1 for padding, on the CPU; None unless asked for.
     """
 
     index: int
@@ -67,10 +72,11 @@ class LayerReport:
     shadow_bytes: int = 0
     table_bytes: int = 0
     token_bytes: int = 0
+    holding: torch.Tensor | None = None
 
     @staticmethod
-    def of(index: int, layer: CacheLayer) -> LayerReport:
-        """Describe a layer as it is now."""
+    def of(index: int, layer: CacheLayer, *, positions: bool = False) -> LayerReport:
+        """Describe a layer as it is now, with the positions that it holds if they are asked for."""
         pool, kv_bytes = layer.store.pool, distinct_bytes(layer.kv_tensors())
         logs = [observer.log for observer in layer.observers if observer.log is not None]
         measured = layer.policy is not None and layer.policy.risk is not None
@@ -91,7 +97,22 @@ class LayerReport:
             token_bytes=0
             if pool is None
             else sum(_bytes_of_one(pool.fields[name]) for name in ("keys", "values")),
+            holding=_holding(layer) if positions else None,
         )
+
+    def numbers(self) -> str:
+        """Format the layer without its index, for a terminal of 80 columns."""
+        counts = [count for row in self.held for count in row] or [0]
+        return (
+            f"{min(counts):18d} {sum(counts) / len(counts):5.0f} "
+            f"{max(counts):5d} {self.kv_bytes:12,}"
+            + (f"{float(self.risk.error.quantile(0.9)):10.1%}" if self.risk else "")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what can be written as JSON; of errors the median, the 90% quantile and the most."""
+        plain = {name: value for name, value in vars(self).items() if name != "holding"}
+        return plain | {name: _quantiles(getattr(self, name)) for name in ("risk", "probes")}
 
 
 @dataclass(frozen=True)
@@ -309,15 +330,98 @@ class CacheReport:
             ]
         lines += self._lines_of_risk() + self._lines_of_probes()
         risk = self.errors is not None
-        lines.append("layer   held per head: min  mean   max     KV bytes" + "  risk 90%" * risk)
-        for layer in self.layers:
-            counts = [count for row in layer.held for count in row] or [0]
-            lines.append(
-                f"{layer.index:5d} {min(counts):20d} {sum(counts) / len(counts):5.0f} "
-                f"{max(counts):5d} {layer.kv_bytes:12,}"
-                + (f"{float(layer.risk.error.quantile(0.9)):10.1%}" if layer.risk else "")
-            )
+        lines.append(" layer  held per head: min  mean   max     KV bytes" + "  risk 90%" * risk)
+        for numbers, alike in groupby(self.layers, LayerReport.numbers):
+            indices = [layer.index for layer in alike]
+            lines.append(f"{_range(indices):>7} {numbers}")
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what can be written as JSON: the attributes, and what follows from them.
+
+        Without the positions held, for which there is `to_html`.
+        """
+        derived = ("kv_bytes", "table_bytes", "total_bytes", "dynamic_bytes", "mean_held")
+        derived += ("evictions", "evicted", "backend", "nothing_evicted", "saves_nothing")
+        return {
+            "seen": self.seen,
+            **{name: getattr(self, name) for name in derived},
+            "other_bytes": self.other_bytes,
+            "graphs": self.graphs,
+            "shard": self.shard,
+            "branches": None if self.branches is None else asdict(self.branches),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def to_html(self, ids: torch.Tensor, tokenizer: Any) -> str:
+        """Show which tokens of a text are held, and by how many heads, as a page for a browser.
+
+        Parameters
+        ----------
+        ids : LongTensor[B, T]
+            The text as `generate` returned it, padding and prompt included. The newest tokens may
+            be more than the cache has seen: the last one was never fed.
+        tokenizer
+            Turns ids into text.
+
+        Returns
+        -------
+        str
+            HTML that needs no other file: every token, the darker the more heads hold it, in one
+            layer or on average over all, row by row.
+
+        Raises
+        ------
+        ValueError
+            If the report was made without positions, or the text has other rows than the cache or
+            fewer tokens than it has seen.
+        """
+        holding = [layer.holding for layer in self.layers if layer.holding is not None]
+        if not holding:
+            raise ValueError(
+                "to_html: expected a report with positions of a cache that has seen tokens, got "
+                "none; make it by cache.report(positions=True)."
+            )
+        rows = len(holding[0])
+        if ids.dim() != 2 or len(ids) != rows or ids.shape[1] < self.seen:
+            raise ValueError(
+                f"ids: expected {rows} rows of {self.seen} tokens or more, as the cache has seen, "
+                f"got shape {list(ids.shape)}."
+            )
+        heads = [len(layer.held[0]) for layer in self.layers]
+        texts = []
+        for row, line in enumerate(ids.tolist()):
+            first = int((holding[0][row] >= 0).int().argmax())
+            words = [tokenizer.decode([token]) for token in line[first:]]
+            shares = [each[row, first:] / count for each, count in zip(holding, heads, strict=True)]
+            texts.append(Text(words, torch.stack(shares), first))
+        return page(texts, [layer.index for layer in self.layers], str(self))
+
+
+def _holding(layer: CacheLayer) -> torch.Tensor | None:
+    """`LayerReport.holding`; None before the first forward."""
+    if layer.rows is None:
+        return None
+    counts = torch.zeros(layer.rows, layer.seen, dtype=torch.int32, device="cpu")
+    for row, heads in enumerate(layer.held_now()):
+        for columns in heads:
+            counts[row, columns] += 1
+    columns = torch.arange(layer.seen, device="cpu")
+    return counts.masked_fill(columns < layer.store.first[:, None], -1)
+
+
+def _quantiles(log: RiskLog | None) -> dict[str, float] | None:
+    """What is written of a log; None if there is none, or nothing in it."""
+    if log is None or not log.error.numel():
+        return None
+    levels = torch.tensor([0.5, 0.9, 1.0], device="cpu")
+    found = log.error.float().flatten().quantile(levels).tolist()
+    return dict(zip(("median", "quantile_90", "most"), found, strict=True))
+
+
+def _range(indices: Sequence[int]) -> str:
+    """Name layers that follow each other."""
+    return str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
 
 
 def _bytes_of_one(storage: torch.Tensor) -> int:

@@ -63,7 +63,8 @@ PARTS: dict[str, set[str]] = {
     "weights_and_gradients": {"layer"},
     "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "layer"}
     | {"precision", "shards", "sliding", "storage"},
-    "report": {"layer", "risk", "sliding", "storage", "triton_ops"},
+    "report_html": set(),
+    "report": {"layer", "report_html", "risk", "sliding", "storage", "triton_ops"},
     "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile"},
     "sliding": set(),
     "graph_use": set(),

@@ -246,9 +246,9 @@ class SharedBranchCache(ReasonCache):
             self._steps_over += 1
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def report(self) -> CacheReport:
+    def report(self, *, positions: bool = False) -> CacheReport:
         """See `ReasonCache.report`; with what branches share."""
-        report = super().report()
+        report = super().report(positions=positions)
         branches = BranchReport(
             rows=self._rows(),
             parked=len(self._parking.branches),

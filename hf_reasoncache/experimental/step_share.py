@@ -254,7 +254,7 @@ class StepShareCache(ReasonCache):
             keys = [self._rotation.move(part[None], other[0].offset)[0] for part in keys]
         return _relative(keys, [x.keys for x in own]), values
 
-    def report(self) -> StepShareReport:
+    def report(self, *, positions: bool = False) -> StepShareReport:
         """See `ReasonCache.report`; with what is shared, and how far from what it replaced."""
         count = len(self._distances)
         keys, values = (
@@ -263,7 +263,7 @@ class StepShareCache(ReasonCache):
         )
         sealed = (store.table.kv_tensors() for store in self._stores)
         return StepShareReport(
-            **vars(super().report()),
+            **vars(super().report(positions=positions)),
             steps=self._steps,
             candidates=self._candidates,
             matched=self._matched,
