@@ -110,9 +110,16 @@ class LayerReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what can be written as JSON; of errors the median, the 90% quantile and the most."""
+        """Return what can be written as JSON; of errors some quantiles."""
         plain = {name: value for name, value in vars(self).items() if name != "holding"}
         return plain | {name: _quantiles(getattr(self, name)) for name in ("risk", "probes")}
+
+
+_DERIVED = (
+    *("kv_bytes", "table_bytes", "total_bytes", "dynamic_bytes", "mean_held"),
+    *("evictions", "evicted", "backend", "nothing_evicted", "saves_nothing"),
+)
+"""What `CacheReport.to_dict` writes besides the attributes."""
 
 
 @dataclass(frozen=True)
@@ -341,11 +348,9 @@ class CacheReport:
 
         Without the positions held, for which there is `to_html`.
         """
-        derived = ("kv_bytes", "table_bytes", "total_bytes", "dynamic_bytes", "mean_held")
-        derived += ("evictions", "evicted", "backend", "nothing_evicted", "saves_nothing")
         return {
             "seen": self.seen,
-            **{name: getattr(self, name) for name in derived},
+            **{name: getattr(self, name) for name in _DERIVED},
             "other_bytes": self.other_bytes,
             "graphs": self.graphs,
             "shard": self.shard,
@@ -404,8 +409,8 @@ def _holding(layer: CacheLayer) -> torch.Tensor | None:
         return None
     counts = torch.zeros(layer.rows, layer.seen, dtype=torch.int32, device="cpu")
     for row, heads in enumerate(layer.held_now()):
-        for columns in heads:
-            counts[row, columns] += 1
+        for held in heads:
+            counts[row, held] += 1
     columns = torch.arange(layer.seen, device="cpu")
     return counts.masked_fill(columns < layer.store.first[:, None], -1)
 

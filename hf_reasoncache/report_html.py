@@ -66,7 +66,8 @@ _PAGE = """<!DOCTYPE html>
 <style>
 :root { --text: #1b1b1f; --gone: #8b8b94; --page: #fff; --line: #d5d5dc; --held: 0, 121, 107; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e8e8ee; --gone: #6f6f7a; --page: #16161a; --line: #3a3a44; --held: 38, 166, 154; }
+  :root { --text: #e8e8ee; --gone: #6f6f7a; --page: #16161a; --line: #3a3a44;
+    --held: 38, 166, 154; }
 }
 body { color: var(--text); background: var(--page); font: 16px/1.6 system-ui, sans-serif;
   max-width: 60rem; margin: 0 auto; padding: 1rem; }

@@ -6,6 +6,7 @@ import typer
 
 from hf_reasoncache.cli.audit import audit_command
 from hf_reasoncache.cli.calibrate import calibrate
+from hf_reasoncache.cli.chat import chat_command
 from hf_reasoncache.cli.errors import run
 from hf_reasoncache.cli.evaluate import evaluate_command
 from hf_reasoncache.cli.generate import generate_command
@@ -27,6 +28,7 @@ for _command in (calibrate, show, compare, push, pull):
 app.command("evaluate")(evaluate_command)
 app.command("audit")(audit_command)
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.command("plan")(plan_command)
 
 
