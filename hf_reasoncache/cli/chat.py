@@ -54,7 +54,7 @@ def chat_command(
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Chat with a model, and see what its cache holds after each answer.
+    """Chat with a model, and see what its cache holds.
 
     A line is a turn; /new begins another conversation, and /quit or the end of the input ends it.
     An interrupt (Ctrl-C) ends an answer, and its turn is forgotten.

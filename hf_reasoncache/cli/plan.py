@@ -113,6 +113,7 @@ def plan_command(
             metavar="DIR", help="Write plan.json, plan.md and plan.png.", show_default=False
         ),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Compute how many rows fit a device, and the most tokens/s it allows.
 
@@ -141,18 +142,21 @@ def plan_command(
     tables = [_rows_that_fit(plans)]
     if sizes:
         tables.append(_at_batch(plans, sizes))
-    typer.echo("\n".join(header))
-    for columns, lines in tables:
-        typer.echo("\n" + text_table(columns, lines))
-    typer.echo("\n" + "\n".join(_LEGEND))
+    content = json.dumps([_facts(plan, sizes) for plan in plans], indent=1)
+    if as_json:
+        typer.echo(content)
+    else:
+        typer.echo("\n".join(header))
+        for columns, lines in tables:
+            typer.echo("\n" + text_table(columns, lines))
+        typer.echo("\n" + "\n".join(_LEGEND))
     if out is not None:
-        content = [_facts(plan, sizes) for plan in plans]
-        write_text(out / "plan.json", json.dumps(content, indent=1) + "\n")
+        write_text(out / "plan.json", content + "\n")
         parts = ["\n".join(f"- {line}" for line in (*header, *_LEGEND)) + "\n"]
         parts += [markdown_table(columns, lines) for columns, lines in tables]
         write_text(out / "plan.md", "\n".join(parts))
         write_bytes(out / "plan.png", plan_png(plans))
-        typer.echo(out)
+        typer.echo(out, err=as_json)
 
 
 def _device(gpu: str, memory: str | None, bandwidth: float | None, flops: float | None) -> Device:

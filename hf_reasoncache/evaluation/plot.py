@@ -113,8 +113,8 @@ def panels_png(panels: Sequence[Panel], x_label: str, y_label: str) -> bytes:
         handles,
         labels,
         loc="outside upper center",
-        # A name takes about an inch.
-        ncols=min(2 * columns, len(labels)),
+        # A line of the legend: its mark, and a fourteenth of an inch per letter.
+        ncols=max(1, int(figure.get_figwidth() / (0.6 + max(map(len, labels)) / 14))),
         frameon=False,
         fontsize="small",
     )

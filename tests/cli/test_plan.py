@@ -39,7 +39,9 @@ def test_a_plan(run, model: Path, tmp_path: Path) -> None:
     assert "Everything below is computed: ceilings, not measurements." in out
     assert "NOTE" not in out
 
-    facts = {each["cache"]: each for each in json.loads((out_dir / "plan.json").read_text())}
+    written = (out_dir / "plan.json").read_text()
+    assert run("plan", model, *arguments, "--json") == (0, written, "")
+    facts = {each["cache"]: each for each in json.loads(written)}
     assert tuple(facts) == LINES
     full, exact, small = facts.values()
     assert full["bytes_per_row"] == 32767 * 131072

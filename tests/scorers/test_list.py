@@ -15,7 +15,7 @@ from hf_reasoncache.evaluation import parse_spec
 from hf_reasoncache.scorers import RKV, SCORERS, LagKV, Random, Scorer, SnapKV, make_scorer
 from tests.support.models import build
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+START = Path(__file__).resolve().parents[2] / "docs" / "start.md"
 
 
 def test_every_scorer_is_listed_and_exported() -> None:
@@ -29,7 +29,7 @@ def test_every_scorer_is_listed_and_exported() -> None:
 
 
 def test_documentation_names_every_scorer() -> None:
-    (line,) = [each for each in README.read_text().splitlines() if "`scorer=" in each]
+    (line,) = [each for each in START.read_text().splitlines() if "`scorer=" in each]
     for name, scorer in SCORERS.items():
         assert f"`{scorer.__name__}`" in line and f'`"{name}"`' in line
 
