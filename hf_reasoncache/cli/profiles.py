@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
+from hf_reasoncache.cli.loading import expect_hub
 from hf_reasoncache.outputs import write_bytes
 from hf_reasoncache.profiles.distance import wave_distance
 from hf_reasoncache.profiles.files import CONFIG, expect_place, write_profile
-from hf_reasoncache.profiles.hub import Repository, require_repo_id
-from hf_reasoncache.profiles.loading import read_profile
+from hf_reasoncache.profiles.hub import Repository, is_repo_id, require_repo_id
+from hf_reasoncache.profiles.loading import read_profile, shipped
 from hf_reasoncache.profiles.profile import BudgetProfile
 from hf_reasoncache.profiles.summary import facts, layer_rows, title
 
@@ -58,6 +59,7 @@ def show(
 
     The error is one standard error over the prompts; demand has the unit of the estimator.
     """
+    _expect_hub(profile)
     found = BudgetProfile.from_pretrained(profile, revision=revision, with_statistics=False)
     rows = layer_rows(found, budget)
     if as_json:
@@ -96,6 +98,7 @@ def compare(
     """
     if len(profiles) < 2:
         raise typer.BadParameter("expected at least two profiles", param_hint="PROFILE...")
+    _expect_hub(*profiles)
     found = [BudgetProfile.from_pretrained(name, with_statistics=False) for name in profiles]
     table = [[wave_distance(a.demand, b.demand) for b in found] for a in found]
     if as_json:
@@ -133,6 +136,7 @@ def push(
     The token is that of `hf auth login` or HF_TOKEN.
     """
     profile = BudgetProfile.from_pretrained(directory)
+    _expect_hub(repo_id)
     typer.echo(profile.push_to_hub(repo_id, private=private, revision=revision))
 
 
@@ -146,12 +150,18 @@ def pull(
     A profile that is not valid leaves the directory as it is.
     """
     expect_place(out)
+    _expect_hub(repo_id)
     source = Repository(require_repo_id(repo_id), revision)
     content = read_profile(source)
     # Read before it is written, and written as it is: a copy keeps what this release ignores.
     BudgetProfile.from_files(content, name=source.name)
     write_profile(out, content)
     typer.echo(out)
+
+
+def _expect_hub(*profiles: str) -> None:
+    """`expect_hub` for those that can only be repositories."""
+    expect_hub(*(name for name in profiles if is_repo_id(name) and name not in shipped()))
 
 
 def _wrapped(line: str) -> str:

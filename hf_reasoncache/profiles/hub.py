@@ -17,6 +17,8 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    constants,
+    get_session,
     hf_hub_download,
 )
 from huggingface_hub.errors import HTTPError, XetDownloadError
@@ -58,6 +60,15 @@ def require_repo_id(name: str | os.PathLike[str]) -> str:
             f"profile: expected a repository ORG/NAME of the Hub, got {shown(repo_id)}."
         )
     return repo_id
+
+
+def answers(timeout: float = 3.0) -> bool:
+    """Whether the Hub, or what `HF_ENDPOINT` names, answers at all, within `timeout` seconds."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)

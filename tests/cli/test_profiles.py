@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
+import hf_reasoncache_cli
 from hf_reasoncache import BudgetProfile
-from hf_reasoncache.cli import main
 from hf_reasoncache.profiles.distance import wave_distance
+from hf_reasoncache.profiles.hub import answers
+from hf_reasoncache.profiles.loading import shipped
 from tests.support.hub_server import TOKEN, Hub, connected_hub, running_hub
 from tests.support.profiles import COMMIT, make_profile
 
@@ -126,7 +129,7 @@ def test_the_command_is_installed_as_this_one() -> None:
     """Read from pyproject.toml: an editable install may be older than it."""
     settings = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     module, name = re.search(r'^hf-reasoncache = "([\w.]+):(\w+)"$', settings, re.M).groups()
-    assert getattr(importlib.import_module(module), name) is main
+    assert getattr(importlib.import_module(module), name) is hf_reasoncache_cli.main
 
 
 def test_help(run) -> None:
@@ -218,3 +221,19 @@ def test_a_profile_that_is_not_valid_is_not_pulled(run, client_at: Hub, tmp_path
     status, _, err = run("pull", "org/wave", "--out", tmp_path / "here")
     assert status == 1 and "error: org/wave: expected statistics.safetensors with the SHA" in err
     assert BudgetProfile.from_pretrained(tmp_path / "here").to_files() == OTHER.to_files()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr(
+        "hf_reasoncache.cli.loading.answers", lambda: asked.append(1) or answers(timeout=1.0)
+    )
+    assert run("show", shipped()[0])[0] == 0 and asked == [], "what is here needs no Hub"
+    status, _, err = run("compare", shipped()[0], "org/nothing")
+    assert status == 1 and asked == [1]
+    assert err.startswith("http://127.0.0.1:9 does not answer: only what is on this machine")
+    assert len(err.splitlines()) == 2, "no retries"
+    status, _, err = run("pull", "org/nothing", "--out", tmp_path / "new")
+    assert status == 1 and asked == [1], "now it is known"

@@ -99,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
         if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, b'{"error": "Invalid username or password."}')
         parts = path.split("/")
+        if not path:
+            return self.answer(200)
         if path == "api/repos/create":
             return self.create()
         if path == "api/validate-yaml":
