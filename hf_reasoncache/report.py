@@ -90,7 +90,7 @@ class LayerReport:
             table_bytes=distinct_bytes(tensors_of(layer)) - layer.nbytes,
             token_bytes=0
             if pool is None
-            else sum(_bytes_of_one(pool.fields[name]) for name in ("keys", "values")),
+            else sum(_bytes_of_one(field) for field in pool.held_fields.values()),
         )
 
 
@@ -321,7 +321,7 @@ class CacheReport:
 
 
 def _bytes_of_one(storage: torch.Tensor) -> int:
-    return storage.shape[-1] * storage.element_size()
+    return storage.shape[1:].numel() * storage.element_size()
 
 
 def _worst(layer: LayerReport) -> float:

@@ -92,7 +92,7 @@ class LayerRow:
         """
         heads, size = head_shape(decoder, layer.index)
         seen, shared = prompt + generated, prompt if layer.store.shares else 0
-        token = 2 * heads * size * dtype.itemsize
+        token = heads * layer.store.form.token_bytes(size, dtype)
         slot = heads * layer.store.slot_bytes(size, dtype)
         query = decoder.num_attention_heads * size * dtype.itemsize
         tokens: float = seen - shared
