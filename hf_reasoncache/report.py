@@ -51,6 +51,10 @@ class LayerReport:
         CPU memory of the shadow, its log included, in no other number.
     token_bytes : int
         Bytes of the key and value of one token in one head; 0 without a pool.
+    latents : bool
+        Whether all heads read one latent per token (multi-head latent attention).
+    head_budgets : bool
+        Whether heads were to share a budget, which they cannot where there is one for all.
     """
 
     index: int
@@ -67,6 +71,8 @@ class LayerReport:
     shadow_bytes: int = 0
     table_bytes: int = 0
     token_bytes: int = 0
+    latents: bool = False
+    head_budgets: bool = False
 
     @staticmethod
     def of(index: int, layer: CacheLayer) -> LayerReport:
@@ -91,6 +97,8 @@ class LayerReport:
             token_bytes=0
             if pool is None
             else sum(_bytes_of_one(field) for field in pool.held_fields.values()),
+            latents=layer.rank > 0,
+            head_budgets=layer.policy is not None and layer.policy.head_budgets,
         )
 
 
@@ -259,6 +267,13 @@ class CacheReport:
         last = first + heads - 1
         return [f"of this process only: KV heads {first} to {last} of {total} in each layer"]
 
+    def _lines_of_latents(self) -> list[str]:
+        latents = [layer for layer in self.layers if layer.latents]
+        if not latents:
+            return []
+        moot = any(layer.head_budgets for layer in latents)
+        return ["one latent per token for all heads" + "; head_budgets does nothing" * moot]
+
     def _lines_of_probes(self) -> list[str]:
         errors = self.probe_errors
         if errors is None or not errors.numel():
@@ -294,6 +309,7 @@ class CacheReport:
             f"attention to the pools by {self.backend}",
             *(() if self.graphs is None else wrap(f"graphs: {self.graphs}", 80)),
             *self._lines_of_shard(),
+            *self._lines_of_latents(),
             f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
             *(() if self.branches is None else self.branches.lines()),
         ]

@@ -60,9 +60,10 @@ PARTS: dict[str, set[str]] = {
     "joint_evictions": {"layer", "policies", "precision", "scorers", "storage", "triton_ops"},
     "keep_rates": {"layer", "protection"},
     "base_attention": set(),
+    "latents": {"precision"},
     "weights_and_gradients": {"layer"},
-    "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "layer"}
-    | {"precision", "shards", "sliding", "storage"},
+    "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "latents"}
+    | {"layer", "precision", "shards", "sliding", "storage"},
     "report": {"layer", "risk", "sliding", "storage", "triton_ops"},
     "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile"},
     "sliding": set(),

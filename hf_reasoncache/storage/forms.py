@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -66,3 +67,38 @@ class Form:
 
 
 AS_THEY_COME = Form()
+
+
+@dataclass(frozen=True)
+class LatentForm(Form):
+    """One latent for the key and the value of a token (multi-head latent attention).
+
+    A key is the latent with the rotary key behind it, and its first numbers are the value. They are
+    held once. Queries and outputs are in the same space: the up-projection of the model is absorbed
+    into them (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+
+    Attributes
+    ----------
+    rank : int
+        Numbers of a value.
+    """
+
+    rank: int
+
+    def fields(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Form.fields`; `values` are the first numbers of `keys`."""
+        return {"latents": keys}
+
+    def read(self, name: str, take: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """See `Form.read`."""
+        latents = take("latents")
+        return latents if name == "keys" else latents[..., : self.rank].contiguous()
+
+    def operands(self, fields: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Form.operands`; values are a view, so that a kernel reads keys and values once."""
+        latents = fields["latents"]
+        return {"keys": latents, "values": latents[:, : self.rank]}
+
+    def token_bytes(self, size: int, dtype: torch.dtype) -> int:
+        """See `Form.token_bytes`."""
+        return size * dtype.itemsize
