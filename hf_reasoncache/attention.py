@@ -2,7 +2,8 @@
 
 One pair per base implementation. With a foreign cache, or none, each behaves exactly as its base.
 With one of our caches, the first forward runs the base on the dense keys and values, and later
-forwards attend to the pool.
+forwards attend to the pool. Where a model caches latents, queries are moved into their space, and
+what attention makes of the latents is turned into outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_reasoncache.base_attention import run_base
 from hf_reasoncache.geometry import head_shape
-from hf_reasoncache.guards import GuardTensor, LogicalLength
+from hf_reasoncache.guards import GuardTensor, LogicalLength, MaskReader, OnFailure
+from hf_reasoncache.latents import UpProjection
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.precision import as_attended, without_autocast
 from hf_reasoncache.shards import ALONE, Shard, find_shard, in_several_processes
@@ -48,6 +50,8 @@ class LogicalMask:
         Name of the base implementation.
     arguments : dict
         What transformers passed to the mask function.
+    cache : MaskReader
+        The cache that it is for.
     device : torch.device or None
         Where the layers run that it is for; None for where the arguments are.
     new : BoolTensor[B, T] or None
@@ -59,6 +63,7 @@ class LogicalMask:
 
     base: str
     arguments: dict[str, Any]
+    cache: MaskReader
     device: torch.device | None = None
     new: torch.Tensor | None = None
     made: dict[tuple[str, torch.device | None], Any] = field(default_factory=dict)
@@ -117,7 +122,7 @@ def mask_function(*, base: str, **arguments: Any) -> Any:
     length = arguments["kv_length"]
     if isinstance(length, LogicalLength):
         new = length.cache.see_mask(arguments["attention_mask"], arguments["q_length"])
-        return LogicalMask(base, arguments, new=new)
+        return LogicalMask(base, arguments, length.cache, new=new)
     if isinstance(length, RingLength):
         return length.layer.mask(base, arguments)
     return ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments)
@@ -141,7 +146,7 @@ def attention_function(
         The attention module of the model.
     query : Tensor[B, H_q, T, D]
     key, value : GuardTensor or Tensor[B, H_kv, N, D]
-        Guarded if they come from one of our layers.
+        Guarded if they come from one of our layers, unless the model has made them of its latents.
     attention_mask
         What `mask_function` returned.
     base : str
@@ -160,20 +165,29 @@ def attention_function(
     ValueError
         If the model needs something of attention that the pool cannot give.
     """
-    if not isinstance(key, GuardTensor):
-        mask = attention_mask.dense if isinstance(attention_mask, LogicalMask) else attention_mask
+    mask = attention_mask
+    if isinstance(key, GuardTensor):
+        found: tuple[CacheLayer, OnFailure] | None = key.layer, key.on_failure
+    elif isinstance(mask, LogicalMask):
+        found = mask.cache.announced(getattr(module, "layer_idx", None))
+    else:
+        found = None
+    if found is None:
+        mask = mask.dense if isinstance(mask, LogicalMask) else mask
         return run_base(base, module, query, key, value, mask, *args, **kwargs)
-    layer: CacheLayer = key.layer
+    layer, on_failure = found
     try:
-        return _attend(module, query, layer, attention_mask, *args, base=base, **kwargs)
+        return _attend(module, query, key, value, layer, mask, *args, base=base, **kwargs)
     except Exception as error:
-        key.on_failure(error)
+        on_failure(error)
         raise
 
 
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     layer: CacheLayer,
     attention_mask: Any,
     *args: Any,
@@ -203,18 +217,22 @@ def _attend(
     weighs = asks_for_weights(module, layer, kwargs)
     if weighs:
         require_weights(layer, base)
-    keys, values = layer.take_incoming()
+    announced = layer.take_incoming()
+    # Latents have been expanded since; what was guarded comes back without its guard.
+    keys, values = (key, value) if layer.rank else announced
     scaling = kwargs.get("scaling")
     settings: dict[str, Any] = {
         "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "softcap": kwargs.get("softcap"),
         "s_aux": kwargs.get("s_aux"),
     }
-    asking, *stored = as_attended(query.detach(), keys.detach(), values.detach())
+    asking, *stored = as_attended(query.detach(), *(x.detach() for x in announced))
+    if layer.rank:
+        asking, *stored = _as_latents(module, layer, asking, *stored)
     valid = None if attention_mask.new is None else attention_mask.valid
     new = NewTokens(asking, stored[0], stored[1], valid, settings)
     if begins:
-        layer.shard = _shard(module, layer, keys.shape[1])
+        layer.shard = _shard(module, layer, query, stored[0].shape[1])
         result = run_base(base, module, query, keys, values, attention_mask.dense, *args, **kwargs)
         layer.differentiable = result[0].requires_grad
         with without_autocast(query.device):
@@ -224,10 +242,12 @@ def _attend(
         _expect_continuation(layer, attention_mask, query.shape[2], kwargs.get("position_ids"))
     with without_autocast(query.device):
         out = layer.attend(new)
+        if layer.rank:
+            out = layer.projection.expand(out)
     weights = None
     if weighs:
-        held: tuple[Any, ...] = (layer.keys, layer.values, attention_mask.dense)
-        _, weights = run_base(base, module, query, *held, *args, **kwargs)
+        dense = _dense(module, layer)
+        _, weights = run_base(base, module, query, *dense, attention_mask.dense, *args, **kwargs)
     if torch.is_grad_enabled():
         out = without_gradient(out, layer, query, keys, values)
     return out, weights
@@ -265,11 +285,47 @@ def _expect_continuation(
         )
 
 
-def _shard(module: Any, layer: CacheLayer, heads: int) -> Shard:
+def _as_latents(
+    module: Any, layer: CacheLayer, query: torch.Tensor, latents: torch.Tensor, rotary: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values in the space of latents.
+
+    Parameters
+    ----------
+    query : Tensor[B, H_q, T, D_nope + D_rope]
+    latents, rotary : Tensor[B, 1, T, R], Tensor[B, 1, T, D_rope]
+
+    Returns
+    -------
+    query : Tensor[B, H_q, A, R + D_rope]
+        Of those tokens that are asked for, see `CacheLayer.first_queries`.
+    keys, values : Tensor[B, 1, T, R + D_rope], Tensor[B, 1, T, R]
+    """
+    if not layer.is_initialized:
+        layer.projection = UpProjection(module, latents, query.dtype)
+        query = query[:, :, query.shape[2] - layer.first_queries(query.shape[2]) :]
+    with without_autocast(query.device):
+        keys = torch.cat([latents, rotary], dim=-1)
+        return layer.projection.absorb(query), keys, keys[..., : layer.rank]
+
+
+def _dense(module: Any, layer: CacheLayer) -> tuple[Any, Any]:
+    """All keys and values of a layer that keeps every token, as its model's attention has them."""
+    held: tuple[Any, Any] = layer.keys, layer.values
+    return module.expand_kv(*held) if layer.rank else held
+
+
+def _shard(module: Any, layer: CacheLayer, query: torch.Tensor, heads: int) -> Shard:
     """Which of the layer's KV heads are the `heads` that this process has computed."""
     if not in_several_processes():
         return ALONE
     decoder = module.config.get_text_config(decoder=True)
+    if layer.rank and query.shape[1] != decoder.num_attention_heads:
+        raise ValueError(
+            f"layer {layer.index}: expected all heads of a layer with latents in one process, got "
+            f"{query.shape[1]} of {decoder.num_attention_heads} (tensor parallelism), each of "
+            "which would evict other latents; use a device_map, or DynamicCache."
+        )
     return find_shard(module, heads, head_shape(decoder, layer.index)[0], layer.tp_mode)
 
 

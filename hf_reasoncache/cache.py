@@ -13,9 +13,9 @@ import torch
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_reasoncache.geometry import supported_layers
+from hf_reasoncache.geometry import latent_rank, supported_layers
 from hf_reasoncache.graph_use import GraphMode, GraphUse, require_graph_mode
-from hf_reasoncache.guards import GuardTensor, LogicalLength
+from hf_reasoncache.guards import GuardTensor, LogicalLength, OnFailure, foreign_attention
 from hf_reasoncache.joint_evictions import JointEvictions
 from hf_reasoncache.keep_rates import keep_rates
 from hf_reasoncache.layer import CacheLayer
@@ -68,6 +68,8 @@ class ReasonCache(Cache):
         for layer_rank, index in enumerate(ours):
             layer = layers[index] = make_layer(index, layer_rank, len(ours))
             layer.tp_mode, layer.layers = self.tp_mode, len(layers)
+            if rank := latent_rank(config.get_text_config(decoder=True), index):
+                layer.hold_latents(rank)
             self.own_layers.append(layer)
         self._joint = JointEvictions(self.own_layers)
         self._foreign = [index for index in range(len(layers)) if index not in ours]
@@ -78,6 +80,9 @@ class ReasonCache(Cache):
         self.graph_use = GraphUse()
         # Kept unused for `reset`: some releases leave tokens behind in their own layers.
         self._blank = {index: copy.deepcopy(layers[index]) for index in self._foreign}
+        self._latent = {layer.index: layer for layer in self.own_layers if layer.rank}
+        # The layer whose latents the model expands at the moment.
+        self._expanded: tuple[CacheLayer, OnFailure] | None = None
         self._hides = False  # whether the last mask hid columns that were seen
         super().__init__(layers=layers)
 
@@ -201,6 +206,7 @@ class ReasonCache(Cache):
     def reset(self) -> None:
         """Make the cache new: no token, no storage."""
         self._hides = False
+        self._expanded = None
         self.graph_use = GraphUse()
         for layer in self.own_layers:
             layer.reset()
@@ -231,13 +237,48 @@ class ReasonCache(Cache):
                 f"got layer {layer_idx}; reset() the cache, or make one from this model's config."
             )
         try:
+            self._check_expanded()
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception:
             self._forget_first()
             raise
+        on_failure = partial(self._undo, layer_idx, key_states.shape[-2])
         if isinstance(keys, GuardTensor):
-            keys.on_failure = partial(self._undo, layer_idx, key_states.shape[-2])
+            keys.on_failure = on_failure
+        elif layer_idx in self._latent:
+            self._expanded = self._latent[layer_idx], on_failure
         return keys, values
+
+    def announced(self, layer_idx: int | None) -> tuple[CacheLayer, OnFailure] | None:
+        """Return the layer whose latents a model has expanded since `update`.
+
+        Parameters
+        ----------
+        layer_idx : int or None
+            Index of the layer whose attention runs now.
+
+        Returns
+        -------
+        layer : CacheLayer
+        on_failure : Callable[[Exception], None]
+            What to do when the attention fails. None instead of both where that layer is none of
+            ours, or holds no latents.
+        """
+        if self._expanded is None or self._expanded[0].index != layer_idx:
+            return None
+        found, self._expanded = self._expanded, None
+        return found
+
+    def _check_expanded(self) -> None:
+        """Raise ValueError if the attention of an earlier layer did not come for its latents."""
+        if self._expanded is not None:
+            self._expanded = None
+            raise foreign_attention(
+                "attended to the new tokens alone",
+                "torch.compile traces the forward or a mask was prepared outside the model (pass "
+                "attention_mask with shape [batch, tokens]), neither of which is supported; or a "
+                "forward was interrupted (reset() the cache)",
+            )
 
     def _forget_first(self) -> bool:
         """Make the cache new if its first forward is still going on."""
@@ -252,6 +293,7 @@ class ReasonCache(Cache):
             cast(CacheLayer, self.layers[0]).take_back(q_len)
 
     def _check_complete(self) -> None:
+        self._check_expanded()
         first, last = self.own_layers[0], self.own_layers[-1]
         first.expect_idle()
         # Layers run in order.

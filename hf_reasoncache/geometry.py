@@ -23,7 +23,8 @@ class Geometry:
     kv_heads : int
         KV heads of one of these layers.
     head_size : int
-        Numbers in one key.
+        Numbers in one key. Of multi-head latent attention, whose layers have one head for this
+        purpose: those of a latent and the rotary key.
 
     Raises
     ------
@@ -89,10 +90,29 @@ def _counts(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _of_layer(decoder: PretrainedConfig, index: int) -> PretrainedConfig:
+    """Return the config of one layer, which most models have in common."""
+    is_heterogeneous = getattr(decoder, "is_heterogeneous", False)
+    layer: PretrainedConfig = decoder.per_layer_config[index] if is_heterogeneous else decoder
+    return layer
+
+
+def latent_rank(decoder: PretrainedConfig, index: int) -> int:
+    """Return the numbers of a latent in one layer; 0 without multi-head latent attention."""
+    return getattr(_of_layer(decoder, index), "kv_lora_rank", None) or 0
+
+
+def numbers_per_token(decoder: PretrainedConfig, index: int) -> int:
+    """Return how many numbers transformers' own caches hold of a token in one layer."""
+    heads, size = head_shape(decoder, index)
+    return size if latent_rank(decoder, index) else 2 * heads * size
+
+
 def head_shape(decoder: PretrainedConfig, index: int) -> tuple[int, int]:
     """Return the KV heads and the head size of one layer of a decoder's config."""
-    if getattr(decoder, "is_heterogeneous", False):
-        decoder = decoder.per_layer_config[index]
+    decoder = _of_layer(decoder, index)
+    if rank := latent_rank(decoder, index):
+        return 1, rank + decoder.qk_rope_head_dim
     heads = decoder.num_attention_heads
     kv_heads = getattr(decoder, "num_key_value_heads", None) or heads
     return kv_heads, getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
@@ -122,8 +142,6 @@ def supported_layers(config: PretrainedConfig) -> list[Any]:
 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("an encoder-decoder")
-    if getattr(decoder, "kv_lora_rank", None):
-        raise refuse("multi-head latent attention (kv_lora_rank)")
     layers = DynamicCache(config=decoder).layers
     if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
         raise refuse("sparse attention with an indexer (DSA)")

@@ -1,7 +1,8 @@
 """What a layer hands to transformers so that its attention function finds the way back.
 
 `Cache.update` sees keys and values but no queries and no padding; the attention function sees both
-but not the cache. The two objects here bridge that without patching any model.
+but not the cache. The two objects here bridge that without patching any model. Latents, which a
+model expands after `update`, cannot be guarded: from there, the way back is the mask.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ _METADATA = frozenset(
     [getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")]
     + [torch.Tensor.size, torch.Tensor.dim, torch.Tensor.__len__]
 )
+
+
+OnFailure = Callable[[Exception], None]
+"""What a cache does when the attention to one of its layers fails."""
 
 
 def _nothing(error: Exception) -> None:
@@ -32,12 +37,11 @@ class GuardTensor(torch.Tensor):
     ----------
     layer : CacheLayer
         The cache layer it came from.
-    on_failure : Callable[[Exception], None]
-        What the cache does when the attention fails.
+    on_failure : OnFailure
     """
 
     layer: Any
-    on_failure: Callable[[Exception], None]
+    on_failure: OnFailure
 
     @staticmethod
     def wrap(
@@ -57,19 +61,37 @@ class GuardTensor(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise ValueError(
-            "This cache needs its own attention implementation: expected the model to run "
-            "'reasoncache' (or 'reasoncache_eager', 'reasoncache_fa2'), got one that computes "
-            f"{getattr(func, '__name__', func)} on the cached keys or values. Load the model with "
-            "attn_implementation='reasoncache', or call "
-            "model.set_attn_implementation('reasoncache') before generating. If that is set "
-            "already, torch.compile traces the forward, or the model changes keys and values after "
-            "the cache; neither is supported."
+        raise foreign_attention(
+            f"computes {getattr(func, '__name__', func)} on the cached keys or values",
+            "torch.compile traces the forward, or the model changes keys and values after the "
+            "cache; neither is supported",
         )
 
 
+def foreign_attention(got: str, otherwise: str) -> ValueError:
+    """Return the error for a model whose attention is not ours.
+
+    Parameters
+    ----------
+    got : str
+        What another implementation does.
+    otherwise : str
+        What else may be the case.
+    """
+    return ValueError(
+        "This cache needs its own attention implementation: expected the model to run "
+        f"'reasoncache' (or 'reasoncache_eager', 'reasoncache_fa2'), got one that {got}. Load the "
+        "model with attn_implementation='reasoncache', or call "
+        "model.set_attn_implementation('reasoncache') before generating. If that is set already, "
+        f"{otherwise}."
+    )
+
+
 class MaskReader(Protocol):
-    """A cache, as the mask function knows it."""
+    """A cache, as the mask function and what it returns know it."""
+
+    def announced(self, layer_idx: int | None) -> tuple[Any, OnFailure] | None:
+        """Return the layer whose latents a model has expanded since, and what to do on failure."""
 
     def see_mask(self, mask: torch.Tensor | None, q_len: int) -> torch.Tensor | None:
         """Attend from now on to the columns that a mask shows; return which new ones are real."""

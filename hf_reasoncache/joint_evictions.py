@@ -22,12 +22,11 @@ from hf_reasoncache.precision import without_autocast
 from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.storage.pool_store import SCORER_STATE
 from hf_reasoncache.storage.query_window import last_of_several
-from triton_ops.backend import uses_triton
 from triton_ops.launch import send
 from triton_ops.pools import HeadsOfPools, Pools
 
 MOST_BYTES = 256 * 2**20
-"""Keys that are copied at once to be scored."""
+"""Keys that are copied at once to be scored, at the size of the largest field that holds them."""
 
 
 class JointEvictions:
@@ -66,8 +65,9 @@ class JointEvictions:
             state, store = _state(layer), layer.store
             rows = state.due(store, layer.seen, 1)
             if rows.numel():
-                keys = store.tokens.fields["keys"]
-                kind = (keys.device, keys.dtype, keys.shape[1:], store.length.shape[1])
+                fields = store.tokens.held_fields
+                kinds = tuple((name, x.dtype, x.shape[1:]) for name, x in fields.items())
+                kind = (store.tokens.device, kinds, store.length.shape[1])
                 groups[kind, tuple(rows.tolist())].append(layer)
         number = 0
         for (_, numbers), some in groups.items():
@@ -101,15 +101,16 @@ class JointEvictions:
         table, first, now, asked = (x.view(y.shape) for x, y in zip(split, parts, strict=True))
         # 2. Read and score.
         tokens = HeadsOfPools.read(pools, table, first, int(length.max()))
+        form = layers[0].store.form
         statistics: dict[str, Any] = {name: tokens.field(name) for name in pools.statistics}
         held = HeldTokens(
-            keys=tokens.field("keys"),
+            keys=form.read("keys", tokens.field),
             positions=tokens.positions,
             valid=tokens.valid,
             length=now,
             scaling=layers[0].settings["scaling"],
             layer=layers[0].index,
-            load_values=partial(tokens.field, "values"),
+            load_values=partial(form.read, "values", tokens.field),
             queries=None if queries is None else queries.unflatten(1, (heads, -1)),
             query_positions=None if queries is None else asked,
             filler=bool((length < length.max()).any()),
@@ -152,7 +153,7 @@ def _ready(layer: CacheLayer) -> bool:
         and not store.hides
         and not layer.record_past
         and not layer.observers
-        and uses_triton(store.tokens.fields["keys"])
+        and store.uses_kernels
     )
 
 
@@ -163,6 +164,7 @@ def _state(layer: CacheLayer) -> RowState:
 
 
 def _row_bytes(layer: CacheLayer) -> int:
-    """Bytes of the keys of one row."""
-    keys, length = layer.store.tokens.fields["keys"], layer.store.length
-    return int(length.max()) * length.shape[1] * keys.shape[1:].numel() * keys.element_size()
+    """Bytes of what scorers see of one row at once: its keys."""
+    pool, length = layer.store.tokens, layer.store.length
+    token = max(field[:1].nbytes for field in pool.held_fields.values())
+    return int(length.max()) * length.shape[1] * token

@@ -30,6 +30,7 @@ from hf_reasoncache.precision import without_autocast
 from hf_reasoncache.risk import DamageScale, RiskLog
 from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.shards import ALONE, Shard, TPMode
+from hf_reasoncache.storage.forms import LatentForm
 from hf_reasoncache.storage.held_positions import AllPositions, HeldPositions
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.storage.pool_store import PoolStore, distinct_bytes
@@ -114,6 +115,11 @@ class CacheLayer(CacheLayerMixin):
         Which KV heads of the layer are here; set with the first forward.
     layers : int
         Layers of the model that the cache was made for; 0 is not known.
+    rank : int
+        Numbers of a latent, where the model caches latents and expands them to keys and values
+        afterwards; 0 where it does not. See `hold_latents`.
+    projection : Any
+        What the attention function needs to know of that expansion, from the first forward on.
     tp_mode : {"agree", "local"}
         Whether processes with other heads of the layer decide together with this one.
     differentiable : bool
@@ -140,7 +146,7 @@ class CacheLayer(CacheLayerMixin):
         # Not the mixin's, which sets keys and values: here they are made when somebody reads them.
         self.index = index
         self.record_past = False
-        self.layers = 0
+        self.layers = self.rank = 0
         self.shard: Shard = ALONE
         self.tp_mode: TPMode = "agree"
         self.policy = policy
@@ -169,6 +175,7 @@ class CacheLayer(CacheLayerMixin):
             observer.reset()
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
         self.settings: dict[str, Any] = {}
+        self.projection: Any = None
         self._prompt_open = True  # whether more tokens at once would belong to the prompt
         self._by_token = False  # whether the first forward had a single token
         self._calm = False  # whether nobody will ask for the queries of this forward
@@ -184,6 +191,22 @@ class CacheLayer(CacheLayerMixin):
     def may_evict(self) -> bool:
         """Whether anything is evicted once the text is long enough."""
         return self.policy is not None and self.policy.may_evict
+
+    def hold_latents(self, rank: int) -> None:
+        """Expect latents of `rank` numbers, and hold these instead of keys and values."""
+        self.rank, self.store.form = rank, LatentForm(rank)
+
+    def first_queries(self, q_len: int) -> int:
+        """Newest queries of a first forward of `q_len` columns that are ever asked for."""
+        policy = self.policy
+        if self.observers or self.record_past:
+            return q_len
+        if policy is None:
+            return 0
+        if policy.scorer.needs_cumulative_attention:
+            return q_len
+        asked = policy.open_columns(self.state, self.seen)
+        return min(q_len, max(self.query_columns, asked))
 
     @property
     def query_columns(self) -> int:
@@ -203,23 +226,34 @@ class CacheLayer(CacheLayerMixin):
         Parameters
         ----------
         key_states, value_states : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
+            Or latents and rotary keys, Tensor[B, 1, T, rank] and Tensor[B, 1, T, D_rope].
 
         Returns
         -------
         tuple of GuardTensor
-            For the `reasoncache` attention function only.
+            For the `reasoncache` attention function only. Latents are returned as they are, as the
+            model is to expand them.
 
         Raises
         ------
         ValueError
-            If the attention of the last forward never ran.
+            If the attention of the last forward never ran, or latents are none.
         """
         self.expect_idle()
         q_len = key_states.shape[-2]
+        if self.rank and tuple(key_states.shape[1::2]) != (1, self.rank):
+            raise ValueError(
+                f"layer {self.index}: expected latents [batch, 1, tokens, {self.rank}], as "
+                "transformers' own models cache them, got keys or values of shape "
+                f"{list(key_states.shape)}; use the model's code in transformers, without "
+                "trust_remote_code."
+            )
         if self.policy is not None:
             self._begin(q_len)
         self.incoming = (key_states, value_states)
         self.seen += q_len
+        if self.rank:
+            return key_states, value_states
         return GuardTensor.wrap(key_states, value_states, self)
 
     def _begin(self, q_len: int) -> None:
@@ -861,7 +895,8 @@ class CacheLayer(CacheLayerMixin):
         Returns
         -------
         Tensor[B, H_kv, seen, D] or None
-            Zeros for padding; None before the first forward.
+            Zeros for padding; None before the first forward. Of latents and rotary keys, stock
+            layers hold the first as keys and the second as values.
 
         Raises
         ------
@@ -876,7 +911,11 @@ class CacheLayer(CacheLayerMixin):
                 f"tensor, got heads that hold {self.held().min()} to {self.held().max()} tokens, "
                 "each its own; cache.held_positions(layer_idx) says which."
             )
-        return self.store.dense(name, self.seen)
+        if not self.rank:
+            return self.store.dense(name, self.seen)
+        # A value is a latent; a key has the rotary key behind it.
+        latents = self.store.dense("keys", self.seen)
+        return latents[..., : self.rank] if name == "keys" else latents[..., self.rank :]
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]

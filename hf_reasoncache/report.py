@@ -56,6 +56,10 @@ class LayerReport:
         Bytes of the key and value of one token in one head; 0 without a pool.
     holding : IntTensor[B, T] or None
         How many KV heads hold each column seen, -1 for padding, on the CPU; None unless asked for.
+    latents : bool
+        Whether all heads read one latent per token (multi-head latent attention).
+    head_budgets : bool
+        Whether heads were to share a budget, which they cannot where there is one for all.
     """
 
     index: int
@@ -73,6 +77,8 @@ class LayerReport:
     table_bytes: int = 0
     token_bytes: int = 0
     holding: torch.Tensor | None = None
+    latents: bool = False
+    head_budgets: bool = False
 
     @staticmethod
     def of(index: int, layer: CacheLayer, *, positions: bool = False) -> LayerReport:
@@ -96,8 +102,10 @@ class LayerReport:
             table_bytes=distinct_bytes(tensors_of(layer)) - layer.nbytes,
             token_bytes=0
             if pool is None
-            else sum(_bytes_of_one(pool.fields[name]) for name in ("keys", "values")),
+            else sum(_bytes_of_one(field) for field in pool.held_fields.values()),
             holding=_holding(layer) if positions else None,
+            latents=layer.rank > 0,
+            head_budgets=layer.policy is not None and layer.policy.head_budgets,
         )
 
     def numbers(self) -> str:
@@ -287,6 +295,13 @@ class CacheReport:
         last = first + heads - 1
         return [f"of this process only: KV heads {first} to {last} of {total} in each layer"]
 
+    def _lines_of_latents(self) -> list[str]:
+        latents = [layer for layer in self.layers if layer.latents]
+        if not latents:
+            return []
+        moot = any(layer.head_budgets for layer in latents)
+        return ["one latent per token for all heads" + "; head_budgets does nothing" * moot]
+
     def _lines_of_probes(self) -> list[str]:
         errors = self.probe_errors
         if errors is None or not errors.numel():
@@ -322,6 +337,7 @@ class CacheReport:
             f"attention to the pools by {self.backend}",
             *(() if self.graphs is None else wrap(f"graphs: {self.graphs}", 80)),
             *self._lines_of_shard(),
+            *self._lines_of_latents(),
             f"{self.evictions} compactions evicted {self.evicted} tokens (rows and heads counted)",
             *(() if self.branches is None else self.branches.lines()),
         ]
@@ -430,7 +446,7 @@ def _range(indices: Sequence[int]) -> str:
 
 
 def _bytes_of_one(storage: torch.Tensor) -> int:
-    return storage.shape[-1] * storage.element_size()
+    return storage.shape[1:].numel() * storage.element_size()
 
 
 def _worst(layer: LayerReport) -> float:

@@ -60,10 +60,14 @@ def _evict(
 ) -> None:
     """Score and compact tokens as the layer would, in a pool of their own."""
     scorer, (_, heads, tokens, size), device = policy.scorer, keys.shape, keys.device
+    form = layer.store.form
+    new = form.fields(keys, keys)
     pool = RaggedPool(
-        torch.full((1, heads), tokens, device="cpu"), keys, keys, layer.store.statistics
+        torch.full((1, heads), tokens, device="cpu"),
+        {name: field[0, 0] for name, field in new.items()},
+        layer.store.statistics,
     )
-    pool.append(keys, keys, torch.arange(tokens, device=device))
+    pool.append(new, torch.arange(tokens, device=device))
     rows = torch.arange(1, device="cpu")
     slots, offset = pool.slots(rows)
     asked = policy.queries
@@ -83,13 +87,13 @@ def _evict(
         field = found.field
     noted: dict[str, Any] = {name: field(name) for name in layer.store.statistics}
     held = HeldTokens(
-        keys=field("keys"),
+        keys=form.read("keys", field),
         positions=offset,
         valid=offset >= 0,
         length=torch.full((1,), tokens, device=device),
         scaling=size**-0.5,
         layer=layer.index,
-        load_values=lambda: field("values"),
+        load_values=lambda: form.read("values", field),
         queries=queries,
         query_positions=asked_at,
         **noted,

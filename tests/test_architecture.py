@@ -60,11 +60,12 @@ PARTS: dict[str, set[str]] = {
     "joint_evictions": {"layer", "policies", "precision", "scorers", "storage", "triton_ops"},
     "keep_rates": {"layer", "protection"},
     "base_attention": set(),
+    "latents": {"precision"},
     "weights_and_gradients": {"layer"},
-    "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "layer"}
-    | {"precision", "shards", "sliding", "storage"},
     "report_html": set(),
     "report": {"layer", "report_html", "risk", "sliding", "storage", "triton_ops"},
+    "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "latents"}
+    | {"layer", "precision", "shards", "sliding", "storage"},
     "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile"},
     "sliding": set(),
     "graph_use": set(),

@@ -8,7 +8,7 @@ from transformers import DynamicCache, Gemma4TextConfig, GPT2Config, T5Config
 
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.releases import cache_kwarg
-from tests.support.models import BUILDERS, build, prompt
+from tests.support.models import BUILDERS, build, prompt, stock_keys
 
 FULL = {name: (0, 1, 2) for name in BUILDERS}
 FULL |= {name: (0, 2) for name in ("qwen2_sliding", "gemma3", "gpt_oss")}
@@ -23,7 +23,8 @@ def test_of_a_config(name: str) -> None:
     found = Geometry.of(model.config)
     assert found.full_attention_layers == FULL[name]
     for index in found.full_attention_layers:
-        assert cache.layers[index].keys.shape[1::2] == (found.kv_heads, found.head_size)
+        keys = stock_keys(model, cache.layers[index])
+        assert keys.shape[1::2] == (found.kv_heads, found.head_size)
 
 
 def test_models_without_grouped_heads() -> None:

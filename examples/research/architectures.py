@@ -83,6 +83,24 @@ SIZES: dict[str, Any] = {
 }
 """Whatever of this a config has; the rest stays at its default."""
 
+LATENTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 12,
+    # Of some configs, the number of pairs of layers, and the widths of two kinds of them.
+    "num_layers": 2,
+    "ffn_hidden_size": 64,
+    "expert_ffn_hidden_size": 32,
+    "zero_expert_num": 1,
+    "moe_topk": 2,
+    "num_experts_per_tok": 2,
+}
+"""More of the same for configs with a `kv_lora_rank`; their heads share nothing."""
+
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 4, "n_layer": 4, "sliding_window": None},
     {"num_hidden_layers": 4, "n_layer": 4, "sliding_window": 12},
@@ -127,7 +145,8 @@ def configure(name: str, variant: Mapping[str, Any]) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[name]
     known = {key for base in kind.__mro__ for key in getattr(base, "__annotations__", {})}
     known |= set(kind.attribute_map)
-    return kind(**{key: value for key, value in (SIZES | variant).items() if key in known})
+    sizes = SIZES | LATENTS if "kv_lora_rank" in known else SIZES
+    return kind(**{key: value for key, value in (sizes | variant).items() if key in known})
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import transformers
 import typer
-from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -28,7 +27,7 @@ from hf_reasoncache.messages import shown
 from hf_reasoncache.model_graphs import enable_graphs
 from hf_reasoncache.outputs import sole_writer
 from hf_reasoncache.processes import Processes
-from hf_reasoncache.profiles.hub import answers
+from hf_reasoncache.profiles.hub import offline_if_silent
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways of accelerate to spread layers over devices."""
@@ -113,19 +112,16 @@ def open_run(
 def expect_hub(*names: str) -> None:
     """Use what is on this machine only, and say so, if the Hub is needed and does not answer.
 
-    Its own library tries for a minute.
-
     Parameters
     ----------
     *names : str
         Models or repositories; those that exist as files here do not need the Hub.
     """
-    if constants.HF_HUB_OFFLINE or all(Path(name).exists() for name in names) or answers():
+    if all(Path(name).exists() for name in names):
         return
-    constants.HF_HUB_OFFLINE = True
-    typer.echo(
-        f"{constants.ENDPOINT} does not answer: only what is on this machine is used", err=True
-    )
+    silent = offline_if_silent()
+    if silent is not None:
+        typer.echo(f"{silent} does not answer: only what is on this machine is used", err=True)
 
 
 def load_config(name: str, revision: str | None) -> PretrainedConfig:

@@ -95,7 +95,7 @@ class BlockStore(PoolStore):
 
     # ------------------------------------------------------------------------------------ attention
 
-    def _attention(self, new: NewTokens) -> Callable[..., torch.Tensor]:
+    def _attention(self) -> Callable[..., torch.Tensor]:
         """See `PoolStore._attention`."""
         return self._attend_apart if any(self.table.rows) else decode_attention
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_reasoncache.geometry import head_shape
+from hf_reasoncache.geometry import head_shape, numbers_per_token
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.planning.counted import counted_row, kept_queries
 from hf_reasoncache.sliding import SlidingLayer
@@ -62,8 +62,8 @@ class LayerRow:
         ValueError
             If the kind of layer is not known.
         """
-        heads, size = head_shape(decoder, index)
-        token, seen = 2 * heads * size * dtype.itemsize, prompt + generated
+        token = numbers_per_token(decoder, index) * dtype.itemsize
+        seen = prompt + generated
         if type(layer) is DynamicLayer:
             return LayerRow(token, token * seen, seen, token * seen, concatenates=True)
         if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
@@ -92,7 +92,7 @@ class LayerRow:
         """
         heads, size = head_shape(decoder, layer.index)
         seen, shared = prompt + generated, prompt if layer.store.shares else 0
-        token = 2 * heads * size * dtype.itemsize
+        token = heads * layer.store.form.token_bytes(size, dtype)
         slot = heads * layer.store.slot_bytes(size, dtype)
         query = decoder.num_attention_heads * size * dtype.itemsize
         tokens: float = seen - shared

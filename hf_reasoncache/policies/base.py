@@ -304,6 +304,11 @@ class Policy(Protocol):
         return True
 
     @property
+    def head_budgets(self) -> bool:
+        """Whether heads of a layer share its budget by demand."""
+        return False
+
+    @property
     def moves_heads(self) -> bool:
         """Whether evictions may change how many slots heads have."""
         return True

@@ -71,6 +71,22 @@ def answers(timeout: float = 3.0) -> bool:
     return True
 
 
+def offline_if_silent() -> str | None:
+    """Have this process use only what is on the machine if the Hub does not answer.
+
+    Its own library tries for a minute.
+
+    Returns
+    -------
+    str or None
+        The Hub's address if it is given up now.
+    """
+    if constants.HF_HUB_OFFLINE or answers():
+        return None
+    constants.HF_HUB_OFFLINE = True
+    return constants.ENDPOINT
+
+
 @dataclass(frozen=True)
 class Repository:
     """Files of one repository, brought into the Hub's cache when they are asked for.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from hf_reasoncache.storage.pool import POOL_FIELDS, RaggedPool
+from hf_reasoncache.storage.pool import RaggedPool
 
 Choice = Callable[[torch.Tensor], torch.Tensor]
 """From the columns of tokens, LongTensor[B, H_kv, N], to those that are meant, BoolTensor."""
@@ -57,9 +57,9 @@ def gathered(sources: Iterable[RaggedPool], choice: Choice) -> RaggedPool | None
     counts = torch.stack([chosen.sum(-1) for *_, chosen in found]).sum(0).cpu()
     if not bool(counts.any()):
         return None
-    fields = found[0][0].fields
-    statistics = {name: fields[name].dtype for name in fields if name not in POOL_FIELDS}
-    made = RaggedPool(counts, fields["keys"], fields["values"], statistics)
+    like = found[0][0]
+    statistics = {name: like.fields[name].dtype for name in like.statistics}
+    made = RaggedPool(counts, like.held_fields, statistics)
     for source, slots, _, chosen in found:
         _copy(source, slots, chosen, made)
     return made
@@ -76,9 +76,9 @@ def _copy(
     source: RaggedPool, slots: torch.Tensor, chosen: torch.Tensor, target: RaggedPool
 ) -> None:
     """Append the chosen tokens of one pool to the heads of another, which has room for them."""
-    taken = {name: source.take(name, slots) for name in source.fields}
-    columns = taken.pop("positions")
-    target.append(taken.pop("keys"), taken.pop("values"), columns, chosen, **taken)
+    tokens = {name: source.take(name, slots) for name in source.held_fields}
+    statistics = {name: source.take(name, slots) for name in source.statistics}
+    target.append(tokens, source.take("positions", slots), chosen, **statistics)
 
 
 def _rows(pool: RaggedPool) -> torch.Tensor:

@@ -14,12 +14,12 @@ import torch
 
 from hf_reasoncache.shards import Shard
 from hf_reasoncache.storage.dense import add_shared
+from hf_reasoncache.storage.forms import AS_THEY_COME, Form
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.storage.pool_store import PoolStore, distinct_bytes
 from hf_reasoncache.storage.prefix_tree import PrefixTree
 from hf_reasoncache.storage.prompt_deduplicator import PromptDeduplicator
-from hf_reasoncache.storage.segment import Path, Segment
-from triton_ops.backend import uses_triton
+from hf_reasoncache.storage.segment import Path, Segment, compact_copy
 from triton_ops.decode_attention import decode_attention
 from triton_ops.prefix_attention import prefix_attention
 
@@ -39,6 +39,8 @@ class BranchStore(PoolStore):
         Shared by the layers of a cache.
     index : int
         Index of the layer in the model.
+    form : Form
+        See `PoolStore`.
 
     Attributes
     ----------
@@ -50,9 +52,11 @@ class BranchStore(PoolStore):
 
     shares = True
 
-    def __init__(self, deduplicator: PromptDeduplicator, index: int) -> None:
+    def __init__(
+        self, deduplicator: PromptDeduplicator, index: int, form: Form = AS_THEY_COME
+    ) -> None:
         self.deduplicator, self.index, self.reserved = deduplicator, index, 0
-        super().__init__()
+        super().__init__(form)
 
     def clear(self) -> None:
         """See `PoolStore.clear`."""
@@ -79,18 +83,15 @@ class BranchStore(PoolStore):
         paths = self.tree.paths
         groups = torch.tensor([paths.index(path) for path in paths], device="cpu")
         columns = torch.arange(end - new.q_len, end, device=new.keys.device)
-        keys, values = self.packed(new.keys, new.values)
+        fields = self.form.fields(new.keys, new.values)
         made: dict[int, Segment] = {}
         parts: list[Segment | None] = []
         for row, first in enumerate(self.deduplicator.of(new, self.index, groups, shard).tolist()):
             if first == row:
                 real = slice(None) if new.valid is None else new.valid[row]
-                made[row] = Segment(
-                    # Cloned: a slice would keep the rows of all copies alive.
-                    keys[row][:, real].clone(),
-                    values[row][:, real].clone(),
-                    columns[real].to(torch.int32),
-                )
+                # Cloned: a slice would keep the rows of all copies alive.
+                own = {name: compact_copy(field[row][:, real]) for name, field in fields.items()}
+                made[row] = Segment(self.form, own, columns[real].to(torch.int32))
             parts.append(made[first] if made[first].tokens else None)
         self.tree = self.tree.append(parts, join=True)
 
@@ -112,9 +113,9 @@ class BranchStore(PoolStore):
 
     # ------------------------------------------------------------------------------------ attention
 
-    def _attention(self, new: NewTokens) -> Callable[..., torch.Tensor]:
+    def _attention(self) -> Callable[..., torch.Tensor]:
         """See `PoolStore._attention`."""
-        prefix = self.tree.as_prefix if uses_triton(new.keys) else None
+        prefix = self.tree.as_prefix if self.uses_kernels else None
         if prefix is not None:
             return partial(prefix_attention, prefix=prefix)
         return self._attend_apart
@@ -177,11 +178,8 @@ class BranchStore(PoolStore):
             places = places[:, : int(counts[row])]
             # What a mask has hidden left holes, which newer tokens fill.
             places = places[:, pool.fields["positions"][places[0]].argsort()]
-            parts[row] = Segment(
-                pool.fields["keys"][places],
-                pool.fields["values"][places],
-                pool.fields["positions"][places[0]],
-            )
+            fields = {name: field[places] for name, field in pool.held_fields.items()}
+            parts[row] = Segment(self.form, fields, pool.fields["positions"][places[0]])
         self.tree = self.tree.append(parts)
         pool.drop_all(rows)
         pool.relayout(pool.length.clone())
@@ -243,4 +241,4 @@ class BranchStore(PoolStore):
         """See `PoolStore.tensors`."""
         yield from super().tensors()
         for part in self.tree.segments:
-            yield from (part.keys, part.values, part.columns)
+            yield from (*part.fields.values(), part.columns)

@@ -14,7 +14,9 @@ class NewTokens:
 
     Attributes
     ----------
-    query : Tensor[B, H_q, T, D]
+    query : Tensor[B, H_q, A, D]
+        Of the newest `A` tokens: of all, except in a first forward whose other queries nobody asks
+        for, see `CacheLayer.first_queries`.
     keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
     valid : BoolTensor[B, T] or None
         False for padding; None when nothing is padded.
@@ -31,7 +33,7 @@ class NewTokens:
     @property
     def q_len(self) -> int:
         """Number of columns."""
-        return self.query.shape[2]
+        return self.keys.shape[2]
 
     def real_tokens(self) -> torch.Tensor:
         """BoolTensor[B, H_kv, T]: False for padding; a new tensor."""

@@ -94,4 +94,4 @@ class Parking:
         for branch in self.branches:
             for path in branch.paths:
                 for part in path:
-                    yield from (part.keys, part.values)
+                    yield from part.fields.values()

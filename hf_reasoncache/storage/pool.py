@@ -1,4 +1,4 @@
-"""The ragged key/value pool of one layer: storage that knows no policy.
+"""The ragged key/value pool of one layer: storage that knows no policy and no form of keys.
 
 Every (row, KV head) owns a stretch of one flat buffer and uses a prefix of it. Tokens are appended
 in place; evicted tokens leave holes that are filled from the end, so slot order says nothing about
@@ -18,8 +18,6 @@ from triton_ops.compact import compact
 from triton_ops.launch import send
 from triton_ops.layout import RaggedLayout
 
-POOL_FIELDS = ("keys", "values", "positions")  # of every pool; all others are statistics
-
 
 def ordinary_tensors() -> torch.inference_mode:
     """Allocate, under inference mode too, tensors that may be written to outside of it.
@@ -30,7 +28,7 @@ def ordinary_tensors() -> torch.inference_mode:
 
 
 class RaggedPool:
-    """Keys, values, positions and per-slot statistics of one layer.
+    """What is held of the tokens of one layer, their positions and statistics, per slot.
 
     Invariants: `0 <= length <= capacity` for every head; the used slots of a head are its first
     `length` ones; every slot holds finite numbers, used or not, and statistics are zero in unused
@@ -39,8 +37,10 @@ class RaggedPool:
     Attributes
     ----------
     fields : dict[str, Tensor[slots, ...]]
-        "keys", "values", "positions" (int32 columns of the padded sequence) and the statistics.
-        What is done to one is done to all.
+        What is held of keys and values, "positions" (int32 columns of the padded sequence) and the
+        statistics. What is done to one is done to all.
+    statistics : tuple of str
+        Names of the fields that are zero in unused slots, and begin at zero.
     layout : RaggedLayout
     length : LongTensor[B, H_kv]
         Tokens held; on the CPU, so that no step has to synchronise.
@@ -56,8 +56,7 @@ class RaggedPool:
     def __init__(
         self,
         capacity: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        like: Mapping[str, torch.Tensor],
         statistics: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         """Allocate an empty pool.
@@ -65,23 +64,35 @@ class RaggedPool:
         Parameters
         ----------
         capacity : LongTensor[B, H_kv]
-        keys, values : Tensor[..., D], Tensor[..., D_v]
-            Give head sizes, dtype and device; not stored.
+        like : mapping from str to Tensor[n, ...]
+            Some tokens: names, sizes, types and device of what is held of each; not stored.
         statistics : mapping from str to dtype, optional
             Names and types of further numbers to keep per slot.
         """
         self.layout = RaggedLayout(capacity)
         self._set_length(torch.zeros_like(capacity))
-        slots, device = self.layout.slots, keys.device
+        self.statistics = tuple(statistics or ())
+        slots, device = self.layout.slots, next(iter(like.values())).device
         with ordinary_tensors():
             self.fields = {
                 # Zeros, not empty: attention reads unused slots with weight 0, and 0 * NaN is NaN.
-                "keys": torch.zeros(slots, keys.shape[-1], dtype=keys.dtype, device=device),
-                "values": torch.zeros(slots, values.shape[-1], dtype=values.dtype, device=device),
-                "positions": torch.full((slots,), -1, dtype=torch.int32, device=device),
+                name: torch.zeros(slots, *x.shape[1:], dtype=x.dtype, device=device)
+                for name, x in like.items()
             }
+            self.fields["positions"] = torch.full((slots,), -1, dtype=torch.int32, device=device)
             for name, dtype in (statistics or {}).items():
                 self.fields[name] = torch.zeros(slots, dtype=dtype, device=device)
+
+    @property
+    def held_fields(self) -> dict[str, torch.Tensor]:
+        """The fields that hold keys and values, in whatever form."""
+        others = ("positions", *self.statistics)
+        return {name: field for name, field in self.fields.items() if name not in others}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pool is."""
+        return self.fields["positions"].device
 
     def _set_length(self, length: torch.Tensor) -> None:
         self.note_length(length)
@@ -107,7 +118,7 @@ class RaggedPool:
         """
         if self._device_length is None:
             with ordinary_tensors():
-                self._device_length = send(self.length.clone(), self.fields["keys"].device)
+                self._device_length = send(self.length.clone(), self.device)
         return self._device_length
 
     @property
@@ -117,8 +128,7 @@ class RaggedPool:
 
     def append(
         self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        tokens: Mapping[str, torch.Tensor],
         columns: torch.Tensor | int,
         keep: torch.Tensor | None = None,
         **statistics: torch.Tensor,
@@ -127,7 +137,8 @@ class RaggedPool:
 
         Parameters
         ----------
-        keys, values : Tensor[B, H_kv, T, D], Tensor[B, H_kv, T, D_v]
+        tokens : mapping from str to Tensor[B, H_kv, T, ...]
+            What is held of each, by the names of the fields.
         columns : LongTensor[T] or [B, H_kv, T], or int
             Position of each token; a number is the position of all, which is faster for one.
         keep : BoolTensor[B, H_kv, T], optional
@@ -139,7 +150,7 @@ class RaggedPool:
         ValueError
             If a head has fewer free slots than tokens to store.
         """
-        batch, heads, q_len, _ = keys.shape
+        batch, heads, q_len = next(iter(tokens.values())).shape[:3]
         added = None if keep is None else keep.sum(-1).cpu()
         if q_len > self.least_free and (
             added is None or bool((self.length + added > self.capacity).any())
@@ -151,19 +162,19 @@ class RaggedPool:
         one_column = isinstance(columns, int) or columns.numel() == 1
         single = q_len == 1 and one_column and keep is None and not statistics
         if single and self._device_length is not None:
-            stored = (self.fields["keys"], self.fields["values"], self.fields["positions"])
-            start = self.layout.start_on(keys.device)
-            append(stored, start, self._device_length, keys, values, columns)
+            stored = (*(self.fields[name] for name in tokens), self.fields["positions"])
+            start = self.layout.start_on(self.device)
+            append(stored, start, self._device_length, tuple(tokens.values()), columns)
             self.count_appended(1)
             return
-        new = {"keys": keys, "values": values, "positions": columns, **statistics}
+        new = {**tokens, "positions": columns, **statistics}
         if added is None and self.is_even and self._device_length is None:
             fresh = slice(self.longest, self.longest + q_len)
             for name, value in new.items():
                 field = self.fields[name]
                 field.view(batch, heads, -1, *field.shape[1:])[:, :, fresh] = value
         else:
-            self._scatter(new, keep)
+            self._scatter(new, keep, (batch, heads, q_len))
         if added is None:
             self.count_appended(q_len)
             if self._device_length is not None:
@@ -178,9 +189,11 @@ class RaggedPool:
         self.longest += q_len
         self.least_free -= q_len
 
-    def _scatter(self, new: dict[str, Any], keep: torch.Tensor | None) -> None:
-        """Write new tokens behind the last one of each head."""
-        positions = self.fields["positions"].new_empty(new["keys"].shape[:-1])
+    def _scatter(
+        self, new: dict[str, Any], keep: torch.Tensor | None, shape: tuple[int, int, int]
+    ) -> None:
+        """Write new tokens, of `shape` `(B, H_kv, T)`, behind the last one of each head."""
+        positions = self.fields["positions"].new_empty(shape)
         positions[:] = new["positions"]
         new, device = new | {"positions": positions}, positions.device
         if self._device_length is None:
@@ -212,7 +225,7 @@ class RaggedPool:
         offset : LongTensor[R, H_kv, N]
             Slot counted from the head's first one, -1 for filler.
         """
-        device, length = self.fields["positions"].device, self.length[rows]
+        device, length = self.device, self.length[rows]
         # A head without any capacity has its start at the end of the storage.
         start = self.layout.start[rows].clamp_max(max(self.layout.slots - 1, 0))
         place = torch.arange(max(int(length.max()), 0), device=device)
@@ -246,18 +259,17 @@ class RaggedPool:
 
     def _clear(self, slots: torch.Tensor, offset: torch.Tensor, used: torch.Tensor) -> None:
         """Set statistics to zero in those slots of some heads that are not their first `used`."""
-        names = [name for name in self.fields if name not in POOL_FIELDS]
-        if not names:
+        if not self.statistics:
             return
         used = send(used, offset.device)[..., None]
         if offset.is_cpu:
             unused = slots[offset >= used]
-            for name in names:
+            for name in self.statistics:
                 self.fields[name].index_fill_(0, unused, 0)
             return
         # Filler stands for the head's first slot.
         unused = offset.clamp_min(0) >= used
-        for name in names:
+        for name in self.statistics:
             kept = self.take(name, slots).masked_fill_(unused, 0)
             self.fields[name].index_copy_(0, slots.flatten(), kept.flatten())
 
@@ -302,7 +314,7 @@ class RaggedPool:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` is a copy of row `rows[i]`."""
         if self.layout.is_uniform:
-            index, batch = send(rows, self.fields["positions"].device), self.length.shape[0]
+            index, batch = send(rows, self.device), self.length.shape[0]
             with ordinary_tensors():
                 self.fields = {
                     name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
@@ -322,12 +334,11 @@ class RaggedPool:
             True shares no storage and survives compactions too; False copies the statistics only.
         """
         copied = object.__new__(RaggedPool)
-        copied.layout = self.layout
+        copied.layout, copied.statistics = self.layout, self.statistics
         copied._set_length(self.length)
-        shared = () if deep else POOL_FIELDS
         with ordinary_tensors():
             copied.fields = {
-                name: field if name in shared else field.clone()
+                name: field.clone() if deep or name in self.statistics else field
                 for name, field in self.fields.items()
             }
         return copied

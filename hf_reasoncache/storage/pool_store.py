@@ -13,6 +13,7 @@ import torch
 from hf_reasoncache.shards import Shard
 from hf_reasoncache.storage.aside import exchange, gathered
 from hf_reasoncache.storage.dense import dense_tokens
+from hf_reasoncache.storage.forms import AS_THEY_COME, Form
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.storage.pool import RaggedPool
 from hf_reasoncache.storage.stored_tokens import StoredTokens
@@ -57,11 +58,17 @@ class PoolStore:
     """The tokens of one layer, every row and KV head in a stretch of one `RaggedPool`.
 
     It knows neither the model nor a policy: tokens come in with `append`, are read by `attend` and
-    `read`, and go with `evict`. Padding never enters it. A store that holds keys and values in
-    another form overrides `packed`, `take`, `attend` and `slot_bytes`.
+    `read`, and go with `evict`. Padding never enters it.
+
+    Parameters
+    ----------
+    form : Form
+        What is held of keys and values; they themselves by default.
 
     Attributes
     ----------
+    form : Form
+        May be replaced as long as there are no tokens.
     shares : bool
         Whether rows share what they have in common.
     in_pool : bool
@@ -83,7 +90,8 @@ class PoolStore:
     shares = False
     in_pool = True
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form = AS_THEY_COME) -> None:
+        self.form = form
         self.statistics: Mapping[str, torch.dtype] = {}
         self._decay = 1.0
         self.clear()
@@ -137,7 +145,9 @@ class PoolStore:
 
     def allocate(self, capacity: torch.Tensor, new: NewTokens) -> RaggedPool:
         """Make an empty pool with `capacity` slots, LongTensor[B, H_kv], in place of any other."""
-        self.tokens = RaggedPool(capacity, *self.packed(new.keys, new.values), self.statistics)
+        one_head = self.form.fields(new.keys[:1, :1], new.values[:1, :1])
+        like = {name: field[0, 0] for name, field in one_head.items()}
+        self.tokens = RaggedPool(capacity, like, self.statistics)
         self._tail = 0
         return self.tokens
 
@@ -178,8 +188,8 @@ class PoolStore:
         **statistics : Tensor[B, H_kv, T]
         """
         columns = torch.arange(end - new.q_len, end, device=new.keys.device)
-        packed = self.packed(new.keys, new.values)
-        self.allocate(capacity, new).append(*packed, columns, keep, **statistics)
+        fields = self.form.fields(new.keys, new.values)
+        self.allocate(capacity, new).append(fields, columns, keep, **statistics)
         self._tail = new.q_len if keep is None else 0
 
     def extend_prompt(self, new: NewTokens, end: int, shard: Shard) -> None:
@@ -193,10 +203,6 @@ class PoolStore:
             found = (begin + valid.int().argmax(-1)).where(valid.any(-1), -1).cpu()
         self.first = self.first.where(self.first >= 0, found)
         self._placed = bool((self.first >= 0).all())
-
-    def packed(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn keys and values `[..., D]` into what the pool holds; as they are by default."""
-        return keys, values
 
     def make_room(self, q_len: int) -> None:
         """Make sure that every head has room for `q_len` more tokens, and for many after them."""
@@ -217,7 +223,7 @@ class PoolStore:
         keep = None if new.valid is None else new.valid[:, None].expand(batch, heads, q_len)
         if not self._placed:
             self._place_first(end - q_len, new.valid)
-        self.tokens.append(*self.packed(new.keys, new.values), columns, keep)
+        self.tokens.append(self.form.fields(new.keys, new.values), columns, keep)
         self._tail = self._tail + q_len if new.valid is None else 0
 
     # ------------------------------------------------------------------------------------ attention
@@ -231,31 +237,41 @@ class PoolStore:
         -------
         Tensor[B, T, H_q, D_v]
         """
-        pool = self.tokens
-        batch, query_heads, q_len, head_size = new.query.shape
-        heads = pool.length.shape[1]
-        kernels = uses_triton(pool.fields["keys"])
+        pool, operands, query = self.tokens, self.operands, self.form.query(new.query)
+        batch, query_heads, q_len, head_size = query.shape
+        heads, kernels = pool.length.shape[1], uses_triton(operands["keys"])
         if not kernels and self._is_even(new):
-            held = (pool.fields["keys"], pool.fields["values"], pool.layout, pool.longest)
-            return even_attention(new.query, *held, new.settings["scaling"])
+            even: dict[str, Any] = {**operands, "layout": pool.layout, "tokens": pool.longest}
+            out = even_attention(query, **even, scaling=new.settings["scaling"])
+            return out.to(new.query.dtype)
         asking = None
         if q_len > 1:
             asking = torch.arange(end - q_len, end, device=new.query.device)
             asking = asking.expand(batch, q_len)
             if new.valid is not None:
                 asking = asking.masked_fill(~new.valid, -1)
-        return self._attention(new)(
-            query=new.query.reshape(batch, heads, query_heads // heads, q_len, head_size),
-            keys=pool.fields["keys"],
-            values=pool.fields["values"],
+        out = self._attention()(
+            query=query.reshape(batch, heads, query_heads // heads, q_len, head_size),
+            **operands,
             positions=pool.fields["positions"],
             layout=pool.layout,
             length=pool.length,
             device_length=pool.device_length if kernels else None,
             query_positions=asking,
             **new.settings,
-            **self._summing(new.query),
+            **self._summing(query),
         )
+        return out.to(new.query.dtype)
+
+    @property
+    def operands(self) -> dict[str, torch.Tensor]:
+        """What attention reads of the pool; see `Form.operands`."""
+        return self.form.operands(self.tokens.fields)
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether the Triton kernels attend to the pool."""
+        return uses_triton(self.operands["keys"])
 
     def _summing(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
         """What makes `decode_attention` add to the attention that tokens have received."""
@@ -289,7 +305,7 @@ class PoolStore:
             and settings["s_aux"] is None
         )
 
-    def _attention(self, new: NewTokens) -> Callable[..., torch.Tensor]:
+    def _attention(self) -> Callable[..., torch.Tensor]:
         """Return what attends to the pool; called with the arguments of `decode_attention`."""
         return decode_attention
 
@@ -361,8 +377,19 @@ class PoolStore:
         return StoredTokens(rows, at.gather(-1, order), place, take, offset, whole, count)
 
     def take(self, slots: torch.Tensor, name: str) -> torch.Tensor:
-        """Copy a field of some slots, as a scorer is to see it: Tensor[*slots.shape, ...]."""
-        return self.tokens.take(name, slots)
+        """Copy keys, values or a statistic of some slots, as a scorer is to see them.
+
+        Parameters
+        ----------
+        slots : LongTensor[...]
+        name : str
+
+        Returns
+        -------
+        Tensor[*slots.shape, ...]
+        """
+        take = partial(self.tokens.take, slots=slots)
+        return take(name) if name in self.statistics else self.form.read(name, take)
 
     def evict(
         self, tokens: StoredTokens, keep: torch.Tensor, kept: torch.Tensor | None = None
@@ -514,13 +541,13 @@ class PoolStore:
     def dense(self, name: str, columns: int) -> torch.Tensor:
         """Copy all keys or values that are held to `[B, H_kv, columns, D]`; zeros elsewhere."""
         pools = [self.tokens] if self.aside is None else [self.tokens, self.aside]
-        return dense_tokens(pools, name, columns)
+        return dense_tokens(pools, partial(self.form.read, name), columns)
 
     def kv_tensors(self) -> Iterator[torch.Tensor]:
-        """Yield all keys and values."""
+        """Yield all that is held of keys and values."""
         for pool in (self.pool, self.aside):
             if pool is not None:
-                yield from (pool.fields["keys"], pool.fields["values"])
+                yield from pool.held_fields.values()
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield all tensors whose size grows with the tokens held."""
@@ -531,9 +558,9 @@ class PoolStore:
     # -------------------------------------------------------------------------------- what it takes
 
     def slot_bytes(self, size: int, dtype: torch.dtype) -> int:
-        """Bytes of one slot for keys and values of `size` numbers each."""
+        """Bytes of one slot for keys of `size` numbers."""
         kept = sum(kind.itemsize for kind in self.statistics.values())
-        return 2 * size * dtype.itemsize + torch.int32.itemsize + kept
+        return self.form.token_bytes(size, dtype) + torch.int32.itemsize + kept
 
     def slots_without_budget(self, prompt: int, generated: int) -> int:
         """Slots per head where every token is kept, after single tokens behind a prompt."""

@@ -58,7 +58,8 @@ class PrefixTree:
                 level.setdefault(id(part), (part, []))[1].append(row)
         return tuple(
             tuple(
-                (part, torch.tensor(rows, device=part.keys.device)) for part, rows in level.values()
+                (part, torch.tensor(rows, device=part.columns.device))
+                for part, rows in level.values()
             )
             for level in found
         )
@@ -80,8 +81,7 @@ class PrefixTree:
             return None
         (part,) = self.readers
         return SharedPrefix(
-            keys=part.keys.flatten(0, 1),
-            values=part.values.flatten(0, 1),
+            **part.operands,
             layout=part.layout,
             length=part.layout.capacity,
             owner=torch.zeros(len(self.paths), dtype=torch.long, device="cpu"),
@@ -195,4 +195,4 @@ class PrefixTree:
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield the keys and values of all segments."""
         for part in self.segments:
-            yield from (part.keys, part.values)
+            yield from part.fields.values()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
+from hf_reasoncache.storage.forms import Form
 from triton_ops.decode_attention import decode_attention
 from triton_ops.layout import RaggedLayout
+
+
+def compact_copy(field: torch.Tensor) -> torch.Tensor:
+    """Copy what a segment is to hold, in order of memory: attention reads it as one pool."""
+    return field.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,50 +24,69 @@ class Segment:
 
     Attributes
     ----------
-    keys, values : Tensor[H_kv, N, D], Tensor[H_kv, N, D_v]
+    form : Form
+        What is held of keys and values.
+    fields : mapping from str to Tensor[H_kv, N, ...]
+        Fields of that form.
     columns : IntTensor[N]
         Columns of the padded sequence, in ascending order.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    form: Form
+    fields: Mapping[str, torch.Tensor]
     columns: torch.Tensor
 
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return self.keys.shape[1]
+        return self.columns.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return next(iter(self.fields.values())).shape[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(field.nbytes for field in self.fields.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the keys or the values, Tensor[H_kv, N, D]; for reading."""
+        return self.form.read(name, self.fields.__getitem__)
+
+    @cached_property
+    def operands(self) -> dict[str, torch.Tensor]:
+        """What attention reads; see `Form.operands`."""
+        return self.form.operands({name: x.flatten(0, 1) for name, x in self.fields.items()})
 
     @cached_property
     def layout(self) -> RaggedLayout:
         """The segment as a pool of one row."""
-        return RaggedLayout(torch.full((1, self.keys.shape[0]), self.tokens, device="cpu"))
+        return RaggedLayout(torch.full((1, self.heads), self.tokens, device="cpu"))
 
     @cached_property
     def device_length(self) -> torch.Tensor:
         """LongTensor[1, H_kv]: tokens per head, on the segment's device."""
-        return self.layout.capacity.to(self.keys.device)
+        return self.layout.capacity.to(self.columns.device)
 
     def joined(self, later: Segment) -> Segment:
         """Return the two as one."""
-        return Segment(
-            torch.cat([self.keys, later.keys], dim=1),
-            torch.cat([self.values, later.values], dim=1),
-            torch.cat([self.columns, later.columns]),
-        )
+        fields = {
+            name: torch.cat([field, later.fields[name]], dim=1)
+            for name, field in self.fields.items()
+        }
+        return replace(self, fields=fields, columns=torch.cat([self.columns, later.columns]))
 
     def before(self, column: int) -> Segment:
         """Return the tokens before a column; a copy, so that the others can be freed."""
         count = int((self.columns < column).sum())
-        if count == self.tokens:
-            return self
-        kept = (self.keys[:, :count], self.values[:, :count], self.columns[:count])
-        return Segment(*(part.clone() for part in kept))
+        return self if count == self.tokens else self._part(0, count)
+
+    def _part(self, low: int, high: int) -> Segment:
+        """Copy the tokens `low` to `high - 1`."""
+        fields = {name: compact_copy(field[:, low:high]) for name, field in self.fields.items()}
+        return replace(self, fields=fields, columns=self.columns[low:high].clone())
 
     def split(self, marked: torch.Tensor) -> list[tuple[Segment, bool]]:
         """Return the runs of tokens that are marked alike (BoolTensor[N], CPU), and how they are.
@@ -71,14 +97,7 @@ class Segment:
         if not edges:
             return [(self, bool(marked[0]))]
         return [
-            (
-                Segment(
-                    self.keys[:, low:high].clone(),
-                    self.values[:, low:high].clone(),
-                    self.columns[low:high].clone(),
-                ),
-                bool(marked[low]),
-            )
+            (self._part(low, high), bool(marked[low]))
             for low, high in zip([0, *edges], [*edges, self.tokens], strict=True)
         ]
 
@@ -105,11 +124,10 @@ class Segment:
         total = query.new_empty(1, 1, packed.shape[1] * packed.shape[2], dtype=torch.float32)
         out = decode_attention(
             packed,
-            self.keys.flatten(0, 1),
-            self.values.flatten(0, 1),
-            self.columns,
-            self.layout,
-            self.layout.capacity,
+            **self.operands,
+            positions=self.columns,
+            layout=self.layout,
+            length=self.layout.capacity,
             device_length=self.device_length,
             query_positions=None,
             scaling=scaling,

@@ -13,7 +13,7 @@ from hf_reasoncache.calibration.estimate import Record
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 from hf_reasoncache.releases import cache_kwarg
-from tests.support.models import BUILDERS, build
+from tests.support.models import BUILDERS, build, stock_keys
 from tests.support.traces import make_trace, token_ids
 from triton_ops.redundancy import redundancy
 
@@ -59,7 +59,7 @@ def brute_force(name: str, trace: Trace) -> dict[str, torch.Tensor]:
                 rows[each].append(found[each])
         for each in samples:
             samples[each].append(rows[each])
-        keys = cache.layers[layer].keys
+        keys = stock_keys(model, cache.layers[layer])
         repeated.append(
             [
                 [redundancy(keys[:, h : h + 1, :end], torch.ones(1, 1, end).bool())[0].mean()] * 3

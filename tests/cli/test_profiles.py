@@ -228,7 +228,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(run, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked = []
     monkeypatch.setattr(
-        "hf_reasoncache.cli.loading.answers", lambda: asked.append(1) or answers(timeout=1.0)
+        "hf_reasoncache.profiles.hub.answers", lambda: asked.append(1) or answers(timeout=1.0)
     )
     assert run("show", shipped()[0])[0] == 0 and asked == [], "what is here needs no Hub"
     status, _, err = run("compare", shipped()[0], "org/nothing")

@@ -6,16 +6,8 @@ from transformers import DynamicCache
 
 from hf_reasoncache.releases import cache_kwarg
 from tests.support.caches import KINDS, exact_cache
+from tests.support.driver import MODES
 from tests.support.models import BUILDERS, build, prompt
-
-MODES = {
-    "greedy": dict(do_sample=False),
-    "three_samples": dict(do_sample=True, num_return_sequences=3),
-    "four_beams": dict(do_sample=False, num_beams=4),
-    "chunked_prefill": dict(do_sample=False, prefill_chunk_size=5),
-    "prompt_lookup": dict(do_sample=False, prompt_lookup_num_tokens=4),
-    "assisted": dict(do_sample=False),
-}
 
 
 @pytest.mark.parametrize("mode", MODES)

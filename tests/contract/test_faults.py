@@ -8,7 +8,6 @@ import torch
 import transformers
 from transformers import (
     BartConfig,
-    DeepseekV3Config,
     DynamicCache,
     Gemma3TextConfig,
     MambaConfig,
@@ -174,11 +173,6 @@ def unsupported():
     yield "t5", T5Config(), "encoder-decoder"
     yield "bart", BartConfig(), "encoder-decoder"
     yield (
-        "deepseek_v3",
-        DeepseekV3Config(num_hidden_layers=2, kv_lora_rank=8, q_lora_rank=8),
-        "kv_lora_rank",
-    )
-    yield (
         "mistral",
         MistralConfig(num_hidden_layers=2, sliding_window=16),
         "no full-attention layer",
@@ -187,8 +181,8 @@ def unsupported():
     yield "gemma3_text", Gemma3TextConfig(**gemma), "no full-attention layer"
     yield "mamba", MambaConfig(num_hidden_layers=2), "no full-attention layer"
     for name, feature in {
-        "DeepseekV32Config": "kv_lora_rank|indexer",
-        "GlmMoeDsaConfig": "kv_lora_rank|indexer",
+        "DeepseekV32Config": "indexer",
+        "GlmMoeDsaConfig": "indexer",
         "Gemma3nTextConfig": "reuse the keys and values of other layers",
     }.items():
         if hasattr(transformers, name):

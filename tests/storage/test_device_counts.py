@@ -16,6 +16,7 @@ ACTIONS = st.lists(
     min_size=1,
     max_size=8,
 )
+LIKE = {"keys": torch.zeros(1, 3), "values": torch.zeros(1, 3)}
 
 
 def act(pool, action, generator):
@@ -25,11 +26,11 @@ def act(pool, action, generator):
     def draw(low, high, *size):
         return torch.randint(low, high, size, generator=generator)
 
-    new = torch.randn(2, batch, heads, 2, 3, generator=generator)
+    new = {name: torch.randn(batch, heads, 2, 3, generator=generator) for name in LIKE}
     if action in ("append", "pad"):
         pool.relayout(pool.capacity + 2)
         keep = None if action == "append" else draw(0, 2, batch, heads, 2).bool()
-        pool.append(*new, torch.arange(2), keep)
+        pool.append(new, torch.arange(2), keep)
     elif action == "compact":
         slots, offset = pool.slots(torch.arange(batch))
         keep = draw(0, 2, *offset.shape).bool() & (offset >= 0)
@@ -48,7 +49,7 @@ def act(pool, action, generator):
 @given(actions=ACTIONS, ragged=st.booleans(), seed=st.integers(0, 99))
 def test_a_pool_with_lengths_on_the_device_is_the_same_pool(actions, ragged, seed):
     capacity = torch.tensor([[2, 5 if ragged else 2]] * 2)
-    pools = [RaggedPool(capacity, torch.zeros(3), torch.zeros(3)) for _ in range(2)]
+    pools = [RaggedPool(capacity, LIKE) for _ in range(2)]
     before = pools[1].device_length
     for action in actions:
         generator = torch.Generator().manual_seed(seed)
@@ -117,8 +118,8 @@ class Made(TorchDispatchMode):
 
 def test_what_has_a_number_per_token_is_made_on_the_device():
     """A meta tensor stands for one on another device: nothing of it can be read."""
-    nowhere = torch.zeros(3, device="meta")
-    pool = RaggedPool(torch.full((4, 2), 100), nowhere, nowhere)
+    nowhere = {"keys": torch.zeros(1, 3, device="meta")}
+    pool = RaggedPool(torch.full((4, 2), 100), nowhere)
     pool.length = torch.full((4, 2), 90)
     with Made() as made:
         slots, offset = pool.slots(torch.arange(3))

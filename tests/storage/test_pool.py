@@ -19,6 +19,10 @@ def token_values(ids):
     return torch.stack([ids, 2 * ids, ids + 0.5], dim=-1).float()
 
 
+def token_fields(ids):
+    return {"keys": token_keys(ids), "values": token_values(ids)}
+
+
 def contents(pool):
     """Per row and head: [(id, column, mass)] in slot order, read from the fields themselves."""
     result = []
@@ -46,9 +50,7 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(batch=st.integers(1, 3), heads=st.integers(1, 3), data=st.data())
     def allocate(self, batch, heads, data):
         capacity = self.draw_counts(data, batch * heads, high=4).view(batch, heads)
-        self.pool = RaggedPool(
-            capacity, torch.zeros(1, KEY_SIZE), torch.zeros(1, VALUE_SIZE), {"mass": torch.float32}
-        )
+        self.pool = RaggedPool(capacity, token_fields(torch.ones(1)), {"mass": torch.float32})
         self.model = [[[] for _ in range(heads)] for _ in range(batch)]
         self.next_id, self.column, self.tail = 1, 0, 0
         self.deep = self.shallow = None
@@ -101,7 +103,7 @@ class PoolMachine(RuleBasedStateMachine):
         ids, columns = self.new_tokens(steps)
         statistics = {"mass": ids.float() / 4} if given_mass else {}
         given = self.maybe_number(columns, data)
-        self.pool.append(token_keys(ids), token_values(ids), given, **statistics)
+        self.pool.append(token_fields(ids), given, **statistics)
         for row in range(self.batch):
             for head in range(self.heads):
                 for step in range(steps):
@@ -120,7 +122,7 @@ class PoolMachine(RuleBasedStateMachine):
         ids, columns = self.new_tokens(steps)
         statistics = {"mass": ids.float() / 4} if given_mass else {}
         given = self.maybe_number(columns, data)
-        self.pool.append(token_keys(ids), token_values(ids), given, keep, **statistics)
+        self.pool.append(token_fields(ids), given, keep, **statistics)
         for row, head, step in keep.nonzero().tolist():
             token = float(ids[row, head, step])
             mass = token / 4 if given_mass else 0.0
@@ -136,7 +138,7 @@ class PoolMachine(RuleBasedStateMachine):
         with pytest.raises(
             ValueError, match=rf"room for {steps} tokens.*got {free} free.*relayout"
         ):
-            self.pool.append(token_keys(ids), token_values(ids), torch.arange(steps), keep)
+            self.pool.append(token_fields(ids), torch.arange(steps), keep)
         assert contents(self.pool) == before
 
     @rule(data=st.data())
@@ -291,11 +293,9 @@ TestPoolAgainstLists = PoolMachine.TestCase
 
 def small_pool(capacity):
     """Heads `[[1, 2, 3], [4, 5, 6]], [[7, ...` with mass 1."""
-    pool = RaggedPool(
-        capacity, torch.zeros(1, KEY_SIZE), torch.zeros(1, VALUE_SIZE), {"mass": torch.float32}
-    )
+    pool = RaggedPool(capacity, token_fields(torch.ones(1)), {"mass": torch.float32})
     ids = torch.arange(1, 13).view(2, 2, 3)
-    pool.append(token_keys(ids), token_values(ids), torch.arange(3), mass=torch.ones(2, 2, 3))
+    pool.append(token_fields(ids), torch.arange(3), mass=torch.ones(2, 2, 3))
     return pool
 
 
@@ -315,7 +315,7 @@ def test_statistics_of_a_token_in_a_used_slot_start_at_zero(capacity, masked):
     pool.compact(rows, slots, offset, offset < 2)
     ids = torch.arange(20, 24).view(2, 2, 1)
     keep = torch.ones(2, 2, 1, dtype=torch.bool) if masked else None
-    pool.append(token_keys(ids), token_values(ids), torch.tensor([3]), keep)
+    pool.append(token_fields(ids), torch.tensor([3]), keep)
     assert all([t[2] for t in head] == [1.0, 1.0, 0.0] for row in contents(pool) for head in row)
 
 
@@ -326,7 +326,7 @@ def test_snapshot_survives_appends_and_mass(capacity, deep):
     pool.drop_newest(1)
     before, snapshot = contents(pool), pool.snapshot(deep=deep)
     ids = torch.arange(20, 24).view(2, 2, 1)
-    pool.append(token_keys(ids), token_values(ids), torch.tensor([3]))
+    pool.append(token_fields(ids), torch.tensor([3]))
     pool.fields["mass"] += 1
     assert contents(snapshot) == before
 
@@ -354,8 +354,7 @@ def test_select_rows_gives_independent_copies(capacity):
 def test_pool_keeps_dtype_and_mass_is_float32(dtype):
     pool = RaggedPool(
         torch.tensor([[2, 3]]),
-        torch.zeros(1, 2, dtype=dtype),
-        torch.zeros(1, 3, dtype=dtype),
+        {"keys": torch.zeros(1, 2, dtype=dtype), "values": torch.zeros(1, 3, dtype=dtype)},
         {"mass": torch.float32},
     )
     pool.relayout(torch.tensor([[3, 4]]))

@@ -49,7 +49,9 @@ class Recorder:
 
     def _see(self, layer, begin, end):
         config = self.model.config
-        batch, heads = self.ids.shape[0], config.num_key_value_heads
+        # Of latents there is one for all heads.
+        heads = 1 if getattr(config, "kv_lora_rank", None) else config.num_key_value_heads
+        batch = self.ids.shape[0]
         causal = torch.ones(end, end, dtype=torch.bool).tril()
         kind = (getattr(config, "layer_types", None) or ["full_attention"] * 99)[layer]
         if kind == "full_attention":
@@ -82,7 +84,8 @@ def oracle_logits(model, ids, padding, visible):
         batch, heads, steps, _ = query.shape
         group = heads // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        seen = visible[module.layer_idx].repeat_interleave(group, 1)
+        seen = visible[module.layer_idx]
+        seen = seen.repeat_interleave(heads // seen.shape[1], 1)
         logits = (query @ key.transpose(-1, -2)).double() * scaling
         logits = logits.masked_fill(~seen, -1e30)
         if kwargs.get("s_aux") is not None:

@@ -25,5 +25,5 @@ def test_what_does_not_fit_is_refused(shape, dtype):
     pool = (torch.zeros(6, 4), torch.zeros(6, 4), torch.zeros(6, dtype=torch.int32))
     length, new = torch.zeros(2, 1, dtype=torch.long), torch.zeros(shape, dtype=dtype)
     with pytest.raises(ValueError, match=r"append: expected one token for each of \[2, 1\] heads"):
-        append(pool, layout.start, length, new, new, 0)
+        append(pool, layout.start, length, (new, new), 0)
     assert not length.any()

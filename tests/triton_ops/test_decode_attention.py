@@ -136,6 +136,27 @@ def test_few_queries_that_share_keys(shape, limit, threads, able, monkeypatch):
         calls.clear()
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_values_that_are_the_first_numbers_of_the_keys(dtype, steps, monkeypatch):
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, keys, values, **settings):
+        calls.append(keys.data_ptr() == values.data_ptr() and keys.shape == values.shape)
+        return attend(query, keys, values, **settings)
+
+    monkeypatch.setattr(fused.F, "scaled_dot_product_attention", noted)
+    made = make_case([[9], [7]], [[9], [4]], 16, steps, dtype=dtype, sizes=(24, 20))
+    case = replace(made, values=made.keys[:, :20])
+    out, _, lse = expected(case)
+    total = torch.empty(2, steps, 16)
+    assert_close(case.run(), out, TOLERANCE[dtype])
+    assert_close(case.run(logsumexp=total), out, TOLERANCE[dtype])
+    torch.testing.assert_close(total.double(), lse, atol=TOLERANCE[dtype], rtol=1e-6)
+    if dtype != torch.float64:
+        assert calls and all(calls), "the fused code of CPUs takes equal sizes only"
+
+
 @pytest.mark.parametrize("able", [{}, {"amx_bf16": True}], ids=["together", "alone"])
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 6)], ids=["equal", "narrow values"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -11,11 +11,10 @@ __all__ = ["append"]
 
 
 def append(
-    pool: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    pool: tuple[torch.Tensor, ...],
     start: torch.Tensor,
     length: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    new: tuple[torch.Tensor, ...],
     column: torch.Tensor | int,
 ) -> None:
     """Write a token behind the last one of every head, and count it; there must be room.
@@ -24,14 +23,14 @@ def append(
 
     Parameters
     ----------
-    pool : three of Tensor
-        Keys `[slots, D]`, values `[slots, D_v]` and positions, IntTensor[slots]; contiguous.
+    pool : tuple of Tensor
+        One or two fields `[slots, D]`, then positions, IntTensor[slots]; contiguous.
     start : LongTensor[B, H_kv]
         First slot of each head.
     length : LongTensor[B, H_kv]
         Slots in use of each head, on the pool's device; increased by one.
-    keys, values : Tensor[B, H_kv, 1, D], Tensor[B, H_kv, 1, D_v]
-        Of the pool's type.
+    new : tuple of Tensor[B, H_kv, 1, D]
+        What each field gets, of its type.
     column : LongTensor[1] or int
         Position of the token.
 
@@ -41,15 +40,15 @@ def append(
         If the shapes or types do not fit together.
     """
     shape = (*length.shape, 1)
-    for field, new in zip(pool, (keys, values), strict=False):
-        if new.shape != (*shape, field.shape[1]) or new.dtype != field.dtype:
+    for field, each in zip(pool[:-1], new, strict=True):
+        if each.shape != (*shape, field.shape[1]) or each.dtype != field.dtype:
             raise ValueError(
                 f"append: expected one token for each of {list(length.shape)} heads, "
-                f"{[*shape, field.shape[1]]} in {field.dtype}, got {list(new.shape)} in "
-                f"{new.dtype}."
+                f"{[*shape, field.shape[1]]} in {field.dtype}, got {list(each.shape)} in "
+                f"{each.dtype}."
             )
     if uses_triton(pool[0]):
         from .kernel import append_triton as run
     else:
         run = append_reference
-    run(pool, start, length, keys, values, column)
+    run(pool, start, length, new, column)

@@ -42,9 +42,10 @@ def append_kernel(
     place = tl.arange(0, BLOCK_D)
     key = tl.load(keys + row * key_row + number * key_head + place, mask=place < D)
     tl.store(pool_keys + slot * D + place, key, mask=place < D)
-    place = tl.arange(0, BLOCK_DV)
-    value = tl.load(values + row * value_row + number * value_head + place, mask=place < DV)
-    tl.store(pool_values + slot * DV + place, value, mask=place < DV)
+    if values is not None:
+        place = tl.arange(0, BLOCK_DV)
+        value = tl.load(values + row * value_row + number * value_head + place, mask=place < DV)
+        tl.store(pool_values + slot * DV + place, value, mask=place < DV)
     # All threads have read the length before one of them changes it.
     tl.debug_barrier()
     tl.store(length + head, held + 1)
@@ -52,26 +53,27 @@ def append_kernel(
 
 @launcher
 def append_triton(
-    pool: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    pool: tuple[torch.Tensor, ...],
     start: torch.Tensor,
     length: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    new: tuple[torch.Tensor, ...],
     column: torch.Tensor | int,
 ) -> None:
     """See `triton_ops.append.append`."""
     batch, heads = length.shape
     # Of one token, strides of the other axes may be anything.
-    keys = keys if keys.stride(3) == 1 else keys.contiguous()
-    values = values if values.stride(3) == 1 else values.contiguous()
+    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (new[0], new[-1]))
+    two = len(new) > 1
     on_device = isinstance(column, torch.Tensor)
     key_stride, value_stride = keys.stride(), values.stride()
     append_kernel[(batch * heads,)](
-        *pool,
+        pool[0],
+        pool[1] if two else None,
+        pool[-1],
         start,
         length,
         keys,
-        values,
+        values if two else None,
         column if on_device else None,
         0 if on_device else column,
         heads,

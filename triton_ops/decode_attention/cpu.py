@@ -47,7 +47,7 @@ def decode_attention_cpu(
     # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
     used = lengths.tolist()
     explicit = any(x is not None for x in (softcap, s_aux, cumulative_attention))
-    explicit = explicit or (logsumexp is not None and not has_sums(query, values))
+    explicit = explicit or (logsumexp is not None and not has_sums(query, keys, values))
 
     outputs, sums = [], []
     for bucket in _calls(layout, used, query):

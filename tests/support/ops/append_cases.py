@@ -15,7 +15,7 @@ def requests(draw):
     numbers = [[draw(each) for _ in range(shape[1])] for _ in range(shape[0])]
     layout = RaggedLayout(torch.tensor(numbers))
     length = torch.tensor([[draw(st.integers(0, n - 1)) for n in row] for row in numbers])
-    sizes = draw(st.sampled_from([(1, 1), (16, 16), (20, 8), (64, 40)]))
+    sizes = draw(st.sampled_from([(1, 1), (16, 16), (20, 8), (64, 40), (40,)]))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     return layout, length, sizes, dtype, draw(st.integers(0, 2**30)), draw(st.booleans())
 
@@ -36,7 +36,7 @@ def check(request, device="cpu"):
                 field[slot] = column if each is None else each[row, head, 0]
     there = length.to(device, copy=True)
     at = torch.tensor([column], device=device) if counted else column
-    append(tuple(fields), layout.start.to(device), there, *new, at)
+    append(tuple(fields), layout.start.to(device), there, tuple(new), at)
     for field, expected in zip(fields, wanted, strict=True):
         assert torch.equal(field, expected)
     assert torch.equal(there.cpu(), length + 1)

@@ -131,7 +131,7 @@ def one_token(dtype, head_size):
 
     *fields, layout, length = pool(dtype, head_size)
     new = torch.empty(BATCH, KV_HEADS, 1, head_size, dtype=dtype)
-    append_triton(tuple(fields), layout.start, length, new, new, 7)
+    append_triton(tuple(fields), layout.start, length, (new, new), 7)
 
 
 def formula():
