@@ -12,6 +12,7 @@ def append_reference(
     keys: torch.Tensor,
     values: torch.Tensor,
     column: torch.Tensor | int,
+    asked: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See `triton_ops.append.append`."""
     slots = (start + length).flatten()
@@ -20,3 +21,9 @@ def append_reference(
     for field, new in zip(pool, (keys, values, positions), strict=True):
         field.index_copy_(0, slots, new.reshape(-1, *field.shape[1:]))
     length.add_(1)
+    if asked is not None:
+        ring, query = asked
+        place = column % ring.shape[2]
+        if not isinstance(place, torch.Tensor):
+            place = torch.full((1,), place, device=ring.device)
+        ring.index_copy_(2, place, query)
