@@ -343,17 +343,20 @@ class CacheLayer(CacheLayerMixin):
 
     def _append(self, new: NewTokens, end: int) -> None:
         """Store tokens, and keep what later evictions will ask with."""
-        self.store.append(new, end)
+        # A token that some rows do not have is none of a ring, and queries of no use are not kept.
+        single = new.q_len == 1 and new.valid is None and not self._calm
+        ring = self.queries.ring if single else None
+        self.store.append(new, end, ring)
         if self.policy is not None:
-            self._remember(self.policy, new)
+            self._remember(self.policy, new, written=ring is not None)
 
     def _show(self, new: NewTokens) -> None:
         """Let observers see tokens that have been stored and attended to."""
         for observer in self.observers:
             observer.attended(self, new)
 
-    def _remember(self, policy: Policy, new: NewTokens) -> None:
-        """Take note of what later evictions will ask with."""
+    def _remember(self, policy: Policy, new: NewTokens, *, written: bool = False) -> None:
+        """Take note of what later evictions will ask with; `written` if the ring has it."""
         self.settings = new.settings
         if self.state is not None and self.state.first is not self.store.first:
             self.state = self.state.with_first(self.store.first)
@@ -364,7 +367,10 @@ class CacheLayer(CacheLayerMixin):
             # It may make several evictions due, whose queries are needed until they have run.
             asked = policy.open_columns(self.state, self.seen)
             self.queries.resize(max(self.query_columns, asked))
-        self.queries.append(new.query, self.store.clock)
+        if written:
+            self.queries.count_appended()
+        else:
+            self.queries.append(new.query)
 
     def _make_room(self, q_len: int) -> None:
         """Make sure that the store has room for `q_len` more tokens."""

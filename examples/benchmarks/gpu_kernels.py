@@ -16,6 +16,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -219,6 +220,13 @@ class Cases:
                     scaling=scaling,
                 )
 
+            def apart() -> object:
+                """Join partial results by a launch of its own, where one program would."""
+                from triton_ops.decode_attention import kernel
+
+                with mock.patch.object(kernel, "JOINED", 0):
+                    return ours()
+
             def sdpa() -> object:
                 return F.scaled_dot_product_attention(*dense, enable_gqa=True)
 
@@ -228,6 +236,7 @@ class Cases:
 
             return {
                 "ours": Implementation(ours),
+                "join apart": Implementation(apart),
                 "sdpa": Implementation(sdpa),
                 "sdpa flash": self._flash(flash),
                 "flashinfer": self._flashinfer(*dense),

@@ -162,10 +162,7 @@ class RaggedPool:
         one_column = isinstance(columns, int) or columns.numel() == 1
         single = q_len == 1 and one_column and keep is None and not statistics
         if single and self._device_length is not None:
-            stored = (*(self.fields[name] for name in tokens), self.fields["positions"])
-            start = self.layout.start_on(self.device)
-            append(stored, start, self._device_length, tuple(tokens.values()), columns)
-            self.count_appended(1)
+            self.append_single(tokens, columns)
             return
         new = {**tokens, "positions": columns, **statistics}
         if added is None and self.is_even and self._device_length is None:
@@ -181,6 +178,18 @@ class RaggedPool:
                 self._device_length.add_(q_len)
         else:
             self._set_length(self.length + added)
+
+    def append_single(
+        self,
+        tokens: Mapping[str, torch.Tensor],
+        column: torch.Tensor | int,
+        asked: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Append one token to every head, which the device counts; see `triton_ops.append`."""
+        stored = (*(self.fields[name] for name in tokens), self.fields["positions"])
+        start = self.layout.start_on(self.device)
+        append(stored, start, self.device_length, tuple(tokens.values()), column, asked)
+        self.count_appended(1)
 
     def count_appended(self, q_len: int) -> None:
         """Count tokens that every head has got, on the host: a captured graph did so on its own."""

@@ -212,8 +212,16 @@ class PoolStore:
             doubled = max(2 * int(pool.capacity.max()), needed)
             pool.relayout(torch.full_like(pool.capacity, doubled))
 
-    def append(self, new: NewTokens, end: int) -> None:
-        """Append tokens whose last one is column `end - 1`; there must be room."""
+    def append(self, new: NewTokens, end: int, ring: torch.Tensor | None = None) -> None:
+        """Append tokens whose last one is column `end - 1`; there must be room.
+
+        Parameters
+        ----------
+        new : NewTokens
+        end : int
+        ring : Tensor[B, H_q, places, D], optional
+            Gets the query of a single token too; see `QueryWindow.ring`.
+        """
         batch, heads, q_len, _ = new.keys.shape
         columns: torch.Tensor | int | None = self.clock
         if columns is None and q_len == 1:
@@ -223,7 +231,11 @@ class PoolStore:
         keep = None if new.valid is None else new.valid[:, None].expand(batch, heads, q_len)
         if not self._placed:
             self._place_first(end - q_len, new.valid)
-        self.tokens.append(self.form.fields(new.keys, new.values), columns, keep)
+        tokens = self.form.fields(new.keys, new.values)
+        if ring is not None:
+            self.tokens.append_single(tokens, columns, (ring, new.query))
+        else:
+            self.tokens.append(tokens, columns, keep)
         self._tail = self._tail + q_len if new.valid is None else 0
 
     # ------------------------------------------------------------------------------------ attention

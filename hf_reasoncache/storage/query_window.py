@@ -17,8 +17,9 @@ class QueryWindow:
     """Post-RoPE queries of the newest columns.
 
     By default the log keeps the tensors that the model made anyway, which costs nothing per step,
-    and joins them once per eviction. As a ring it writes them into one tensor of its own, which a
-    captured step needs: there, the model makes them in the same place every time.
+    and joins them once per eviction. As a ring it has one tensor of its own, which a captured step
+    needs: there, the model makes them in the same place every time. Whoever stores the keys of a
+    token writes its queries to the ring, in the same launch.
 
     Parameters
     ----------
@@ -30,7 +31,7 @@ class QueryWindow:
         self.size = size
         self._chunks: deque[torch.Tensor] = deque()
         self._columns = 0  # in the chunks
-        # Column `c` stands at place `c % size`; the ring holds `_held` columns before `_end`.
+        # The ring holds `_held` columns before `_end`.
         self._ring: torch.Tensor | None = None
         self._end = self._held = 0
 
@@ -39,24 +40,15 @@ class QueryWindow:
         """Columns kept, of which the newest `size` are ever returned."""
         return self._held if self._ring is not None else self._columns
 
-    def append(self, query: torch.Tensor, clock: torch.Tensor | None = None) -> None:
-        """Add the queries `[B, H_q, T, D]` of one forward.
+    @property
+    def ring(self) -> torch.Tensor | None:
+        """Tensor[B, H_q, size, D]: column `c` stands at place `c % size`; None unless a ring."""
+        return self._ring
 
-        Parameters
-        ----------
-        query : Tensor[B, H_q, T, D]
-        clock : LongTensor[1], optional
-            The column of a single query, on its device; read by a ring.
-        """
+    def append(self, query: torch.Tensor) -> None:
+        """Add the queries `[B, H_q, T, D]` of one forward; a ring ends."""
         q_len = query.size(2)
         if self.size == 0 or q_len == 0:
-            return
-        if self._ring is not None and q_len == 1:
-            column = clock
-            if column is None:
-                column = torch.full((1,), self._end, device=query.device)
-            self._ring.index_copy_(2, column % self.size, query)
-            self.count_appended()
             return
         self._end_ring()
         self._chunks.append(query)
@@ -121,7 +113,7 @@ class QueryWindow:
             self._ring.index_copy_(2, columns % self.size, held)
 
     def count_appended(self) -> None:
-        """Count a column that the device alone has written into the ring."""
+        """Count a column that has been written into the ring."""
         if self._ring is not None:
             self._end, self._held = self._end + 1, min(self._held + 1, self.size)
 

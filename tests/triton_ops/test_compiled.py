@@ -78,6 +78,25 @@ def check_loops(binary, capability):
     assert sorted(units, key=str) == sorted(expected, key=str), str(binary)
 
 
+def check_arrival(binary):
+    """What `is_last` relies on: barriers around one atomic addition that releases and acquires, for
+    the whole GPU, with the partial results stored before and loaded, by the caches that it has
+    made valid, behind.
+    """
+    from tests.support.ops.loops import sequence
+
+    found = sequence(binary.ptx)
+    (at,) = [place for place, name in enumerate(found) if name.startswith(("atom.", "red."))]
+    assert found[at] == "atom.global.gpu.acq_rel.add.u32", found[at]
+    memory = [name for name in found[:at] if name.startswith(("bar.", "st.global"))]
+    behind = [name for name in found[at:] if name.startswith(("bar.", "ld.global"))]
+    assert memory[-1] == behind[0] == "bar.sync"
+    stores = [name for name in memory if name.startswith("st.global")]
+    loads = [name for name in behind if name.startswith("ld.global")]
+    assert len(stores) >= 2 and len(loads) >= 3
+    assert not any(".nc" in name for name in loads)
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", CASES)
 def test_it_compiles_within_limits(name, capability):
@@ -90,6 +109,8 @@ def test_it_compiles_within_limits(name, capability):
         check_limits(binary, capability, programs)
         if binary.name in HOT:
             check_loops(binary, capability)
+        if binary.name == "attend_kernel" and "arrivals" not in binary.constants:
+            check_arrival(binary)
 
     if said := documented(triton.__version__):
         column = [80, 90, 100].index(capability)
@@ -98,6 +119,20 @@ def test_it_compiles_within_limits(name, capability):
             "docs/kernels.md says something else: python -m tests.support.ops.compiled_table "
             "--write"
         )
+
+
+def test_decode_steps_join_in_the_launch_that_attends():
+    from tests.support.ops.compiled_table import compiled
+
+    for name, names in (
+        ("decode: Llama 8B", ["attend_kernel"]),
+        ("decode: latents, 16 heads", ["attend_kernel", "cumulative_kernel"]),
+        ("decode: latents, 128 heads", ["attend_kernel", "join_kernel"]),
+        ("draft of 8", ["attend_kernel", "join_kernel"]),
+    ):
+        found = compiled(name, 90)
+        assert [binary.name for binary in found] == names
+        assert ("arrivals" in found[0].constants) == ("join_kernel" in names)
 
 
 def test_the_documentation_is_about_the_pinned_version():

@@ -79,6 +79,18 @@ def attend(rows=1, capacity=1152, steps=1, prefix=None):
     )
 
 
+def token(rows, places=5, column=7):
+    """Append a token and its queries."""
+    from triton_ops.append.kernel import append_triton
+
+    layout = RaggedLayout(torch.full((rows, HEADS), 20))
+    keys = torch.empty(layout.slots, SIZE, dtype=torch.bfloat16)
+    new = torch.empty(rows, HEADS, 1, SIZE, dtype=torch.bfloat16)
+    asked = torch.empty(rows, 2 * HEADS, places, SIZE).bfloat16(), new.repeat(1, 2, 1, 1)
+    pool = keys, torch.empty_like(keys), torch.empty(layout.slots, dtype=torch.int32)
+    append_triton(pool, layout.start, layout.capacity, new, new, column, asked)
+
+
 def branch(count, capacity=1152):
     """Attend to a prefix that some rows share."""
     layout = RaggedLayout(torch.full((1, HEADS), capacity))
@@ -100,11 +112,14 @@ MANY = (17, 24, 31, 32, 33, 320)
         (scores, 2, TOKENS),
         (fill_holes, 3, TOKENS),
         (merge, 1, TOKENS),
-        (lambda tokens: attend(capacity=tokens), 3, (*TOKENS, 40_000)),
-        (lambda rows: attend(rows=rows), 3, (1, 3, 16, 64)),
+        (lambda tokens: attend(capacity=tokens), 2, (*TOKENS, 40_000)),
+        (lambda rows: attend(rows=rows), 2, (1, 3, 16, 64)),
         (lambda steps: attend(steps=steps), 3, MANY),
         (branch, 2, MANY),
         (lambda tokens: branch(32, tokens), 2, (*TOKENS, 40_000)),
+        (token, 1, (1, 3, 16, 64)),
+        (lambda places: token(2, places), 1, TOKENS),
+        (lambda column: token(2, column=column), 1, TOKENS),
     ],
     ids=[
         "repeats",
@@ -116,6 +131,9 @@ MANY = (17, 24, 31, 32, 33, 320)
         "steps",
         "branches",
         "prefix",
+        "appended rows",
+        "places",
+        "columns",
     ],
 )
 def test_one_binary_serves_every_number(launch, count, sizes):
@@ -131,7 +149,8 @@ def test_one_binary_serves_every_number(launch, count, sizes):
     assert all(hashes == first for hashes in found.values())
 
 
-MODEL = {"heads", "group", "lines", "size", "key_row", "key_head", "value_row", "value_head"}
+STRIDES = {f"{each}_{axis}" for each in ("key", "value", "query") for axis in ("row", "head")}
+MODEL = {"heads", "query_heads", "group", "lines", "size"} | STRIDES
 """What a model and a scorer fix once; such numbers may be part of a binary."""
 
 

@@ -21,7 +21,7 @@ MULTIPROCESSORS = 132
         (1, 8, 32768, 512, 512),
         (1, 8, 131072, 960, 1096),
         (64, 8, 1152, 384, 1536),
-        (1, 1, 0, 32, 0),
+        (1, 1, 0, 32, 1),
     ],
 )
 def test_the_sizes_of_real_pools(rows, heads, capacity, chunk, programs):

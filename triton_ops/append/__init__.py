@@ -16,6 +16,7 @@ def append(
     length: torch.Tensor,
     new: tuple[torch.Tensor, ...],
     column: torch.Tensor | int,
+    asked: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write a token behind the last one of every head, and count it; there must be room.
 
@@ -33,6 +34,9 @@ def append(
         What each field gets, of its type.
     column : LongTensor[1] or int
         Position of the token.
+    asked : two of Tensor, optional
+        A ring of queries, `[B, H_q, places, D_q]` and contiguous, and the token's queries
+        `[B, H_q, 1, D_q]`, which are written to place `column % places` of it.
 
     Raises
     ------
@@ -47,8 +51,16 @@ def append(
                 f"{[*shape, field.shape[1]]} in {field.dtype}, got {list(each.shape)} in "
                 f"{each.dtype}."
             )
+    if asked is not None:
+        ring, query = asked
+        fits = query.shape == (*ring.shape[:2], 1, ring.shape[3]) and query.dtype == ring.dtype
+        if not fits or len(ring) != len(length):
+            raise ValueError(
+                f"append: expected queries of one token for a ring {list(ring.shape)} of "
+                f"{len(length)} rows in {ring.dtype}, got {list(query.shape)} in {query.dtype}."
+            )
     if uses_triton(pool[0]):
         from .kernel import append_triton as run
     else:
         run = append_reference
-    run(pool, start, length, new, column)
+    run(pool, start, length, new, column, asked)

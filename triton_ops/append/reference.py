@@ -11,6 +11,7 @@ def append_reference(
     length: torch.Tensor,
     new: tuple[torch.Tensor, ...],
     column: torch.Tensor | int,
+    asked: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """See `triton_ops.append.append`."""
     slots = (start + length).flatten()
@@ -19,3 +20,9 @@ def append_reference(
     for field, each in zip(pool, (*new, positions), strict=True):
         field.index_copy_(0, slots, each.reshape(-1, *field.shape[1:]))
     length.add_(1)
+    if asked is not None:
+        ring, query = asked
+        place = column % ring.shape[2]
+        if not isinstance(place, torch.Tensor):
+            place = torch.full((1,), place, device=ring.device)
+        ring.index_copy_(2, place, query)

@@ -8,12 +8,36 @@ import triton.language as tl
 
 from ..launch import launcher, send
 from ..layout import RaggedLayout, SharedPrefix
-from ..merge_state.kernel import join
+from ..merge_state.kernel import join, join_row, joined_at_once
 from ..prefix_attention.kernel import attend_prefix
 from ..tiles import Tile, block_d, blocks, load_rows, parts
 from .chunk_kernel import attend_chunk, load_chunk, load_queries, store_partial
 from .cumulative_kernel import add_received_attention
 from .work import PrefixWork, work
+
+JOINED = 16
+"""Queries of a head up to which the launch that attends joins the partial results itself: one tile
+of them. One program does it for all, where the launch of its own has a program for each."""
+
+
+@triton.jit
+def is_last(arrivals, first, head):
+    """Whether all other programs of a head have stored their partial results, to be read now.
+
+    By the memory model of PTX. The barrier orders what the threads of a program have stored before
+    the atomic addition, which one of them does for all. That is a release and an acquire in one, in
+    the scope of the whole GPU: the last program to add reads what the one before it wrote, which
+    read what the one before that wrote, and so synchronises with all of them. The second barrier
+    orders its addition before whatever any of its threads loads.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(arrivals + head, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    last = before + 1 == tl.load(first + head + 1) - tl.load(first + head)
+    if last:
+        # For the next launch, which a graph may repeat: nobody else will come in this one.
+        tl.store(arrivals + head, 0)
+    return last
 
 
 @triton.jit
@@ -30,6 +54,11 @@ def attend_own(
     items,
     partial_out,
     partial_lse,
+    first,
+    arrivals,
+    s_aux,
+    joined,
+    logsumexp,
     scale,
     softcap,
     chunk,
@@ -43,6 +72,7 @@ def attend_own(
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """One chunk of one head, attended to by a tile of the queries that belong to the head."""
     head, begin, end, partial = load_chunk(items, program, start, length, chunk)
@@ -59,6 +89,13 @@ def attend_own(
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
     )  # fmt: skip
     store_partial(partial_out, partial_lse, partial.to(tl.int64) * rows + row, real, out, lse, DV)
+    if arrivals is not None:
+        if is_last(arrivals, first, head):
+            for each in tl.range(0, rows):
+                join_row(
+                    partial_out, partial_lse, first, s_aux, joined, logsumexp,
+                    head, each, heads, rows // steps, steps, DV, BLOCK_DV, BLOCK_S,
+                )  # fmt: skip
 
 
 # Drafts, later turns and rows come in any number: none of them may ask for a binary of its own.
@@ -86,6 +123,10 @@ def attend_kernel(
     steps,
     tiles,
     first,
+    arrivals,
+    s_aux,
+    joined,
+    logsumexp,
     prefix_keys,
     prefix_values,
     prefix_start,
@@ -104,10 +145,12 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """The first programs read shared prefixes, if there are any, the others own tokens.
 
-    All tiles of queries of a chunk are neighbours, so that its keys are read once.
+    All tiles of queries of a chunk are neighbours, so that its keys are read once. With `arrivals`,
+    the last program of a head to come there joins the partial results of the head.
     """
     program = tl.program_id(0)
     own = True
@@ -125,9 +168,9 @@ def attend_kernel(
     if own:
         attend_own(
             program // tiles, program % tiles, query, keys, values, positions, query_positions,
-            start, length, items, partial_out, partial_lse, scale, softcap, chunk, heads, rows,
-            steps,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
+            start, length, items, partial_out, partial_lse, first, arrivals, s_aux, joined,
+            logsumexp, scale, softcap, chunk, heads, rows, steps,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV, BLOCK_S,
         )  # fmt: skip
 
 
@@ -173,6 +216,7 @@ def decode_attention_triton(
         logsumexp = query.new_empty(out.shape[:-1], dtype=torch.float32)
     partial_out = query.new_empty(plan.partials, rows, value_size, dtype=torch.float32)
     partial_lse = query.new_empty(plan.partials, rows, dtype=torch.float32)
+    joins = plan.arrivals is not None and rows <= JOINED
     if plan.partials:
         shared = 0 if plan.prefix is None else plan.prefix.count * wide_tiles
         attend_kernel[(shared + plan.count * tiles,)](
@@ -194,6 +238,7 @@ def decode_attention_triton(
             steps,
             tiles,
             plan.first,
+            *((plan.arrivals, s_aux, out, logsumexp) if joins else (None,) * 4),
             *_prefix_arguments(prefix, plan.prefix, wide_tiles, latents[-1]),
             head_size,
             value_size,
@@ -203,10 +248,12 @@ def decode_attention_triton(
             BLOCK_D=block,
             BLOCK_REST=rest,
             BLOCK_DV=value_block,
+            BLOCK_S=joined_at_once(value_size),
             num_warps=wide.warps,
             num_stages=tile.stages,
         )
-    join(partial_out, partial_lse, plan.first, out, logsumexp, kv_heads=kv_heads, s_aux=s_aux)
+    if not joins:
+        join(partial_out, partial_lse, plan.first, out, logsumexp, kv_heads=kv_heads, s_aux=s_aux)
     if cumulative_attention is not None and plan.count:
         add_received_attention(
             cumulative_attention,

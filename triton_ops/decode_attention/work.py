@@ -78,6 +78,9 @@ class Work:
         first.
     partials : int
         Number of partial results.
+    arrivals : IntTensor[heads] or None
+        How many programs of a head have written theirs in the launch that runs; zeros between two.
+        None with a prefix, whose programs write partial results of many heads.
     prefix : PrefixWork or None
     """
 
@@ -85,6 +88,7 @@ class Work:
     items: torch.Tensor
     first: torch.Tensor
     partials: int
+    arrivals: torch.Tensor | None
     prefix: PrefixWork | None
 
     @property
@@ -148,8 +152,12 @@ def work(
     def make() -> Work:
         chunk = chunk_size(layout, tiles)
         own = counts(layout, chunk)
-        shared, before = None, torch.zeros_like(own)
-        if prefix is not None:
+        shared, arrivals, before = None, None, torch.zeros_like(own)
+        if prefix is None:
+            # A head without slots has a result too.
+            own = own.clamp_min(1)
+            arrivals = send(torch.zeros_like(own, dtype=torch.int32), device)
+        else:
             shared = _prefix_work(prefix, prefix_tiles, device)
             per_prefix = counts(prefix.layout, shared.chunk).view_as(prefix.length)
             before = per_prefix[prefix.owner].flatten()
@@ -160,7 +168,12 @@ def work(
         long = (layout.capacity.flatten()[head] - ordinal * chunk).clamp_max(chunk)
         items = items[long.argsort(descending=True, stable=True)]
         return Work(
-            chunk, send(items.int(), device), send(first.int(), device), int(first[-1]), shared
+            chunk=chunk,
+            items=send(items.int(), device),
+            first=send(first.int(), device),
+            partials=int(first[-1]),
+            arrivals=arrivals,
+            prefix=shared,
         )
 
     return layout.derive(("work", tiles, device, prefix, prefix_tiles), make)

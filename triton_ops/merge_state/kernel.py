@@ -10,14 +10,16 @@ from ..launch import launcher
 from ..tiles import LOG2_E, NOTHING, block_d, blocks, load_rows
 
 
-@triton.jit(do_not_specialize=["steps"])
-def join_kernel(
+@triton.jit
+def join_row(
     partial_out,
     partial_lse,
     first,
     s_aux,
     out,
     logsumexp,
+    head,
+    row,
     heads,
     group,
     steps,
@@ -25,10 +27,10 @@ def join_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Join the partial results of one query of one head, and its sink; write in output order."""
-    # The second axis of a grid ends at 65,535, which a long chunk has more queries than.
-    row = tl.program_id(0)
-    head = tl.program_id(1)
+    """Join the partial results of one query of one head, and its sink; write in output order.
+
+    They are summed in the order of their numbers, whichever was written first.
+    """
     rows = group * steps
     step = row % steps
     query_head = head % heads * group + row // steps
@@ -64,6 +66,34 @@ def join_kernel(
     tl.store(out + to * DV + column, (acc / safe).to(out.dtype.element_ty), mask=column < DV)
     lse = tl.where(total > 0.0, (top + tl.log2(safe)) / LOG2_E, -float("inf"))
     tl.store(logsumexp + to, lse)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def join_kernel(
+    partial_out,
+    partial_lse,
+    first,
+    s_aux,
+    out,
+    logsumexp,
+    heads,
+    group,
+    steps,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Join the partial results of one query of one head."""
+    # The second axis of a grid ends at 65,535, which a long chunk has more queries than.
+    join_row(
+        partial_out, partial_lse, first, s_aux, out, logsumexp,
+        tl.program_id(1), tl.program_id(0), heads, group, steps, DV, BLOCK_DV, BLOCK_S,
+    )  # fmt: skip
+
+
+def joined_at_once(value_size: int) -> int:
+    """How many partial results of a query `join_row` loads at once."""
+    return max(16, min(64, 8192 // block_d(value_size)))
 
 
 def join(
@@ -104,7 +134,7 @@ def join(
         steps,
         value_size,
         block_d(value_size),
-        BLOCK_S=max(16, min(64, 8192 // block_d(value_size))),
+        BLOCK_S=joined_at_once(value_size),
         num_warps=4,
     )
 

@@ -125,13 +125,20 @@ def fill_holes(dtype, head_size):
     compact_triton([keys, values, positions, torch.empty(layout.slots)], slots, slots, slots.bool())
 
 
-def one_token(dtype, head_size):
-    """Launch what `append` launches."""
+def one_token(dtype, head_size, group=0):
+    """Launch what `append` launches, with or without a ring of queries."""
     from triton_ops.append.kernel import append_triton
 
     *fields, layout, length = pool(dtype, head_size)
     new = torch.empty(BATCH, KV_HEADS, 1, head_size, dtype=dtype)
-    append_triton(tuple(fields), layout.start, length, (new, new), 7)
+    asked = None
+    if group:
+        heads = KV_HEADS * group
+        asked = (
+            torch.empty(BATCH, heads, 8, head_size, dtype=dtype),
+            torch.empty(BATCH, heads, 1, head_size, dtype=dtype),
+        )
+    append_triton(tuple(fields), layout.start, length, (new, new), 7, asked)
 
 
 def formula():
@@ -207,5 +214,6 @@ CASES = {
     "layers at once: float32, size 80": (2, lambda: layers_at_once(torch.float32, 80)),
     "append": (2, lambda: one_token(torch.bfloat16, 128)),
     "append: size 512": (2, lambda: one_token(torch.bfloat16, 512)),
+    "append: queries": (2, lambda: one_token(torch.bfloat16, 128, 4)),
     "append: float32, size 96": (2, lambda: one_token(torch.float32, 96)),
 }

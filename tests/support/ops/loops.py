@@ -32,6 +32,11 @@ def instructions(text: str) -> Counter[str]:
     return sum((block.instructions for block in _parse(text)[0]), Counter())
 
 
+def sequence(text: str) -> list[str]:
+    """Return the names of all instructions, in the order of the text."""
+    return [found["name"] for found in map(INSTRUCTION.match, text.splitlines()) if found]
+
+
 def loops(text: str, *, innermost: bool = False) -> list[Counter[str]]:
     """Count the instructions of each loop of a program.
 

@@ -53,6 +53,7 @@ def test_a_layer_neither_waits_nor_copies_in_an_ordinary_step():
 def test_a_step_asks_for_no_more_than_that_of_a_dynamic_cache():
     costs, theirs = documented(), documented()["DynamicCache"]
     ordinary = ("no budget", "no budget, padded rows", "budget", "budget, padded rows")
+    ordinary += ("no budget, captured", "budget, captured")
     for name in (*ordinary, "budget, risk limit", "branches", "branches, budget", "windows"):
         for mine, its in ((costs[name].layer, theirs.layer), (costs[name].rest, theirs.rest)):
             assert mine.operations + mine.launches <= its.operations + its.launches, name

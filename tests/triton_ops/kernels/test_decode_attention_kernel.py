@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from tests.support.ops.attention_cases import OPTIONS, arguments_of, cases, expected, make_case
-from triton_ops.decode_attention import work
+from triton_ops.decode_attention import kernel, work
 
 TILE = work.STEP
 SHAPES = {
@@ -115,6 +115,25 @@ def test_the_number_of_splits_changes_nothing(chunk, device, monkeypatch):
     other = replace(case, layout=replace(case.layout))
     torch.testing.assert_close(other.run(), fine, atol=1e-6, rtol=1e-6)
     assert work.work(other.layout, 1, fine.device).chunk == chunk
+
+
+def test_the_order_in_which_programs_come_changes_nothing(device):
+    """The last one to come joins, in the order of the chunks, and leaves all as it was."""
+    case = make_case([[5 * TILE, 7, 0]], [[5 * TILE - 3, 7, 0]], 4, 1, poison=math.nan).to(device)
+    first = case.run()
+    plan = work.work(case.layout, 1, first.device)
+    assert plan.count > 5
+    for order in (plan.items.flip(0), plan.items[torch.randperm(plan.count)], plan.items):
+        plan.items.copy_(order.clone())
+        assert torch.equal(case.run(), first)
+        assert not plan.arrivals.any()
+
+
+def test_more_queries_than_one_program_joins_are_joined_by_a_launch(device, monkeypatch):
+    case = make_case([[3 * TILE, 7, 0]], [[3 * TILE - 3, 7, 0]], 4, 1).to(device)
+    joined = case.run()
+    monkeypatch.setattr(kernel, "JOINED", 3)
+    torch.testing.assert_close(case.run(), joined, atol=1e-6, rtol=1e-6)
 
 
 def test_a_query_that_is_a_view(device):
