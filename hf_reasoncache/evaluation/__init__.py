@@ -1,11 +1,13 @@
 """Evaluation: tasks x caches x budgets x seeds, and audits of several instructions.
 
 `evaluate` answers the questions of a `Grid` and keeps every answer on disk; `tabulate` compares the
-caches. `audit` does so for a `Suite` of instructions. Needs the extra `hf-reasoncache[eval]`.
+caches. `audit` does so for a `Suite` of instructions. Needs the extra
+`hf-reasoncache[eval]`.
 """
 
 from hf_reasoncache.evaluation.audit import analyse, audit
 from hf_reasoncache.evaluation.audit_result import Audit
+from hf_reasoncache.evaluation.certify import Certificate, certificates, certify
 from hf_reasoncache.evaluation.checks import CHECKS, Check
 from hf_reasoncache.evaluation.grid import Grid, Settings
 from hf_reasoncache.evaluation.harness import evaluate
@@ -24,6 +26,7 @@ __all__ = [
     "FULL",
     "Audit",
     "CacheSpec",
+    "Certificate",
     "Check",
     "FileTask",
     "Grid",
@@ -39,6 +42,8 @@ __all__ = [
     "analyse",
     "audit",
     "baseline",
+    "certificates",
+    "certify",
     "evaluate",
     "load_suite",
     "load_task",
