@@ -62,3 +62,4 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, max=4096, help="Of a CPU.", show_default="torch's choice")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
