@@ -104,7 +104,9 @@ class GivenPolicy(BudgetPolicy):
 
     given: torch.Tensor
 
-    def tokens_per_head(self, protected: torch.Tensor, heads: int) -> torch.Tensor:
+    def tokens_per_head(
+        self, protected: torch.Tensor, heads: int, seen: torch.Tensor
+    ) -> torch.Tensor:
         """See `BudgetPolicy.tokens_per_head`; nothing is protected here."""
         return self.given.expand(len(protected), heads).contiguous()
 

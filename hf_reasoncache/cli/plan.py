@@ -51,7 +51,8 @@ def plan_command(
         str,
         typer.Option(
             metavar="N,N,...",
-            help="Tokens per KV head; for sliding-window its bound, or a ratio below 1.",
+            help="Tokens per KV head (for sliding-window its bound), or, below 1, shares of the "
+            "tokens seen.",
         ),
     ],
     memory: Annotated[
