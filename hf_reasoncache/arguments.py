@@ -43,6 +43,12 @@ def require_share(name: str, value: object, *, low: float = 0.0) -> None:
         raise ValueError(f"{name}: expected a number from {low:g} to 1, got {shown(value)}.")
 
 
+def require_open_share(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a number between 0 and 1, neither included."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 < float(value) < 1.0:
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {shown(value)}.")
+
+
 def require_temperature(value: object) -> None:
     """Raise ValueError unless `value` is a temperature of sampling: from 0, greedy, to 10."""
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 10:

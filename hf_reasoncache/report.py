@@ -46,6 +46,9 @@ class LayerReport:
         What attends to the pool now, see `triton_ops.backend`; None without tokens.
     may_evict : bool
         Whether the layer evicts as soon as it holds more than it was told to.
+    ratio : float or None
+        Share of the tokens seen that the model's layers are to keep on average; None for a number
+        of tokens, or all.
     risk : RiskLog or None
         What each eviction did to the output of the heads, if that was measured.
     probes : RiskLog or None
@@ -71,6 +74,7 @@ class LayerReport:
     evicted: int
     backend: str | None = None
     may_evict: bool = False
+    ratio: float | None = None
     risk: RiskLog | None = None
     probes: RiskLog | None = None
     shadow_bytes: int = 0
@@ -96,6 +100,7 @@ class LayerReport:
             evicted=layer.evicted,
             backend=None if pool is None else describe(layer.device, layer.dtype),
             may_evict=layer.may_evict,
+            ratio=None if layer.policy is None else layer.policy.ratio,
             risk=layer.risk if measured else None,
             probes=logs[0] if logs else None,
             shadow_bytes=sum(observer.nbytes for observer in layer.observers),
@@ -206,6 +211,11 @@ class CacheReport:
     branches: BranchReport | None = None
     shard: tuple[int, int, int] | None = None
     graphs: str | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of the tokens seen that the cache is told to keep; None for a number, or all."""
+        return next((each.ratio for each in self.layers if each.ratio is not None), None)
 
     @property
     def kv_bytes(self) -> int:
@@ -332,7 +342,8 @@ class CacheReport:
     def __str__(self) -> str:
         """Format for a terminal of 80 columns."""
         lines = [
-            f"seen {self.seen} tokens, hold {self.mean_held:.1f} per KV head on average",
+            f"seen {self.seen} tokens, hold {self.mean_held:.1f} per KV head on average"
+            + ("" if self.ratio is None else f" ({self.ratio:.0%} wanted)"),
             f"keys and values {self.kv_bytes:,} bytes, all storages {self.total_bytes:,} bytes",
             f"attention to the pools by {self.backend}",
             *(() if self.graphs is None else wrap(f"graphs: {self.graphs}", 80)),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from examples.real_model.model import FOLDER, SENSITIVITY, load
-from examples.real_model.perplexity import TOPICS, difference, forwards, losses, texts
+from examples.real_model.perplexity import TOPICS, difference, texts
 from examples.real_model.tasks import tasks
 from examples.research.tables import publish, versions
 from hf_reasoncache import ReasonAllocCache
@@ -34,6 +34,7 @@ from hf_reasoncache.evaluation import (
     evaluate,
     tabulate,
 )
+from hf_reasoncache.evaluation.fidelity import forwards, losses
 from hf_reasoncache.evaluation.generation import cache_bytes
 from hf_reasoncache.evaluation.plot import results_png
 from hf_reasoncache.evaluation.specs import Budget

@@ -21,20 +21,12 @@ import torch
 from transformers import PretrainedConfig
 
 from examples.real_model.model import load
-from examples.real_model.perplexity import (
-    BLOCK,
-    CHUNK,
-    TOPICS,
-    difference,
-    forwards,
-    full_forwards,
-    losses,
-    texts,
-)
+from examples.real_model.perplexity import TOPICS, difference, full_forwards, texts
 from examples.research.arguments import parse, real_parser
 from examples.research.tables import publish, versions
 from hf_reasoncache.budgets import head_budgets, robustify
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.evaluation.fidelity import BLOCK, CHUNK, divergence, forwards, losses
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.base import EvictionSpan, PromptRows
 from hf_reasoncache.policies.budget import BudgetPolicy
@@ -112,7 +104,9 @@ class GivenPolicy(BudgetPolicy):
 
     given: torch.Tensor
 
-    def tokens_per_head(self, protected: torch.Tensor, heads: int) -> torch.Tensor:
+    def tokens_per_head(
+        self, protected: torch.Tensor, heads: int, seen: torch.Tensor
+    ) -> torch.Tensor:
         """See `BudgetPolicy.tokens_per_head`; nothing is protected here."""
         return self.given.expand(len(protected), heads).contiguous()
 
@@ -146,13 +140,10 @@ def cache(config: PretrainedConfig, form: str, scorer: str, budget: int) -> Reas
     return ReasonCache(config, make_layer)
 
 
-def divergence(full: Sequence[torch.Tensor], chunks: Sequence[torch.Tensor]) -> torch.Tensor:
+def divergences(full: Sequence[torch.Tensor], chunks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensor[texts, tokens - CHUNK]: KL(full || squeezed) in nats, after the first chunk."""
-    found = []
-    for first, second in zip(full[1:], chunks[1:], strict=True):
-        logs = first.float().log_softmax(-1)
-        found.append((logs.exp() * (logs - second.float().log_softmax(-1))).sum(-1))
-    return torch.cat(found, 1)
+    pairs = zip(full[1:], chunks[1:], strict=True)
+    return torch.cat([divergence(first, second) for first, second in pairs], 1)
 
 
 def spread(made: ReasonCache) -> float:
@@ -193,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     continue  # its scores are that attention
                 made = cache(model.config, form, scorer, budget)
                 chunks = list(forwards(model, ids, made))
-                found = losses(ids, chunks), divergence(logits, chunks)
+                found = losses(ids, chunks), divergences(logits, chunks)
                 first = first or found
                 values = (
                     scorer,

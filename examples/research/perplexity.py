@@ -15,19 +15,12 @@ from collections.abc import Sequence
 import torch
 
 from examples.real_model.model import COVERAGE, SENSITIVITY, load
-from examples.real_model.perplexity import (
-    BLOCK,
-    TOPICS,
-    difference,
-    forwards,
-    full_forwards,
-    losses,
-    texts,
-)
+from examples.real_model.perplexity import TOPICS, difference, full_forwards, texts
 from examples.research.arguments import parse, real_parser
 from examples.research.tables import publish, versions
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import CacheSpec
+from hf_reasoncache.evaluation.fidelity import BLOCK, forwards, losses
 
 TOKENS = 832
 COMMON = {"buffer": 64, "window": 8, "protect": False}

@@ -18,10 +18,10 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from examples.real_model.perplexity import CHUNK
 from examples.real_model.reasoner.problems import make_problems
 from examples.real_model.reasoner.train import Example, encode
 from examples.research.chains import Arm, about_model, digest, fill, held_by_row
+from hf_reasoncache.evaluation.fidelity import CHUNK
 from hf_reasoncache.releases import cache_kwarg
 
 

@@ -18,20 +18,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from examples.real_model.model import SENSITIVITY, load
-from examples.real_model.perplexity import (
-    BLOCK,
-    CHUNK,
-    TOPICS,
-    difference,
-    forwards,
-    full_forwards,
-    losses,
-    texts,
-)
+from examples.real_model.perplexity import TOPICS, difference, full_forwards, texts
 from examples.research.arguments import parse, real_parser
 from examples.research.tables import publish, versions
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.cache import ReasonCache
+from hf_reasoncache.evaluation.fidelity import BLOCK, CHUNK, forwards, losses
 from hf_reasoncache.report import CacheReport
 from hf_reasoncache.scorers import RKV, Bidirectional, Random
 

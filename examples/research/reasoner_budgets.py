@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from examples.real_model.model import SENSITIVITY, load
-from examples.real_model.perplexity import CHUNK
 from examples.real_model.reasoner.problems import DEVELOPMENT_SEEDS, TASKS, TEST_SEEDS
 from examples.research.arguments import parse, real_parser
 from examples.research.chains import MERGED, OWN, Arm
@@ -29,6 +28,7 @@ from examples.research.tables import publish, versions
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.evaluation import CacheSpec, Paired, Share
+from hf_reasoncache.evaluation.fidelity import CHUNK
 from hf_reasoncache.evaluation.plot import Line, Panel, panels_png
 from hf_reasoncache.evaluation.specs import FULL
 from hf_reasoncache.profiles import BudgetProfile

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from examples.real_model.model import SENSITIVITY, load
-from examples.real_model.perplexity import TOPICS, difference, forwards, losses, texts
+from examples.real_model.perplexity import TOPICS, difference, texts
 from examples.research.arguments import parse, real_parser
 from examples.research.perplexity import COMMON, TOKENS
 from examples.research.tables import publish, versions
@@ -25,6 +25,7 @@ from hf_reasoncache import BudgetProfile, ReasonAllocCache
 from hf_reasoncache.calibration.estimate import Record
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.traces import Trace
+from hf_reasoncache.evaluation.fidelity import forwards, losses
 from hf_reasoncache.profiles.distance import wave_distance
 
 BUDGET = 128

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
@@ -11,6 +13,7 @@ from hf_reasoncache.arguments import (
     require_bool,
     require_demand_of,
     require_int,
+    require_open_share,
     require_scorer,
     what_to_measure,
 )
@@ -22,6 +25,8 @@ from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 from hf_reasoncache.shards import TPMode
+
+_NOT_GIVEN: Any = object()
 
 
 class ReasonAllocCache(ReasonCache):
@@ -37,6 +42,11 @@ class ReasonAllocCache(ReasonCache):
         Resident tokens per KV head on average over the model, prompt included, after a compaction;
         between two, up to `buffer` more. None keeps everything: an exact cache that is faster than
         `DynamicCache`.
+    ratio : float, optional
+        Instead of a budget: the share, in (0, 1), of the tokens that a row has seen by the time of
+        a compaction, prompt included. The pool grows at compactions.
+    min_budget : int
+        With a ratio, the least budget, protected tokens of the prompt not counted.
     profile : BudgetProfile, str, path or sequence of float, optional
         Demand of each full-attention layer (the paper's Reasoning Wave), and the rule that makes
         budgets of it: a calibrated profile, its directory, its repository ORG/NAME on the Hub, or
@@ -100,7 +110,9 @@ class ReasonAllocCache(ReasonCache):
         self,
         config: PretrainedConfig,
         *,
-        budget: int | None,
+        budget: int | None = _NOT_GIVEN,
+        ratio: float | None = None,
+        min_budget: int = 128,
         profile: Profile | None = None,
         scorer: Scorer | str | None = None,
         head_budgets: bool = False,
@@ -113,7 +125,16 @@ class ReasonAllocCache(ReasonCache):
         scorer = require_scorer(RKV() if scorer is None else scorer)
         require_int("window", window, low=1)
         require_int("buffer", buffer, low=1)
-        if budget is not None:
+        if (budget is _NOT_GIVEN) == (ratio is None):
+            raise ValueError(
+                "ReasonAllocCache: expected either budget or ratio, got "
+                f"{'none' if ratio is None else 'both'}; budget=None keeps everything."
+            )
+        if ratio is not None:
+            require_open_share("ratio", ratio)
+            require_int("min_budget", min_budget, low=window + 1)
+            budget = min_budget
+        elif budget is not None:
             require_int("budget", budget, low=window + 1)
         require_bool("head_budgets", head_budgets)
         protected, watched = Protect.of(protect), Risk.of(risk)
@@ -136,6 +157,7 @@ class ReasonAllocCache(ReasonCache):
                 protection=protected.protection,
                 risk=what_to_measure(watched),
                 layer_rank=layer_rank,
+                ratio=ratio,
             )
             return CacheLayer(index, policy, observers=make_observers(watched))
 

@@ -12,6 +12,7 @@ from hf_reasoncache.cli.chat import chat_command
 from hf_reasoncache.cli.errors import run
 from hf_reasoncache.cli.evaluate import evaluate_command
 from hf_reasoncache.cli.generate import generate_command
+from hf_reasoncache.cli.perplexity import perplexity_command
 from hf_reasoncache.cli.plan import plan_command
 from hf_reasoncache.cli.profiles import compare, pull, push, show
 from hf_reasoncache.version import __version__
@@ -29,6 +30,7 @@ app = typer.Typer(
 for _command in (calibrate, show, compare, push, pull):
     app.command()(_command)
 app.command("evaluate")(evaluate_command)
+app.command("perplexity")(perplexity_command)
 app.command("audit")(audit_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)

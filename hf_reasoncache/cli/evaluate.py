@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -34,10 +36,18 @@ from hf_reasoncache.cli.options import (
     Threads,
     Window,
 )
-from hf_reasoncache.evaluation import Grid, Settings, evaluate, load_task, tabulate
+from hf_reasoncache.evaluation import (
+    Certificate,
+    Grid,
+    Settings,
+    certificates,
+    evaluate,
+    load_task,
+    tabulate,
+)
 from hf_reasoncache.evaluation import baseline as make_baseline
 from hf_reasoncache.evaluation.plot import results_png
-from hf_reasoncache.evaluation.table import Row, cells, markdown_table, text_table
+from hf_reasoncache.evaluation.table import WIDTH, Row, cells, markdown_table, text_table
 from hf_reasoncache.outputs import new_directory, write_bytes, write_text
 
 
@@ -65,6 +75,15 @@ def evaluate_command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     batch_size: BatchSize = 8,
     chat: Chat = False,
+    certify: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ALPHA",
+            help="Also name each cache's smallest budget that loses at most this share of the "
+            "answers that the full cache gets right.",
+            show_default=False,
+        ),
+    ] = None,
     window: Window = 8,
     buffer: Buffer = 128,
     revision: Revision = None,
@@ -75,10 +94,13 @@ def evaluate_command(
     """Compare caches with the full one on your tasks.
 
     Writes answers.jsonl (one line for every answer, as it comes), results.json, results.md and
-    results.png. Differences carry the p of McNemar's exact test on the same questions. Several
-    processes share the questions: accelerate launch -m hf_reasoncache.cli evaluate ...
+    results.png; with --certify also certified.json. Differences carry the p of McNemar's exact test
+    on the same questions. Several processes share the questions: accelerate launch -m
+    hf_reasoncache.cli evaluate ...
     """
     require_packages(scipy="eval", matplotlib="plot")
+    if certify is not None and not 0.0 < certify < 1.0:
+        raise ValueError(f"--certify: expected a share in (0, 1), got {certify}.")
     # `--task module:name` finds modules where the command runs, as `python -m` does.
     sys.path.insert(0, "")
     control = make_baseline(window, buffer) if baseline else None
@@ -101,14 +123,49 @@ def evaluate_command(
         write_text(out / "results.json", json.dumps(list(map(_facts, rows)), indent=1) + "\n")
         write_text(out / "results.md", markdown_table(columns, lines))
         write_bytes(out / "results.png", results_png(rows))
+        certified = {} if certify is None else certificates(records, certify)
+        if certify is not None:
+            content = [
+                {"task": task, "cache": cache, **asdict(each)}
+                for (task, cache), found in certified.items()
+                for each in found
+            ]
+            write_text(out / "certified.json", json.dumps(content, indent=1) + "\n")
     for name in dict.fromkeys(row.task for row in rows):
         typer.echo(f"{name}, {next(r.correct.total for r in rows if r.task == name)} answers each")
         mine = [line for line in lines if line["task"] == name]
         typer.echo(text_table(["cache", "budget", "correct", "vs full", "vs random"], mine))
+        if certify is not None:
+            typer.echo(_certified(name, certified, certify))
     for row in rows:
         if row.nothing_evicted:
             warn_nothing_evicted(f"{row.cache} at {row.budget} evicted nothing on {row.task}")
     typer.echo(out)
+
+
+def _certified(
+    task: str, found: Mapping[tuple[str, str], Sequence[Certificate]], alpha: float
+) -> str:
+    """Return a table of what is certified on a task, and below it why the rest is not."""
+    mine = [(cache, each) for (name, cache), made in found.items() if name == task for each in made]
+    lines = [
+        {
+            "cache": cache,
+            "certified": "none" if each.budget is None else str(each.budget),
+            "loss": f"{each.mean_loss:.3f}",
+            "bound": f"{each.bound:.3f}",
+            "questions": str(each.questions),
+        }
+        for cache, each in mine
+    ]
+    reasons = [
+        textwrap.fill(f"{cache}: {each.refusal}.", WIDTH, break_on_hyphens=False)
+        for cache, each in mine
+        if each.refusal
+    ]
+    columns = ["cache", "certified", "loss", "bound", "questions"]
+    head = f"Smallest budgets with an excess loss over the full cache of at most {alpha:g}:"
+    return "\n".join([head, text_table(columns, lines), *reasons])
 
 
 def _facts(row: Row) -> dict[str, Any]:

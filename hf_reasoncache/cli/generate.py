@@ -95,7 +95,8 @@ def generate_command(
         str | None,
         typer.Option(
             metavar="N",
-            help="Tokens per KV head; for sliding-window its bound, or a ratio below 1.",
+            help="Tokens per KV head (for sliding-window its bound), or, below 1, a share of the "
+            "tokens seen.",
             show_default=False,
         ),
     ] = None,

@@ -31,14 +31,15 @@ Caches = Annotated[
         f"{', '.join(name for name, cache in CACHES.items() if cache)}, or a scorer: "
         f"{', '.join(SCORERS)}. SETTING: scorer=NAME, profile=DIR, heads=on|off, "
         "prompt=keep|evict, protect (the spans of a question), fair=0.5, fair_window=128, "
-        "window=8, buffer=128; of sliding-window also ratio=0.3, recent=32.",
+        "window=8, buffer=128, min_budget=128; of sliding-window also ratio=0.3, recent=32.",
     ),
 ]
 Budgets = Annotated[
     str,
     typer.Option(
         metavar="N,N,...",
-        help="Tokens per KV head; for sliding-window its bound, or a ratio below 1.",
+        help="Tokens per KV head (for sliding-window its bound), or, below 1, shares of the tokens "
+        "seen.",
     ),
 ]
 Out = Annotated[
@@ -62,3 +63,4 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, max=4096, help="Of a CPU.", show_default="torch's choice")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

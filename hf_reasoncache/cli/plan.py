@@ -16,7 +16,7 @@ from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
 from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.cli.loading import budgets as parse_budgets
 from hf_reasoncache.cli.loading import load_config, require_packages
-from hf_reasoncache.cli.options import Dtype, Revision
+from hf_reasoncache.cli.options import Dtype, Json, Revision
 from hf_reasoncache.evaluation.specs import FULL, Budget, parse_spec
 from hf_reasoncache.evaluation.table import markdown_table, text_table
 from hf_reasoncache.messages import shown
@@ -51,7 +51,8 @@ def plan_command(
         str,
         typer.Option(
             metavar="N,N,...",
-            help="Tokens per KV head; for sliding-window its bound, or a ratio below 1.",
+            help="Tokens per KV head (for sliding-window its bound), or, below 1, shares of the "
+            "tokens seen.",
         ),
     ],
     memory: Annotated[
@@ -113,7 +114,7 @@ def plan_command(
             metavar="DIR", help="Write plan.json, plan.md and plan.png.", show_default=False
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compute how many rows fit a device, and the most tokens/s it allows.
 

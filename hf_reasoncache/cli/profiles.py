@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from hf_reasoncache.cli.loading import expect_hub
+from hf_reasoncache.cli.options import Json
 from hf_reasoncache.outputs import write_bytes
 from hf_reasoncache.profiles.distance import wave_distance
 from hf_reasoncache.profiles.files import CONFIG, expect_place, write_profile
@@ -33,7 +34,6 @@ Revision = Annotated[
     str | None,
     typer.Option(metavar="REV", help="Branch, tag or commit of a repository.", show_default=False),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Picture = Annotated[
     Path | None,
     typer.Option("--png", metavar="FILE", help="Draw the wave.", show_default=False),

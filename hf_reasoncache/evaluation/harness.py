@@ -166,7 +166,8 @@ class _Runner:
         for cell in grid.cells():
             task, seed, spec, budget = cell
             mine = prompts[task.name, seed]
-            if spec is grid.baseline and budget is not None:
+            # A share of the tokens always has room for a protected prompt.
+            if spec is grid.baseline and isinstance(budget, int):
                 least = max(each.longest for each in mine) + spec.settings["window"]
                 if budget < least:
                     say(

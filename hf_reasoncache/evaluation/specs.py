@@ -19,7 +19,7 @@ from hf_reasoncache.protection import Fair, Protect, Spans
 from hf_reasoncache.scorers import SCORERS, make_scorer
 
 Budget = int | float
-"""Tokens per KV head; below 1, the ratio of a `SlidingWindowCompressCache`."""
+"""Tokens per KV head; below 1, a share of the tokens seen, which is the ratio of a cache."""
 
 CACHES: dict[str, type[ReasonCache] | None] = {
     "full": None,
@@ -158,15 +158,9 @@ class CacheSpec:
         if self.scorer is not None:
             window = settings.get("window", 8)
             settings["scorer"] = make_scorer(self.scorer, window=window, seed=seed)
-        if isinstance(budget, int):
-            return settings | {"budget" if _takes(cache, "budget") else "max_budget": budget}
-        if not _takes(cache, "ratio"):
-            with_ratio = [name for name, each in CACHES.items() if each and _takes(each, "ratio")]
-            raise ValueError(
-                f"{self.name}: expected a budget in tokens, got the ratio {budget}; ratios are for "
-                f"{', '.join(with_ratio)}."
-            )
-        return settings | {"ratio": budget}
+        if isinstance(budget, float):
+            return settings | {"ratio": budget}
+        return settings | {"budget" if _takes(cache, "budget") else "max_budget": budget}
 
 
 FULL = CacheSpec("full")
@@ -190,6 +184,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "prompt": ("protect", {"keep": True, "evict": False}.__getitem__),
     "window": ("window", int),
     "buffer": ("buffer", int),
+    "min_budget": ("min_budget", int),
     "ratio": ("ratio", float),
     "recent": ("recent", int),
 }
@@ -204,8 +199,9 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
     text : str
         One of `CACHES`, or of `SCORERS` (that is `ReasonAllocCache` with this scorer), then a colon
         and settings with commas between them: `scorer=NAME`, `profile=DIR`, `heads=on|off`,
-        `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`, `fair_window=128`, and
-        for `sliding-window` `ratio=0.3`, `recent=32`. Example: `snapkv:protect,fair=0.5`.
+        `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`, `fair_window=128`,
+        `min_budget=128` (where budgets are ratios), and for `sliding-window` `ratio=0.3`,
+        `recent=32`. Example: `snapkv:protect,fair=0.5`.
     window, buffer : int
         For caches with a budget; `window` and `buffer` among the settings go before. Of
         `sliding-window`, a window is what is compressed at once, 128 by default.
@@ -230,7 +226,9 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
     chosen: dict[str, Any] = {}
     for key, value in given.items():
         try:
-            if key in _SETTINGS and _takes(cache, _SETTINGS[key][0]):
+            # A ratio in place of a budget is one of the budgets.
+            is_budget = key == "ratio" and _takes(cache, "budget")
+            if key in _SETTINGS and _takes(cache, _SETTINGS[key][0]) and not is_budget:
                 argument, read = _SETTINGS[key]
                 settings[argument] = read(value)
             elif key == "scorer" and value in SCORERS:

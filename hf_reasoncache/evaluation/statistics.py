@@ -1,4 +1,7 @@
-"""The statistics of the tables: intervals, paired tests, rank correlation. Needs scipy."""
+"""The statistics of the tables: intervals, paired tests, rank correlation.
+
+All but `Estimate` needs scipy.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,48 @@ class Paired:
         if not self.lost + self.gained:
             return 1.0
         return float(_stats().binomtest(self.gained, self.lost + self.gained, 0.5).pvalue)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tokens with its 95% interval.
+
+    Attributes
+    ----------
+    value, low, high : float
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of_blocks(sums: Sequence[float], sizes: Sequence[int]) -> Estimate:
+        """Return the mean over the tokens of all blocks; the interval resamples whole blocks.
+
+        Neighbouring tokens are not independent, blocks nearly are.
+
+        Parameters
+        ----------
+        sums : sequence of float
+            Sum over the tokens of each block.
+        sizes : sequence of int
+            How many tokens those are.
+        """
+        blocks, tokens = torch.tensor([list(sums), list(sizes)], dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(len(blocks), (5000, len(blocks)), generator=generator)
+        means = blocks[drawn].sum(-1) / tokens[drawn].sum(-1)
+        low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return Estimate(float(blocks.sum() / tokens.sum()), low, high)
+
+    def exp(self) -> Estimate:
+        """Return the estimate of a perplexity from that of a loss in nats."""
+        return Estimate(math.exp(self.value), math.exp(self.low), math.exp(self.high))
+
+    def __str__(self) -> str:
+        """Render a difference as ``+0.116 (+0.078, +0.163)``."""
+        return f"{self.value:+.3f} ({self.low:+.3f}, {self.high:+.3f})"
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

@@ -54,7 +54,7 @@ class AgreedBudgets(RowBudgets):
 
     def room(self, counts: Counts, columns: int) -> int:
         """See `RowState.room`."""
-        return counts.least_free - self._lead
+        return super().room(counts, columns) - self._lead
 
     @cached_property
     def _lead(self) -> int:
@@ -69,10 +69,6 @@ class AgreedBudgets(RowBudgets):
         """See `RowBudgets._full`; a head in another process counts like one here."""
         everyone = length[:, :1] - self.behind
         return (everyone + q_len > self.everyone + self.policy.buffer).any(-1)
-
-    def without(self, tokens: torch.Tensor) -> AgreedBudgets:
-        """See `RowBudgets.without`."""
-        return replace(self._sharing(self.everyone - tokens[:, None]), floor=self.floor - tokens)
 
     def select_rows(self, rows: torch.Tensor) -> AgreedBudgets:
         """See `RowBudgets.select_rows`."""
@@ -110,7 +106,12 @@ class AgreedBudgets(RowBudgets):
             self._sharing(everyone), last_split=self.last_split.index_fill(0, rows, columns)
         )
 
+    @property
+    def _all_heads(self) -> torch.Tensor:
+        """See `RowBudgets._all_heads`."""
+        return self.everyone
+
     def _sharing(self, everyone: torch.Tensor) -> AgreedBudgets:
-        """The same with other budgets for all heads of the layer."""
+        """See `RowBudgets._sharing`."""
         own = self.shard.own(everyone, self.heads.shape[1]).contiguous()
         return replace(self, everyone=everyone, heads=own)

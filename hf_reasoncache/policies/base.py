@@ -299,6 +299,11 @@ class Policy(Protocol):
         return None
 
     @property
+    def ratio(self) -> float | None:
+        """Share of the tokens seen that rows keep; None for a number of tokens."""
+        return None
+
+    @property
     def may_evict(self) -> bool:
         """Whether anything is evicted once the text is long enough."""
         return True

@@ -28,7 +28,8 @@ class BudgetPolicy:
     Attributes
     ----------
     budget : int
-        Tokens per KV head that stay after a compaction, on average over the layers.
+        Tokens per KV head that stay after a compaction, on average over the layers. With a ratio,
+        the least of them, protected tokens of the prompt not counted.
     buffer : int
         New tokens per head between two compactions.
     window : int
@@ -53,6 +54,9 @@ class BudgetPolicy:
         Demand of each evicting layer (ReasonAlloc, level 1); None gives all layers the same budget.
     layer_rank : int
         Index of this layer in `demand`.
+    ratio : float or None
+        Share of the tokens seen that stay after a compaction, on average over the layers; None
+        keeps `budget`.
     """
 
     budget: int
@@ -68,6 +72,7 @@ class BudgetPolicy:
     protection: Protection | None = None
     risk: Risk | None = None
     layer_rank: int = 0
+    ratio: float | None = None
 
     may_evict: ClassVar[bool] = True
     cuts_incoming: ClassVar[bool] = True
@@ -75,13 +80,13 @@ class BudgetPolicy:
     @property
     def moves_heads(self) -> bool:
         """See `Policy.moves_heads`."""
-        return self.head_budgets
+        return self.head_budgets or self.ratio is not None
 
     def evicts_like(self, other: Policy) -> bool:
-        """See `Policy.evicts_like`: where heads stay as they are, and nothing watches."""
+        """See `Policy.evicts_like`: where heads keep their slots, and nothing watches."""
         return (
             self.scorer.joins_layers
-            and not self.head_budgets
+            and not self.moves_heads
             and self.risk is None
             and self.protection is None
             and _equal_but_rank(vars(self), vars(other))
@@ -113,9 +118,10 @@ class BudgetPolicy:
             policy=self,
             first=prompt.first,
             prompt_columns=prompt.columns,
-            heads=self.tokens_per_head(protected, prompt.held.shape[1]),
+            heads=self.tokens_per_head(protected, prompt.held.shape[1], prompt.length),
             floor=protected + self.window,
             last_split=torch.full_like(tokens, -self.head_interval),
+            shared=torch.zeros_like(tokens),
             protection=protection,
         )
         if prompt.shard.agrees:
@@ -128,8 +134,16 @@ class BudgetPolicy:
         layer_rank = 0 if self.demand is None else self.layer_rank
         return replace(self, scorer=KeyNorm(), protection=None, risk=None, layer_rank=layer_rank)
 
-    def tokens_per_head(self, protected: torch.Tensor, heads: int) -> torch.Tensor:
-        """Tokens that stay of rows with `protected` tokens of their prompt (LongTensor[B]).
+    def tokens_per_head(
+        self, protected: torch.Tensor, heads: int, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens that stay of rows.
+
+        Parameters
+        ----------
+        protected, seen : LongTensor[B]
+            Protected tokens of the prompt, and all tokens that a row has seen.
+        heads : int
 
         Returns
         -------
@@ -140,7 +154,8 @@ class BudgetPolicy:
         ValueError
             If the budget cannot hold the protected tokens and the window.
         """
-        each = [self.layer_budget(count) for count in protected.tolist()]
+        rows = zip(protected.tolist(), seen.tolist(), strict=True)
+        each = [self.layer_budget(count, length) for count, length in rows]
         return torch.tensor(each, device="cpu")[:, None].expand(-1, heads).contiguous()
 
     @property
@@ -150,32 +165,35 @@ class BudgetPolicy:
 
     def require_room(self, prompt: int, listed: int) -> None:
         """See `Policy.require_room`."""
-        self.layer_budget(max(prompt if self.protect_prompt else 0, listed))
+        self.layer_budget(max(prompt if self.protect_prompt else 0, listed), prompt)
 
-    def layer_budget(self, prompt_tokens: int) -> int:
+    def layer_budget(self, prompt_tokens: int, seen: int) -> int:
         """Budget per head of this layer, for a row with `prompt_tokens` protected tokens of its
-        prompt.
+        prompt that has seen `seen` tokens.
 
         Parameters
         ----------
         prompt_tokens : int
             All of them, those of the whitelist, or 0.
+        seen : int
 
         Raises
         ------
         ValueError
             If the budget cannot hold the prompt and the window.
         """
-        floor = prompt_tokens + self.window
-        if floor > self.budget:
+        floor, budget = prompt_tokens + self.window, self.budget
+        if self.ratio is not None:
+            budget = max(int(self.ratio * seen), prompt_tokens + self.budget)
+        elif floor > self.budget:
             raise ValueError(
                 f"budget too small: expected budget >= {floor} ({prompt_tokens} protected prompt "
                 f"tokens and a window of {self.window}), got budget={self.budget}. Raise the "
                 f"budget, shorten the prompt, or {self.remedy}."
             )
         if self.demand is None:
-            return self.budget
-        return _layer_budgets(self.rule, self.demand, self.budget, floor)[self.layer_rank]
+            return budget
+        return _layer_budgets(self.rule, self.demand, budget, floor)[self.layer_rank]
 
 
 def _equal_but_rank(settings: dict[str, Any], others: dict[str, Any]) -> bool:

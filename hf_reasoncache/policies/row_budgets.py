@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -36,6 +37,8 @@ class RowBudgets(RowState):
         Protected prompt tokens and the window: what no head may go below.
     last_split : LongTensor[B]
         Columns stored when the row's heads were last re-allocated.
+    shared : LongTensor[B]
+        Tokens that every head of the row holds elsewhere; neither `heads` nor `floor` has them.
     protection : RowProtection or None
     """
 
@@ -45,6 +48,7 @@ class RowBudgets(RowState):
     heads: torch.Tensor
     floor: torch.Tensor
     last_split: torch.Tensor
+    shared: torch.Tensor
     protection: RowProtection | None = None
 
     joins: ClassVar[bool] = True
@@ -57,8 +61,11 @@ class RowBudgets(RowState):
     # --------------------------------------------------------------------------------- what is due
 
     def room(self, counts: Counts, columns: int) -> int:
-        """See `RowState.room`: between two forwards every head has the capacity it should have."""
-        return counts.least_free
+        """See `RowState.room`: between two forwards every head has the capacity it should have.
+
+        With a ratio, heads whose slots are rounded up by less than others have room for more.
+        """
+        return counts.least_free - self._spare
 
     def due(self, counts: Counts, columns: int, q_len: int) -> torch.Tensor:
         """See `RowState.due`: rows with a head that has no room for so many tokens."""
@@ -76,7 +83,8 @@ class RowBudgets(RowState):
         if not rows.numel():
             return self, None
         first = self.first[rows]
-        return self, EvictionSpan(rows, columns, first, columns - first)
+        state = self if self.policy.ratio is None else self._grown(rows, columns - first)
+        return state, EvictionSpan(rows, columns, first, columns - first)
 
     def join(
         self, others: Sequence[RowState], rows: torch.Tensor, columns: int
@@ -95,6 +103,7 @@ class RowBudgets(RowState):
             heads=of_all("heads"),
             floor=of_all("floor"),
             last_split=of_all("last_split"),
+            shared=of_all("shared"),
         )
         every = torch.arange(len(first), device="cpu")
         return joined, EvictionSpan(every, columns, first, columns - first)
@@ -141,7 +150,27 @@ class RowBudgets(RowState):
 
     def without(self, tokens: torch.Tensor) -> RowBudgets:
         """Leave out what every head holds elsewhere, LongTensor[B]."""
-        return replace(self, heads=self.heads - tokens[:, None], floor=self.floor - tokens)
+        state = self._sharing(self._all_heads - tokens[:, None])
+        return replace(state, floor=self.floor - tokens, shared=self.shared + tokens)
+
+    @property
+    def _all_heads(self) -> torch.Tensor:
+        """LongTensor[B, H]: tokens after a compaction, of all heads of the layer."""
+        return self.heads
+
+    def _sharing(self, everyone: torch.Tensor) -> RowBudgets:
+        """The same with other budgets for all heads of the layer."""
+        return replace(self, heads=everyone)
+
+    def _grown(self, rows: torch.Tensor, seen: torch.Tensor) -> RowBudgets:
+        """Give rows their share of the tokens that they have seen; every head gets as many more."""
+        everyone, shared = self._all_heads, self.shared[rows]
+        protected = self.floor[rows] - self.policy.window + shared
+        wanted = self.policy.tokens_per_head(protected, 1, seen)[:, 0] - shared
+        before = everyone[rows].sum(-1) // everyone.shape[1]
+        # The split over layers rounds; nothing is taken back for that.
+        more = (wanted - before).clamp_min(0)[:, None]
+        return self._sharing(everyone.index_put((rows,), everyone[rows] + more))
 
     def _resplit(self, span: EvictionSpan, ranks: torch.Tensor, valid: torch.Tensor) -> RowBudgets:
         """Re-allocate the heads of those rows whose last allocation is old enough."""
@@ -191,7 +220,27 @@ class RowBudgets(RowState):
 
     def capacity(self, length: torch.Tensor, columns: int) -> torch.Tensor:
         """See `RowState.capacity`: room for budget and buffer."""
-        return torch.maximum(self.heads + self.policy.buffer, length)
+        return torch.maximum(self._slots, length)
+
+    @cached_property
+    def _slots(self) -> torch.Tensor:
+        """LongTensor[B, H_kv]: slots for budget and buffer, rounded up where a budget grows.
+
+        By an eighth at most, so that the pool moves eight times until it is twice as large, and not
+        at every compaction.
+        """
+        need = self.heads + self.policy.buffer
+        if self.policy.ratio is None:
+            return need
+        step = (1 << (need.double().frexp().exponent.long() - 4).clamp_min(0)).to(need)
+        return (need + step - 1) // step * step
+
+    @cached_property
+    def _spare(self) -> int:
+        """Most slots of a head beyond its budget and buffer."""
+        if self.policy.ratio is None:
+            return 0
+        return int((self._slots - self.heads).max()) - self.policy.buffer
 
     def fitted(self, counts: Counts, columns: int) -> torch.Tensor | None:
         """See `RowState.fitted`."""
@@ -212,5 +261,6 @@ class RowBudgets(RowState):
             heads=self.heads[rows],
             floor=self.floor[rows],
             last_split=self.last_split[rows],
+            shared=self.shared[rows],
             protection=None if self.protection is None else self.protection.select_rows(rows),
         )

@@ -143,6 +143,11 @@ class WindowPolicy:
         return self.kept < self.window or self.prompt_kept < self.window
 
     @property
+    def ratio(self) -> float | None:
+        """See `Policy.ratio`: what stays of every window, unless there is a bound."""
+        return self.mean_kept / self.window if self.max_budget is None else None
+
+    @property
     def guarded(self) -> bool:
         """Whether a head may keep more than it is to because of what that would cost."""
         return self.risk is not None and self.risk.guard is not None

@@ -288,6 +288,7 @@ def test_prompts_with_a_common_beginning_share_it_if_it_comes_in_chunks(llama):
 POLICIES = [
     make_policy("reason_alloc", scorer=RKV()),
     make_policy("reason_alloc", scorer=SnapKV(), head_budgets=False),
+    make_policy("reason_alloc", ratio=0.6, min_budget=10),
     make_policy("sliding_window", head_budgets=True),
     make_policy("sliding_window", max_budget=42, scorer=RKV()),
 ]
@@ -317,8 +318,12 @@ def test_compressed_branches_equal_oracle(name, policy, chunks):
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("reason_alloc", {"profile": [1, 9, 4]}), ("sliding_window", {"max_budget": 36})],
-    ids=["budget", "max_budget"],
+    [
+        ("reason_alloc", {"profile": [1, 9, 4]}),
+        ("reason_alloc", {"profile": [1, 9, 4], "ratio": 0.7, "head_budgets": False}),
+        ("sliding_window", {"max_budget": 36}),
+    ],
+    ids=["budget", "ratio", "max_budget"],
 )
 def test_budget_of_a_branch_counts_its_prompt(llama, kind, changes):
     """A branch holds as much as a row of the cache whose policy it has."""

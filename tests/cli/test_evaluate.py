@@ -72,6 +72,24 @@ def test_evaluate_compares_and_goes_on(run, questions: Path, tmp_path: Path) -> 
     assert (out / "answers.jsonl").read_bytes() == answers
 
 
+def test_evaluate_certifies_budgets(run, questions: Path, tmp_path: Path) -> None:
+    """Two questions without a loss have a bound of 1/3."""
+    out = tmp_path / "found"
+    command = ["evaluate", MODEL, "--task", questions, "--cache", "rkv:prompt=evict", *SMALL]
+    command += ["--no-baseline", "--budgets", "48,400", "--out", out, "--certify"]
+    status, printed, _ = run(*command, "0.4")
+    assert status == 0
+    assert max(len(line) for line in printed.splitlines() if str(out) not in line) <= 80
+    assert "excess loss over the full cache of at most 0.4" in printed
+    (found,) = json.loads((out / "certified.json").read_text())
+    assert (found["task"], found["cache"], found["budget"]) == ("walks", "rkv:prompt=evict", 48)
+    assert found["bounds"] == {"48": pytest.approx(1 / 3), "400": pytest.approx(1 / 3)}
+    status, printed, _ = run(*command, "0.1")
+    assert status == 0 and "rkv:prompt=evict: 2 questions; 0.1 needs 9 or more." in printed
+    status, _, said = run(*command, "1.5")
+    assert status == 1 and "--certify: expected a share in (0, 1), got 1.5" in said
+
+
 def test_a_task_of_another_module(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_task_of_this_test.py").write_text(

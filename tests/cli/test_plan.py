@@ -67,10 +67,9 @@ def test_a_plan(run, model: Path, tmp_path: Path) -> None:
 def test_branches_and_several_caches(run, model: Path) -> None:
     arguments = ("--memory", "80GiB", "--gpu", "a100-80gb", "--context", 70000, "--branches", 4)
     status, out, _ = run(
-        "plan", model, *arguments, "--cache", "snapkv", "--cache", "sliding-window", "--budget",
-        "1024,0.1", "--prompt", 500,
+        "plan", model, *arguments, "--cache", "snapkv", "--budget", "1024,0.1", "--prompt", 500,
     )  # fmt: skip
-    assert status == 1, "a scorer of ReasonAllocCache takes no ratio"
+    assert status == 0 and "\nsnapkv 0.1 " in out and "\nshared, snapkv 0.1 " in out
     status, out, err = run(
         "plan", model, *arguments, "--cache", "snapkv", "--cache", "sliding-window", "--budget",
         1024, "--prompt", 500,

@@ -22,6 +22,7 @@ UNEQUAL = {
 THRESHOLD = [
     ("reason_alloc", {"scorer": s}) for s in (RKV(), SnapKV(), H2O(), StreamingLLM(), Random())
 ]
+SHARE = ("reason_alloc", {"ratio": 0.6, "min_budget": 10})
 WINDOWS = [
     ("sliding_window", {"head_budgets": True} | changes)
     for changes in ({}, {"max_budget": 42, "scorer": RKV()}, {"scorer": H2O(), "chunk_share": 0.0})
@@ -34,7 +35,7 @@ def decode(recorder, logits, steps):
     return logits
 
 
-@pytest.mark.parametrize(("kind", "changes"), THRESHOLD + WINDOWS, ids=str)
+@pytest.mark.parametrize(("kind", "changes"), [*THRESHOLD, SHARE, *WINDOWS], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_logits_equal_oracle_over_compactions_and_turns(name, kind, changes):
     model, inputs = build(name), prompt()
@@ -66,6 +67,7 @@ def test_logits_equal_oracle_in_hybrid_models(name, kind):
     [
         ("reason_alloc", {"budget": 24, "scorer": RKV()}),
         ("reason_alloc", {"budget": 24, "scorer": H2O()}),
+        ("reason_alloc", {"ratio": 0.25, "min_budget": 10, "scorer": H2O()}),
         ("sliding_window", {}),
         ("sliding_window", {"max_budget": 36, "prompt_ratio": 0.25, "scorer": H2O()}),
     ],
@@ -109,6 +111,8 @@ def test_logits_equal_oracle_in_chunked_prompts(kind):
             ("reason_alloc", {"budget": 32, "scorer": s})
             for s in (RKV(), SnapKV(), H2O(), Random())
         ),
+        SHARE,
+        ("reason_alloc", {"ratio": 0.4, "min_budget": 6, "head_budgets": False, "protect": False}),
         ("sliding_window", {"head_budgets": True}),
         ("sliding_window", {"max_budget": 40, "scorer": RKV()}),
         ("sliding_window", {"protect": False, "scorer": H2O()}),
@@ -143,6 +147,7 @@ def test_row_in_padded_batch_equals_row_alone(kind, changes):
             ("reason_alloc", {"budget": 32, "buffer": 5, "scorer": s})
             for s in (RKV(), H2O(attention_decay=0.9), Random())
         ),
+        ("reason_alloc", {"ratio": 0.5, "min_budget": 10, "buffer": 5}),
         ("sliding_window", {"head_budgets": True}),
         ("sliding_window", {"max_budget": 36, "scorer": H2O()}),
     ],

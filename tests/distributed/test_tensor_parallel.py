@@ -14,7 +14,7 @@ from tests.support.distributed.worker import SHALLOW, load
 from tests.support.models import build
 
 LIMIT = 240  # seconds that all cases together may take on a busy machine
-UNTOLD = ("exact", "exact kara", "alloc equal heads", "kara")
+UNTOLD = ("exact", "exact kara", "alloc equal heads", "alloc share demand", "kara")
 """Cases in which no process needs to know anything of the other."""
 
 

@@ -207,7 +207,6 @@ def unanswerable(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("snapkv", 60, r"question 'long' with 'snapkv' at 60: budget too small: expected .*>= \d+"),
         ("snapkv:profile=nowhere", 400, "profile: expected a directory that exists"),
-        ("snapkv", 0.5, "expected a budget in tokens, got the ratio 0.5"),
         ("snapkv:protect", 30, r"question 'long' with 'snapkv:protect' at 30: budget too small"),
         ("snapkv:fair=2", 400, "fair: expected a number from 0 to 1, got 2.0"),
         ("snapkv:prompt=evict,window=0", 400, "queries >= 1, got 0"),

@@ -53,7 +53,8 @@ def make(kind: str, name: str, **changes):
         return ReasonAllocCache(config, budget=None)
     if kind == "window":
         return SlidingWindowCompressCache(config, **({"window": 16, "recent": 4} | changes))
-    return ReasonAllocCache(config, **({"budget": 40, "buffer": 8} | changes))
+    spent = {} if "ratio" in changes else {"budget": 40}
+    return ReasonAllocCache(config, **(spent | {"buffer": 8} | changes))
 
 
 def plan(cache, name: str, prompt: int, generated: int) -> RowBytes:
@@ -71,6 +72,8 @@ CASES = {
     "budget, no queries": ("budget", dict(scorer=KeyNorm())),
     "budget, mass": ("budget", dict(scorer=H2O())),
     "budget, prompt evicted": ("budget", dict(protect=False, budget=20)),
+    "ratio": ("budget", dict(ratio=0.6, min_budget=12)),
+    "ratio, prompt evicted": ("budget", dict(ratio=0.3, min_budget=10, protect=False)),
     "windows": ("window", {}),
     "windows, little kept": ("window", dict(ratio=0.1, scorer=StreamingLLM())),
     "windows, prompt evicted": ("window", dict(protect=False)),

@@ -3,12 +3,10 @@
 import csv
 
 import pytest
-import torch
 
 from examples.real_model import model as real_model
-from examples.real_model.perplexity import CHUNK, forwards, losses
 from examples.research import perplexity
-from tests.support.models import VOCABULARY, build
+from tests.support.models import build
 from tests.support.tokenizers import Letters
 
 
@@ -40,17 +38,6 @@ def test_a_budget_costs_and_one_beyond_the_text_costs_nothing(run):
     assert "before" in page and "| random | 24 |" in page and "after" in page
     rows, _ = run(400)
     assert len({row["perplexity"] for row in rows}) == 1
-
-
-def test_losses_are_those_of_one_forward():
-    tiny = build("llama")
-    ids = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
-    cache = perplexity.specs()[0].cache(tiny.config, budget=None)
-    found = losses(ids, forwards(tiny, ids, cache))
-    with torch.no_grad():
-        logs = tiny(ids).logits.log_softmax(-1)
-    expected = -logs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(found, expected[:, CHUNK - 1 :], atol=1e-4, rtol=1e-4)
 
 
 def test_without_the_wheel_there_is_one_clear_line(monkeypatch, tmp_path):

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.real_model.perplexity import forwards
 from examples.research import head_budgets, real_windows
+from hf_reasoncache.evaluation.fidelity import forwards
 from hf_reasoncache.geometry import Geometry
 from tests.support.models import HEADS, VOCABULARY, build
 from tests.support.profiles import make_profile

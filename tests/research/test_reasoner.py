@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from examples.real_model.perplexity import CHUNK
 from examples.real_model.reasoner.problems import TASKS, make_problems
 from examples.real_model.reasoner.train import encode
 from examples.research import chains as chains_module
@@ -28,6 +27,7 @@ from examples.research.risk_signals import (
 )
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import CacheSpec
+from hf_reasoncache.evaluation.fidelity import CHUNK
 from hf_reasoncache.evaluation.specs import FULL
 from hf_reasoncache.releases import cache_kwarg
 from tests.support.profiles import make_profile

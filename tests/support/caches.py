@@ -18,12 +18,19 @@ def make_cache(kind, model, **changes):
     """A cache that evicts; `changes` replace its settings."""
     if kind == BRANCHED:
         return SharedBranchCache(model.config, suffix=make_policy("reason_alloc", **changes))
-    return CLASSES[kind](model.config, **(SETTINGS[kind] | changes))
+    return CLASSES[kind](model.config, **_settings(kind, changes))
 
 
 def make_policy(kind, **changes):
     """What makes branches evict; `changes` replace settings."""
-    return CLASSES[kind].policy(**(SETTINGS[kind] | changes))
+    return CLASSES[kind].policy(**_settings(kind, changes))
+
+
+def _settings(kind, changes):
+    settings = SETTINGS[kind] | changes
+    if kind == "reason_alloc" and "ratio" in changes:
+        del settings["budget"]
+    return settings
 
 
 def exact_cache(kind, model):

@@ -40,6 +40,12 @@ def alloc(**changes):
     return lambda model: often(ReasonAllocCache(model.config, **ALLOC | changes))
 
 
+def share(**changes):
+    settings = {"ratio": 0.6, "min_budget": 10, **ALLOC, **changes}
+    del settings["budget"]
+    return lambda model: often(ReasonAllocCache(model.config, **settings))
+
+
 def kara(**changes):
     return lambda model: SlidingWindowCompressCache(model.config, **KARA | changes)
 
@@ -136,6 +142,8 @@ CASES = {
     "alloc sampled": generate(alloc(), **SAMPLED),
     "alloc demand": generate(alloc(profile=DEMAND)),
     "alloc equal heads": generate(alloc(head_budgets=False)),
+    "alloc share": generate(share()),
+    "alloc share demand": generate(share(profile=DEMAND, head_budgets=False)),
     "alloc random": generate(alloc(scorer=Random(), **LOOSE)),
     "alloc mass": generate(alloc(scorer=H2O())),
     "alloc loose": chunked(alloc(**LOOSE)),

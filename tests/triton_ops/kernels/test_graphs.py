@@ -24,6 +24,13 @@ CASES = {
         ReasonAllocCache,
         dict(buffer=2, scorer=H2O(attention_decay=0.9), **IN_PLACE),
     ),
+    # So small a pool grows at every eviction.
+    "share": (
+        9,
+        (3, 3),
+        ReasonAllocCache,
+        dict(ratio=0.5, min_budget=3, window=2, buffer=3, protect=False),
+    ),
     "windows": (9, (2, 4), SlidingWindowCompressCache, dict(window=4, ratio=0.25, recent=1)),
 }
 
