@@ -301,8 +301,9 @@ def _as_latents(
         Of those tokens that are asked for, see `CacheLayer.first_queries`.
     keys, values : Tensor[B, 1, T, R + D_rope], Tensor[B, 1, T, R]
     """
-    if not layer.is_initialized:
+    if layer.projection is None:
         layer.projection = UpProjection(module, latents, query.dtype)
+    if not layer.is_initialized:
         query = query[:, :, query.shape[2] - layer.first_queries(query.shape[2]) :]
     with without_autocast(query.device):
         keys = torch.cat([latents, rotary], dim=-1)

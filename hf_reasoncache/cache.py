@@ -271,8 +271,8 @@ class ReasonCache(Cache):
 
     def _check_expanded(self) -> None:
         """Raise ValueError if the attention of an earlier layer did not come for its latents."""
-        if self._expanded is not None:
-            self._expanded = None
+        found, self._expanded = self._expanded, None
+        if found is not None and found[0].incoming is not None:
             raise foreign_attention(
                 "attended to the new tokens alone",
                 "torch.compile traces the forward or a mask was prepared outside the model (pass "

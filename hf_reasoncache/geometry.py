@@ -108,6 +108,39 @@ def numbers_per_token(decoder: PretrainedConfig, index: int) -> int:
     return size if latent_rank(decoder, index) else 2 * heads * size
 
 
+@dataclass(frozen=True)
+class AttentionWork:
+    """What attention of one layer does in one step, from its config.
+
+    Attributes
+    ----------
+    pair : int
+        Operations of a query, in all heads, for a token that it attends to.
+    expansion : int
+        Operations that make keys and values of a cached token first; 0 where these are cached.
+    expanded : int
+        Numbers that this writes and attention reads, per token.
+    """
+
+    pair: int
+    expansion: int = 0
+    expanded: int = 0
+
+    @staticmethod
+    def of(decoder: PretrainedConfig, index: int, *, absorbed: bool) -> AttentionWork:
+        """Count; `absorbed` says whether latents are attended to as they are."""
+        layer, heads = _of_layer(decoder, index), decoder.num_attention_heads
+        size = head_shape(decoder, index)[1]
+        rank = latent_rank(decoder, index)
+        if not rank:
+            return AttentionWork(4 * heads * size)
+        if absorbed:
+            return AttentionWork(2 * heads * (size + rank))
+        made = layer.qk_nope_head_dim + layer.v_head_dim
+        expanded = heads * (made + layer.qk_rope_head_dim)
+        return AttentionWork(2 * expanded, 2 * rank * heads * made, expanded)
+
+
 def head_shape(decoder: PretrainedConfig, index: int) -> tuple[int, int]:
     """Return the KV heads and the head size of one layer of a decoder's config."""
     decoder = _of_layer(decoder, index)
@@ -116,6 +149,15 @@ def head_shape(decoder: PretrainedConfig, index: int) -> tuple[int, int]:
     heads = decoder.num_attention_heads
     kv_heads = getattr(decoder, "num_key_value_heads", None) or heads
     return kv_heads, getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+
+
+def query_size(decoder: PretrainedConfig) -> int:
+    """Return the numbers of one query, as the model makes it."""
+    if latent_rank(decoder, 0):
+        of_first = _of_layer(decoder, 0)
+        return int(of_first.qk_nope_head_dim + of_first.qk_rope_head_dim)
+    heads = decoder.num_attention_heads
+    return getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
 
 
 def supported_layers(config: PretrainedConfig) -> list[Any]:

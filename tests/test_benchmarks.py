@@ -10,6 +10,7 @@ from examples.benchmarks import (
     branches,
     cpu_decode,
     devices,
+    latents,
     step_latency,
     tensor_parallel,
 )
@@ -88,6 +89,19 @@ def test_step_latency_draws_every_cache(tmp_path, capsys):
     assert all(any(line.startswith(name) for line in lines) for name in caches)
     assert all(float(row["ms"]) > 0 and row["commit"] for row in rows)
     assert (tmp_path / "step_latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_latents_are_measured_with_their_bytes(tmp_path):
+    lines = []
+    options, folder = latents.parse(["--quick", "--rounds", "1", "--output", str(tmp_path)])
+    latents.run(options, lines.append, folder)
+    assert max(len(line) for line in "\n".join(lines).splitlines() if "wrote" not in line) <= 80
+    with (tmp_path / "latents.csv").open(newline="") as file:
+        rows = {row["kind"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"Decoder", "Uncompressed", "Compressed", "Holds", "NoCache"}
+    # Two layers of 96 latents and rotary keys, and room of `steps` after a crop; float32.
+    assert int(rows["Decoder"]["held_bytes"]) == 2 * (96 + options.steps) * 576 * 4
+    assert int(rows["Compressed"]["held_bytes"]) < int(rows["Uncompressed"]["held_bytes"])
 
 
 def test_branches_are_measured_with_their_memory(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.graphs import Recorder
@@ -39,7 +39,21 @@ class Shape:
             f"and {self.kv_heads} KV heads of size\n{self.head_size}"
         )
 
-    def build(self, seed: int) -> LlamaForCausalLM:
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Heads of what a model gives a cache, and numbers of its two parts."""
+        return self.kv_heads, self.head_size, self.head_size
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the logits."""
+        return self.head_size**-0.5
+
+    def held(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values that a layer of ours holds of these two parts."""
+        return keys, values
+
+    def build(self, seed: int) -> PreTrainedModel:
         """Return a random model; the same seed gives the same weights."""
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -96,14 +110,15 @@ class Work:
     def random_kv(self, tokens: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield index, keys and values `[B, H_kv, tokens, D]` of every layer."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        size = (self.batch, self.shape.kv_heads, tokens, self.shape.head_size)
+        heads, key_size, value_size = self.shape.widths
+        size = (self.batch, heads, tokens, key_size)
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=self.device)
 
         for layer in range(self.shape.layers):
             common = draw(size[0], size[1], 1, size[3])
-            keys, values = draw(*size).add_(common, alpha=COMMON), draw(*size)
+            keys, values = draw(*size).add_(common, alpha=COMMON), draw(*size[:3], value_size)
             yield layer, keys.to(self.dtype), values.to(self.dtype)
 
     def fill(self, cache: Cache, tokens: int, valid: torch.Tensor | None = None) -> None:
@@ -128,12 +143,12 @@ class Work:
             cache.update(keys, values, index)
             if isinstance(cache, ReasonCache):
                 layer = cache.layers[index]
-                size = (self.batch, self.shape.query_heads, 1, self.shape.head_size)
+                held = self.shape.held(*layer.take_incoming())
+                size = (self.batch, self.shape.query_heads, 1, held[0].shape[-1])
                 query = torch.randn(size, dtype=self.dtype, device=self.device)
-                announced = layer.take_incoming()
-                settings = {"scaling": self.shape.head_size**-0.5}
+                settings = {"scaling": self.shape.scaling}
                 layer.store_first(
-                    NewTokens(query.expand(-1, -1, tokens, -1), *announced, valid, settings)
+                    NewTokens(query.expand(-1, -1, tokens, -1), *held, valid, settings)
                 )
 
 

@@ -121,6 +121,11 @@ class StepShareCache(ReasonCache):
             return CacheLayer(index, store=self._stores[-1])
 
         super().__init__(model.config, make_layer)
+        if any(layer.rank for layer in self.own_layers):
+            raise ValueError(
+                "StepShareCache: expected a model that caches keys and values, got one that caches "
+                "latents, which are both at once; use SharedBranchCache."
+            )
         self.watcher = StepWatcher(self)
         self._forget()
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from hf_reasoncache.geometry import query_size
+
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _USED = ("num_experts_per_tok", "experts_per_token", "top_k_experts")
 
@@ -104,11 +106,7 @@ class ModelSize:
             dtype=dtype,
             hidden=decoder.hidden_size,
             intermediate=_intermediate(decoder, used if routed else 1),
-            query_width=decoder.num_attention_heads
-            * (
-                getattr(decoder, "head_dim", None)
-                or decoder.hidden_size // decoder.num_attention_heads
-            ),
+            query_width=decoder.num_attention_heads * query_size(decoder),
             vocabulary=decoder.vocab_size,
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
 
-from hf_reasoncache.geometry import head_shape
+from hf_reasoncache.geometry import AttentionWork
 from hf_reasoncache.planning.devices import Device
 from hf_reasoncache.planning.model import ModelSize
 from hf_reasoncache.planning.rows import layer_rows
@@ -44,7 +44,8 @@ class RowWork:
 
         Attention reads the keys and values it attends to, once. `DynamicCache` and the
         sliding-window layers of transformers also copy all of them at every step, a read and a
-        write more.
+        write more. Where it holds latents, they are expanded at every step, which is another write
+        and read.
         """
         decoder = config.get_text_config(decoder=True)
         layers = layer_rows(cache, config, prompt=prompt, generated=generated, dtype=dtype)
@@ -52,8 +53,9 @@ class RowWork:
         for index, layer in enumerate(layers):
             own += layer.token * layer.tokens * (3 if layer.concatenates else 1)
             shared += layer.token * layer.shared_tokens
-            width = decoder.num_attention_heads * head_shape(decoder, index)[1]
-            flops += 4 * width * (layer.tokens + layer.shared_tokens)
+            each = AttentionWork.of(decoder, index, absorbed=not layer.concatenates)
+            own += 2 * each.expanded * dtype.itemsize * layer.tokens
+            flops += (each.pair + each.expansion) * (layer.tokens + layer.shared_tokens)
         return RowWork(own, shared, flops)
 
 
@@ -94,7 +96,7 @@ def prompt_seconds(
     pairs = 0.0
     for index, layer in enumerate(DynamicCache(config=config).layers):
         window = min(prompt, getattr(layer, "sliding_window", None) or prompt)
-        width = decoder.num_attention_heads * head_shape(decoder, index)[1]
-        pairs += 4 * width * (window * prompt - window * (window - 1) / 2)
+        pair = AttentionWork.of(decoder, index, absorbed=False).pair
+        pairs += pair * (window * prompt - window * (window - 1) / 2)
     flops = rows * (2 * size.active * prompt + pairs)
     return max(size.read_bytes(rows * prompt) / device.bandwidth, flops / device.flops)

@@ -75,7 +75,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss", "deepseek_v3"])
 def test_branches_equal_plain_generate_with_dynamic_cache(name, mode, monkeypatch):
     model, inputs, arguments = build(name), prompt(), dict(MODES[mode])
 
@@ -295,7 +295,9 @@ POLICIES = [
 
 
 @pytest.mark.parametrize(
-    ("policy", "name", "chunks"), in_turn(POLICIES, ["llama", "gpt_oss"], [21, 8]), ids=str
+    ("policy", "name", "chunks"),
+    in_turn(POLICIES, ["llama", "gpt_oss", "deepseek_v3"], [21, 8]),
+    ids=str,
 )
 def test_compressed_branches_equal_oracle(name, policy, chunks):
     model, inputs = build(name), repeated(prompt(), 3)

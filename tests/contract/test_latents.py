@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.planning import row_bytes
 from hf_reasoncache.protection import Protect
 from hf_reasoncache.releases import cache_kwarg
@@ -333,3 +333,38 @@ def test_a_projection_that_is_not_linear_is_refused(what):
     with pytest.raises(ValueError, match="kv_b_proj: expected a linear projection"):
         tokens(model, cache)
     assert cache.get_seq_length() == 0
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_that_a_mask_hides_and_shows_again(kind):
+    model, inputs = build("deepseek_v3"), prompt(padding=())
+    ours = Driver(model, exact_cache(kind, model), inputs["attention_mask"])
+    theirs = Driver(model, DynamicCache(config=model.config), inputs["attention_mask"])
+    ids = inputs["input_ids"]
+    for hidden in ([], [], [4, 5], [4, 9], []):
+        for driver in (ours, theirs):
+            driver.mask = torch.ones(2, driver.seen + ids.shape[1], dtype=torch.long)
+            driver.mask[1, hidden] = 0
+        found, wanted = (driver(ids)[:, -1] for driver in (ours, theirs))
+        assert torch.allclose(found, wanted, atol=1e-4), hidden
+        ids = wanted.argmax(-1, keepdim=True)
+
+
+def test_a_branch_is_parked_and_resumed():
+    model = build("deepseek_v3")
+    cache = SharedBranchCache(model.config)
+    whole = DynamicCache(config=model.config)
+    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(ids[:1, :6], **cache_kwarg(cache))
+        cache.fork(0)
+        model(torch.cat([ids[:1, 6:9], ids[1:, 6:9]]), **cache_kwarg(cache))
+        parked = cache.park(1, score=1.0)
+        assert cache.resume(parked) == 1
+        cache.park(0, score=1.0)
+        found = model(ids[1:, 9:], **cache_kwarg(cache))
+        expected = model(torch.cat([ids[:1, :6], ids[1:, 6:]], 1), **cache_kwarg(whole))
+    assert torch.allclose(found.logits, expected.logits[:, -3:], atol=1e-4)

@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.shards import ALONE, _device_of, find_shard, in_several_processes
-from tests.support.models import build
+from tests.support.models import build, prompt
 
 
 @pytest.fixture
@@ -69,6 +70,16 @@ def test_what_cannot_be_understood_is_refused(world):
     apart = attention((mesh["a"], [Shard(0)]), (mesh["b"], [Shard(0)]))
     with pytest.raises(ValueError, match=r"on one device mesh, got 2"):
         find_shard(apart, 4, 8, "agree")
+
+
+def test_heads_that_share_latents_are_refused_apart(world):
+    """Each process would evict by its own heads, and hold other latents than the others."""
+    model = build("deepseek_v3")
+    cache = ReasonAllocCache(model.config, budget=None)
+    # As if this process had six of twelve heads.
+    model.config.num_attention_heads = 12
+    with pytest.raises(ValueError, match=r"all heads of a layer with latents .* got 6 of 12"):
+        model(prompt()["input_ids"], **cache_kwarg(cache))
 
 
 def test_an_unknown_agreement_is_refused():

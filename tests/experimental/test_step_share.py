@@ -267,3 +267,8 @@ def test_a_prompt_under_another_mask_is_another_prompt():
 def test_arguments_are_checked(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected"):
         make(build("llama"), **settings)
+
+
+def test_latents_are_refused():
+    with pytest.raises(ValueError, match="expected a model that caches keys and values, got"):
+        make(build("deepseek_v3"))

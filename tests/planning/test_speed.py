@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DeepseekV2Config, DynamicCache
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
 from hf_reasoncache.planning import ModelSize, RowWork, prompt_seconds, step_seconds
@@ -37,6 +37,26 @@ def test_dynamic_cache_moves_three_times_as_much() -> None:
     copied = work(DynamicCache(config=config), config, 256, 744)
     assert copied.own == 3 * 1000 * 131072
     assert copied.flops == work(ReasonAllocCache(config, budget=None), config, 256, 744).flops
+
+
+def test_latents_are_expanded_by_dynamic_cache_and_by_nobody_else() -> None:
+    """DeepSeek-V2-Lite: 16 heads, latents of 512 numbers, rotary keys of 64, the rest 128."""
+    sizes = dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)
+    heads = dict(num_attention_heads=16, num_key_value_heads=16)
+    dense = dict(num_hidden_layers=2, first_k_dense_replace=2, q_lora_rank=None)
+    config = DeepseekV2Config(**dense, **sizes, **heads)
+    stock = work(DynamicCache(config=config), config, 256, 744)
+    ours = work(ReasonAllocCache(config, budget=None), config, 256, 744)
+    assert ours.own == 2 * 1000 * 576 * 2
+    assert ours.flops == 2 * 1000 * 16 * 2 * (576 + 512)
+    expanded = 16 * (128 + 64 + 128)
+    assert stock.own == 3 * ours.own + 2 * 1000 * 2 * expanded * 2
+    assert stock.flops == 2 * 1000 * (2 * 512 * 16 * (128 + 128) + 2 * expanded)
+    size = ModelSize.of(config, torch.bfloat16)
+    assert size.query_width == 16 * (128 + 64)
+    pairs = 40 * 41 / 2
+    expected = 2 * size.active * 40 + 2 * 2 * expanded * pairs
+    assert prompt_seconds(size, WEAK, config, 40) == pytest.approx(expected)
 
 
 def test_branches_read_their_prompt_once() -> None:

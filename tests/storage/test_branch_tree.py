@@ -181,7 +181,7 @@ TestTree.settings = settings(max_examples=40, stateful_step_count=20, deadline=N
 
 def test_fork_stores_the_common_text_once_and_goes_on_as_a_copy_would():
     model, inputs = build("llama"), prompt()
-    for name in ("llama", "gemma3"):
+    for name in ("llama", "gemma3", "deepseek_v3"):
         model = build(name)
         cache = SharedBranchCache(model.config)
         driver = Driver(model, cache, inputs["attention_mask"])

@@ -37,6 +37,23 @@ def small_llama(query_heads=4):
     return model
 
 
+def small_latents():
+    """Two layers that hold latents of 32 numbers with rotary keys of 8."""
+    sizes = SMALL | dict(
+        num_key_value_heads=2,
+        kv_lora_rank=32,
+        q_lora_rank=None,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        head_dim=8,
+        v_head_dim=12,
+        first_k_dense_replace=2,
+    )
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("deepseek_v3", **sizes)
+    return prepare(AutoModelForCausalLM.from_config(config), "reasoncache")
+
+
 def small_hybrid(name, attention="reasoncache"):
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **SMALL | SLIDING | HYBRIDS[name])

@@ -8,7 +8,7 @@ import torch
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache, warm_up
 from hf_reasoncache.scorers import H2O, RKV, SnapKV
 from tests.support.models import prompt
-from tests.support.ops.generation import generate, small_llama
+from tests.support.ops.generation import generate, small_latents, small_llama
 from triton_ops.backend import interpreting, use_backend
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="looks at the interpreter's launches")
@@ -52,6 +52,7 @@ CASES = {
     "R-KV": (ReasonAllocCache, dict(budget=8, buffer=3, window=2, scorer=RKV(queries=2))),
     "SnapKV": (ReasonAllocCache, dict(budget=8, buffer=3, window=2, scorer=SnapKV(queries=3))),
     "H2O": (ReasonAllocCache, dict(budget=8, buffer=3, window=2, scorer=H2O())),
+    "latents": (ReasonAllocCache, dict(budget=8, buffer=3, window=2, scorer=RKV(queries=2))),
     "windows": (SlidingWindowCompressCache, dict(window=4, ratio=0.5, recent=2)),
 }
 
@@ -59,7 +60,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_evictions_find_their_kernels_compiled(name, launched):
     kind, settings = CASES[name]
-    model = small_llama()
+    model = small_latents() if name == "latents" else small_llama()
     if kind is ReasonAllocCache:
         settings = settings | {"protect": False}
     cache = kind(model.config, **settings)
