@@ -37,7 +37,7 @@ from hf_reasoncache.evaluation import (
 from hf_reasoncache.evaluation.fidelity import forwards, losses
 from hf_reasoncache.evaluation.generation import cache_bytes
 from hf_reasoncache.evaluation.plot import results_png
-from hf_reasoncache.evaluation.specs import Budget
+from hf_reasoncache.evaluation.specs import Budget, controls
 from hf_reasoncache.evaluation.table import text_table
 
 SEED = 1000
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text_table(list(rows[0]), rows), "\n")
     print(text_table(list(compared[0]), compared))
     picture = given.output / "accuracy.png"
-    picture.write_bytes(results_png(tabulate(records, CHANCE)))
+    picture.write_bytes(results_png(tabulate(records, controls(specs(), None))))
     note = (
         f"SmolLM2-135M-Instruct in bfloat16: exact answers in % of {given.questions} questions of "
         f"each task (seed {SEED}), perplexity of {len(TOPICS)} texts of {TOKENS} "

@@ -47,6 +47,7 @@ from hf_reasoncache.evaluation import (
 )
 from hf_reasoncache.evaluation import baseline as make_baseline
 from hf_reasoncache.evaluation.plot import results_png
+from hf_reasoncache.evaluation.specs import controls
 from hf_reasoncache.evaluation.table import WIDTH, Row, cells, markdown_table, text_table
 from hf_reasoncache.outputs import new_directory, write_bytes, write_text
 
@@ -118,7 +119,7 @@ def evaluate_command(
         records = evaluate(loaded, tokenizer, grid, path, settings, say=say)
         if not is_main:
             return
-        rows = tabulate(records, control.name if control else None)
+        rows = tabulate(records, controls(grid.specs, control))
         columns, lines = cells(rows)
         write_text(out / "results.json", json.dumps(list(map(_facts, rows)), indent=1) + "\n")
         write_text(out / "results.md", markdown_table(columns, lines))
@@ -173,5 +174,5 @@ def _facts(row: Row) -> dict[str, Any]:
     return asdict(row) | {
         "interval": row.correct.interval,
         "p_full": row.against_full and row.against_full.p_value,
-        "p_baseline": row.against_baseline and row.against_baseline.p_value,
+        "p_random": row.against_random and row.against_random.p_value,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
@@ -16,7 +16,7 @@ from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.caches.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Protect, Spans
-from hf_reasoncache.scorers import SCORERS, make_scorer
+from hf_reasoncache.scorers import SCORERS, Random, make_scorer
 
 Budget = int | float
 """Tokens per KV head; below 1, a share of the tokens seen, which is the ratio of a cache."""
@@ -74,6 +74,22 @@ class CacheSpec:
         """Whether no token of a prompt is ever evicted, so that branches may share it."""
         partly = self.whitelist or self.fair is not None
         return not partly and self._protect.prompt
+
+    @property
+    def is_random(self) -> bool:
+        """Whether tokens are evicted at random."""
+        given = self.settings.get("scorer")
+        return self.scorer == "random" or given == "random" or isinstance(given, Random)
+
+    @property
+    def protection(self) -> tuple[Any, ...]:
+        """What must be equal for two caches to protect the same tokens."""
+        return self.whitelist, self.fair, self.fair_window, self._protect
+
+    @property
+    def profile(self) -> Any:
+        """The layer profile, as it was given; None for equal layers."""
+        return self.settings.get("profile")
 
     @property
     def _protect(self) -> Protect:
@@ -170,6 +186,33 @@ def baseline(window: int, buffer: int) -> CacheSpec:
     """Return random eviction beside a protected prompt, which every method has to beat."""
     settings = {"window": window, "buffer": buffer}
     return CacheSpec("random, prompt kept", ReasonAllocCache, settings, scorer="random")
+
+
+def controls(specs: Sequence[CacheSpec], usual: CacheSpec | None) -> dict[str, str]:
+    """Say which random eviction every cache is compared with.
+
+    Parameters
+    ----------
+    specs : sequence of CacheSpec
+        All caches of a run.
+    usual : CacheSpec or None
+        For caches that none of `specs` is a control of.
+
+    Returns
+    -------
+    dict of str to str
+        Name of the control by that of the cache: random eviction with the same protection, and the
+        same profile if there is one. Random eviction itself has none.
+    """
+    drawn = [spec for spec in specs if spec.is_random]
+    found = {}
+    for spec in specs:
+        alike = [each for each in drawn if each.protection == spec.protection]
+        nearest = [each for each in alike if each.profile == spec.profile] + alike
+        control = nearest[0] if nearest else usual
+        if control is not None and not spec.is_random and not spec.is_full:
+            found[spec.name] = control.name
+    return found
 
 
 def _profile(text: str) -> str:

@@ -32,8 +32,8 @@ class Row:
         Mean length of an answer.
     held, kib : float or None
         Tokens held per KV head, and KiB per row, on average over the steps.
-    against_full, against_baseline : Paired or None
-        The full cache or the baseline first; None where that has no answers.
+    against_full, against_random : Paired or None
+        The full cache or random eviction first; None where that has no answers.
     nothing_evicted : bool
         The budget was too large to say anything.
     """
@@ -47,19 +47,19 @@ class Row:
     held: float | None
     kib: float | None
     against_full: Paired | None
-    against_baseline: Paired | None
+    against_random: Paired | None
     nothing_evicted: bool
 
 
-def tabulate(records: Iterable[Record], baseline: str | None = None) -> list[Row]:
+def tabulate(records: Iterable[Record], controls: Mapping[str, str] | None = None) -> list[Row]:
     """Sum up a run.
 
     Parameters
     ----------
     records : iterable of Record
         Those without right and wrong are left out.
-    baseline : str, optional
-        Name of the cache that the others are compared with at the same budget.
+    controls : mapping from str to str, optional
+        Name of the cache that each is compared with at the same budget; see `specs.controls`.
     """
     cells: dict[tuple[str, str, Budget | None], dict[tuple[int, str], Record]] = defaultdict(dict)
     for record in records:
@@ -69,7 +69,7 @@ def tabulate(records: Iterable[Record], baseline: str | None = None) -> list[Row
     fulls = {task: rows for (task, _, budget), rows in cells.items() if budget is None}
     found = []
     for (task, cache, budget), rows in cells.items():
-        other = cells.get((task, baseline or "", budget)) if cache != baseline else None
+        other = cells.get((task, (controls or {}).get(cache, ""), budget))
         answers = list(rows.values())
         found.append(
             Row(
@@ -84,7 +84,7 @@ def tabulate(records: Iterable[Record], baseline: str | None = None) -> list[Row
                     [None if (b := each.mean_bytes) is None else b / 1024 for each in answers]
                 ),
                 against_full=None if budget is None else _paired(fulls.get(task), rows),
-                against_baseline=_paired(other, rows),
+                against_random=_paired(other, rows),
                 nothing_evicted=budget is not None and not any(each.evicted for each in answers),
             )
         )
@@ -100,7 +100,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[dict[str, str]]]:
             "budget": "" if row.budget is None else str(row.budget),
             "correct": row.correct.percent,
             "vs full": _difference(row.against_full),
-            "vs random": _difference(row.against_baseline),
+            "vs random": _difference(row.against_random),
             "finished": f"{100 * row.finished:.1f}",
             "tokens": f"{row.tokens:.0f}",
             "held": "-" if row.held is None else f"{row.held:.0f}",

@@ -28,6 +28,7 @@ from hf_reasoncache.evaluation import (
     tabulate,
 )
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.evaluation.specs import FULL, controls
 from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
 from hf_reasoncache.outputs import sole_writer
 from hf_reasoncache.processes import Processes
@@ -158,6 +159,26 @@ def test_samples_differ_by_seed_and_not_by_run(loaded, tmp_path: Path) -> None:
     assert first[0].answer != run(loaded, tmp_path / "c", grid, SETTINGS)[0].answer
 
 
+def test_each_cache_is_compared_with_random_eviction_under_its_protection() -> None:
+    names = (
+        "rkv", "rkv:prompt=evict", "rkv:prompt=evict,profile=a", "rkv:protect", "rkv:protect,fair=0.5",
+        "random:prompt=evict", "random:prompt=evict,profile=a", "random:protect",
+        "reason-alloc:scorer=random",
+    )  # fmt: skip
+    specs = [FULL, *map(parse_spec, names)]
+    usual = baseline(8, 128)
+    found = controls(specs[:5] + [parse_spec("rkv:protect,fair=0.5")], usual)
+    assert set(found.values()) == {usual.name}
+    assert controls(specs, usual) == {
+        "rkv": "reason-alloc:scorer=random",
+        "rkv:prompt=evict": "random:prompt=evict",
+        "rkv:prompt=evict,profile=a": "random:prompt=evict,profile=a",
+        "rkv:protect": "random:protect",
+        "rkv:protect,fair=0.5": usual.name,
+    }
+    assert controls(specs[:2], None) == {}
+
+
 def test_the_baseline_is_left_out_aloud_where_it_does_not_fit(loaded, path: Path) -> None:
     said: list[str] = []
     control = baseline(16, 16)
@@ -165,10 +186,12 @@ def test_the_baseline_is_left_out_aloud_where_it_does_not_fit(loaded, path: Path
     records = evaluate(*loaded, grid, path, SETTINGS, progress=False, say=said.append)
     assert len(said) == 1
     assert "no 'random, prompt kept' at 48" in said[0]
-    rows = {(row.cache, row.budget): row for row in tabulate(records, control.name)}
+    rows = {
+        (row.cache, row.budget): row for row in tabulate(records, controls(grid.specs, control))
+    }
     assert (control.name, 48) not in rows
-    assert rows[SPEC.name, 48].against_baseline is None
-    assert rows[SPEC.name, 400].against_baseline is not None
+    assert rows[SPEC.name, 48].against_random is None
+    assert rows[SPEC.name, 400].against_random is not None
     assert rows[SPEC.name, 400].nothing_evicted
     assert not rows[SPEC.name, 48].nothing_evicted
     assert rows["full", None].against_full is None
