@@ -125,13 +125,14 @@ def fill_holes(dtype, head_size):
     compact_triton([keys, values, positions, torch.empty(layout.slots)], slots, slots, slots.bool())
 
 
-def one_token(dtype, head_size):
-    """Launch what `append` launches."""
+def one_token(dtype, head_size, fields=2):
+    """Launch what `append` launches for keys and values, or for one field that is both."""
     from triton_ops.append.kernel import append_triton
 
-    *fields, layout, length = pool(dtype, head_size)
+    keys, values, positions, layout, length = pool(dtype, head_size)
     new = torch.empty(BATCH, KV_HEADS, 1, head_size, dtype=dtype)
-    append_triton(tuple(fields), layout.start, length, (new, new), 7)
+    held = (keys, values)[:fields]
+    append_triton((*held, positions), layout.start, length, (new,) * fields, 7)
 
 
 def formula():
@@ -207,5 +208,6 @@ CASES = {
     "layers at once: float32, size 80": (2, lambda: layers_at_once(torch.float32, 80)),
     "append": (2, lambda: one_token(torch.bfloat16, 128)),
     "append: size 512": (2, lambda: one_token(torch.bfloat16, 512)),
+    "append: latents": (2, lambda: one_token(torch.bfloat16, 576, fields=1)),
     "append: float32, size 96": (2, lambda: one_token(torch.float32, 96)),
 }
