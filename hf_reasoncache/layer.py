@@ -30,7 +30,6 @@ from hf_reasoncache.precision import without_autocast
 from hf_reasoncache.risk import DamageScale, RiskLog
 from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.shards import ALONE, Shard, TPMode
-from hf_reasoncache.storage.forms import LatentForm
 from hf_reasoncache.storage.held_positions import AllPositions, HeldPositions
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.storage.pool_store import PoolStore, distinct_bytes
@@ -194,7 +193,7 @@ class CacheLayer(CacheLayerMixin):
 
     def hold_latents(self, rank: int) -> None:
         """Expect latents of `rank` numbers, and hold these instead of keys and values."""
-        self.rank, self.store.form = rank, LatentForm(rank)
+        self.rank, self.store.form = rank, self.store.form.of_latents(rank)
 
     def first_queries(self, q_len: int) -> int:
         """Newest queries of a first forward of `q_len` columns that are ever asked for."""

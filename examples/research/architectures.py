@@ -80,6 +80,9 @@ SIZES: dict[str, Any] = {
     "mamba_d_head": 32,
     "mamba_n_groups": 1,
     "mamba_d_state": 16,
+    "mamba_d_ssm": 128,
+    # What encoders need to be a decoder.
+    "is_decoder": True,
 }
 """Whatever of this a config has; the rest stays at its default."""
 
@@ -101,6 +104,21 @@ LATENTS: dict[str, Any] = {
 }
 """More of the same for configs with a `kv_lora_rank`; their heads share nothing."""
 
+TOWER: dict[str, Any] = {
+    "depth": 1,
+    "num_layers": 1,
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "out_hidden_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+}
+"""Sizes of what looks at images or listens, beside a decoder."""
+
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 4, "n_layer": 4, "sliding_window": None},
     {"num_hidden_layers": 4, "n_layer": 4, "sliding_window": 12},
@@ -108,6 +126,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 2, "n_layer": 2},
     {"num_hidden_layers": 2, "attn_layer_indices": [1]},
     {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
+    {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
 )
 """Tried one after the other: hybrids have a full-attention layer only every few layers."""
 
@@ -141,12 +160,32 @@ class Finding:
 
 
 def configure(name: str, variant: Mapping[str, Any]) -> PreTrainedConfig:
-    """Make a tiny config of an architecture."""
+    """Make a tiny config of an architecture, and of all that it is made of."""
     kind = CONFIG_MAPPING[name]
-    known = {key for base in kind.__mro__ for key in getattr(base, "__annotations__", {})}
-    known |= set(kind.attribute_map)
-    sizes = SIZES | LATENTS if "kv_lora_rank" in known else SIZES
-    return kind(**{key: value for key, value in (sizes | variant).items() if key in known})
+    made = _known(kind, _sizes(kind) | variant)
+    for part in kind.sub_configs:
+        of_part = type(getattr(kind(), part, None))
+        if not issubclass(of_part, PreTrainedConfig):
+            continue
+        decodes = "text" in part
+        made[part] = _known(of_part, _sizes(of_part) | (variant if decodes else TOWER))
+        made[part]["model_type"] = of_part.model_type
+    return kind(**made)
+
+
+def _sizes(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    return SIZES | LATENTS if "kv_lora_rank" in _names(kind) else SIZES
+
+
+def _names(kind: type[PreTrainedConfig]) -> set[str]:
+    names = {key for base in kind.__mro__ for key in getattr(base, "__annotations__", {})}
+    return names | set(kind.attribute_map)
+
+
+def _known(kind: type[PreTrainedConfig], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whatever of some sizes a config has."""
+    names = _names(kind)
+    return {key: value for key, value in sizes.items() if key in names}
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

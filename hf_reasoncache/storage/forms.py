@@ -57,6 +57,10 @@ class Form:
         """
         return {"keys": fields["keys"], "values": fields["values"]}
 
+    def of_latents(self, rank: int) -> Form:
+        """Return the form of latents, with values of `rank` numbers, that goes with this one."""
+        return LatentForm(rank)
+
     def query(self, query: torch.Tensor) -> torch.Tensor:
         """Return queries in the type in which they meet the operands; outputs are turned back."""
         return query

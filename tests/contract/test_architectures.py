@@ -14,7 +14,15 @@ from tests.support.models import SHAPE
 
 @pytest.mark.parametrize(
     ("name", "outcome"),
-    [("qwen3_next", WORKS), ("bloom", REFUSED), ("deepseek_v3", REFUSED)],
+    [
+        ("qwen3_next", WORKS),
+        ("kimi_linear", WORKS),
+        # An encoder as a decoder, and a decoder in a model that sees.
+        ("bert", WORKS),
+        ("gemma3", WORKS),
+        ("bloom", REFUSED),
+        ("deepseek_v32", REFUSED),
+    ],
 )
 def test_architectures_answer_as_with_the_full_cache_or_are_refused(name, outcome):
     found = examine(name)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import DynamicCache
 
 from hf_reasoncache import ReasonAllocCache, SharedBranchCache
@@ -304,6 +305,18 @@ def test_adapters_are_honoured():
     model.set_attn_implementation("reasoncache")
     for kind in KINDS:
         assert torch.equal(tokens(model, exact_cache(kind, model)), expected)
+
+
+def test_offloaded_weights():
+    model = build("minicpm3", "sdpa")
+    expected = tokens(model, DynamicCache(config=model.config))
+    model.set_attn_implementation("reasoncache")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    cache = ReasonAllocCache(model.config, budget=None)
+    assert torch.equal(tokens(model, cache), expected)
+    linear = model.model.layers[0].self_attn.kv_b_proj
+    assert linear.weight.is_meta
+    assert cache.report().table_bytes > 3 * linear.weight.numel() * 4, "matrices are counted"
 
 
 def test_weights_that_change_between_generations():

@@ -126,7 +126,7 @@ def test_no_tensor_lies_where_nobody_put_it(kind, here):
 def test_a_mask_is_moved_when_it_is_needed_and_once():
     padding = torch.tensor([[0, 1, 1], [1, 1, 1]])
     arguments = {"attention_mask": padding, "q_length": 3, "kv_length": 3}
-    mask = LogicalMask("sdpa", arguments, new=padding.bool())
+    mask = LogicalMask("sdpa", arguments, None, new=padding.bool())
     with Moves() as moves:
         there = [mask.to("meta", non_blocking=True) for _ in range(3)]
         assert not moves.tensors
@@ -139,7 +139,8 @@ def test_a_mask_is_moved_when_it_is_needed_and_once():
 def test_a_mask_without_padding_moves_nothing():
     """The padding of 10000 tokens, say, of which a step needs one."""
     padding = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    mask = LogicalMask("sdpa", {"attention_mask": padding, "q_length": 1, "kv_length": 3})
+    arguments = {"attention_mask": padding, "q_length": 1, "kv_length": 3}
+    mask = LogicalMask("sdpa", arguments, None)
     with Moves() as moves:
         assert mask.to("meta").valid is None
     assert not moves.tensors

@@ -125,11 +125,13 @@ def fill_holes(dtype, head_size):
     compact_triton([keys, values, positions, torch.empty(layout.slots)], slots, slots, slots.bool())
 
 
-def one_token(dtype, head_size, group=0):
-    """Launch what `append` launches, with or without a ring of queries."""
+def one_token(dtype, head_size, group=0, fields=2):
+    """Launch what `append` launches for keys and values, or for one field that is both; with or
+    without a ring of queries.
+    """
     from triton_ops.append.kernel import append_triton
 
-    *fields, layout, length = pool(dtype, head_size)
+    keys, values, positions, layout, length = pool(dtype, head_size)
     new = torch.empty(BATCH, KV_HEADS, 1, head_size, dtype=dtype)
     asked = None
     if group:
@@ -138,7 +140,8 @@ def one_token(dtype, head_size, group=0):
             torch.empty(BATCH, heads, 8, head_size, dtype=dtype),
             torch.empty(BATCH, heads, 1, head_size, dtype=dtype),
         )
-    append_triton(tuple(fields), layout.start, length, (new, new), 7, asked)
+    held = (keys, values)[:fields]
+    append_triton((*held, positions), layout.start, length, (new,) * fields, 7, asked)
 
 
 def formula():
@@ -214,6 +217,7 @@ CASES = {
     "layers at once: float32, size 80": (2, lambda: layers_at_once(torch.float32, 80)),
     "append": (2, lambda: one_token(torch.bfloat16, 128)),
     "append: size 512": (2, lambda: one_token(torch.bfloat16, 512)),
-    "append: queries": (2, lambda: one_token(torch.bfloat16, 128, 4)),
+    "append: queries": (2, lambda: one_token(torch.bfloat16, 128, group=4)),
+    "append: latents": (2, lambda: one_token(torch.bfloat16, 576, fields=1)),
     "append: float32, size 96": (2, lambda: one_token(torch.float32, 96)),
 }
