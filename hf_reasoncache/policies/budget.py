@@ -77,6 +77,11 @@ class BudgetPolicy:
         """See `Policy.moves_heads`."""
         return self.head_budgets
 
+    @property
+    def keeps_slots(self) -> bool:
+        """See `Policy.keeps_slots`."""
+        return self.head_budgets
+
     def evicts_like(self, other: Policy) -> bool:
         """See `Policy.evicts_like`: where heads stay as they are, and nothing watches."""
         return (

@@ -73,6 +73,8 @@ class PoolStore:
         There is none until the first forward is stored; using it earlier is a ValueError.
     first : LongTensor[B]
         Column of each row's first real token, on the CPU; -1 while a row has only seen padding.
+    movable : bool
+        Whether heads may get other shares of the same slots; see `RaggedPool`.
     clock : LongTensor[1] or None
         On the pool's device, set while a step is captured: the column of the one new token, read
         wherever the host's count would otherwise become part of the graph.
@@ -86,6 +88,7 @@ class PoolStore:
     def __init__(self) -> None:
         self.statistics: Mapping[str, torch.dtype] = {}
         self._decay = 1.0
+        self.movable = False
         self.clear()
 
     def clear(self) -> None:
@@ -137,7 +140,8 @@ class PoolStore:
 
     def allocate(self, capacity: torch.Tensor, new: NewTokens) -> RaggedPool:
         """Make an empty pool with `capacity` slots, LongTensor[B, H_kv], in place of any other."""
-        self.tokens = RaggedPool(capacity, *self.packed(new.keys, new.values), self.statistics)
+        held = self.packed(new.keys, new.values)
+        self.tokens = RaggedPool(capacity, *held, self.statistics, movable=self.movable)
         self._tail = 0
         return self.tokens
 
@@ -420,7 +424,9 @@ class PoolStore:
     def static_parts(self) -> Iterator[Any]:
         """Yield the objects that a captured step reads and writes where they are."""
         pool = self.tokens
-        yield from (pool.layout, pool.device_length, *pool.fields.values())
+        # Where heads start stands for the layout and all that was made of it.
+        start = pool.layout.start_on(pool.device_length.device)
+        yield from (start, pool.device_length, *pool.fields.values())
 
     def advance(self) -> None:
         """Take note of one token per row that a replayed step has stored."""

@@ -136,7 +136,7 @@ CASES = (
     Case("branches, pool grows", branches(), before=17, rows=3, moves=True),
     Case("branches, budget", branches(**CALM), rows=3),
     Case("windows", windows),
-    Case("budget, head budgets, first eviction", reason(**HEADS), before=9, evicts=1, moves=True),
+    Case("budget, head budgets, first eviction", reason(**HEADS), before=9, evicts=1),
     Case("budget, eviction", reason(**FULL), before=11, evicts=1),
     Case("budget, one of two rows evicts", reason(**FULL), before=11, rows=2, padding=3, evicts=1),
     Case("budget, head budgets, eviction", reason(**HEADS), before=11, evicts=1),
@@ -203,8 +203,8 @@ def events_of(case: Case) -> list[Event]:
             with device.counting() as events:
                 model(**counted, **cache_kwarg(cache), use_cache=True)
     found = [
-        (now - then, layout is not old)
-        for (now, layout), (then, old) in zip(_states(cache), before, strict=True)
+        (now - then, keys is not old)
+        for (now, keys), (then, old) in zip(_states(cache), before, strict=True)
     ]
     if found != [(case.evicts, case.moves)] * LAYERS:
         raise RuntimeError(
@@ -257,10 +257,11 @@ def _inputs(case: Case) -> list[dict[str, torch.Tensor]]:
 
 
 def _states(cache: Cache) -> list[tuple[int, object]]:
-    """Return how often the rows of each layer have evicted, and the layout of its pool."""
+    """Return how often the rows of each layer have evicted, and the keys of its pool."""
     stores = [getattr(layer, "store", None) for layer in cache.layers]
     evictions = [getattr(layer, "evictions", 0) for layer in cache.layers]
-    return [(n, store and store.tokens.layout) for n, store in zip(evictions, stores, strict=True)]
+    keys = [store and store.tokens.fields["keys"] for store in stores]
+    return list(zip(evictions, keys, strict=True))
 
 
 def table() -> str:
