@@ -23,6 +23,10 @@ from triton_ops.launch import send
 FIRST_ROOM = 256
 """Slots allocated beyond the prompt when no budget says how long the text may become."""
 
+GROWTH = 4
+"""A full pool without a budget moves into one that is larger by one part in so many, and by
+`FIRST_ROOM` slots at least."""
+
 ATTENTION, SCORER_STATE = "cumulative_attention", "scorer_state"
 """Statistics of a token: the attention it has received, and what a scorer has noted about it."""
 
@@ -206,9 +210,8 @@ class PoolStore:
         """Make sure that every head has room for `q_len` more tokens, and for many after them."""
         pool = self.tokens
         if q_len > pool.least_free:
-            needed = pool.longest + q_len
-            doubled = max(2 * int(pool.capacity.max()), needed)
-            pool.relayout(torch.full_like(pool.capacity, doubled))
+            slots = max(_grown(int(pool.capacity.max())), pool.longest + q_len)
+            pool.relayout(torch.full_like(pool.capacity, slots))
 
     def append(self, new: NewTokens, end: int, ring: torch.Tensor | None = None) -> None:
         """Append tokens whose last one is column `end - 1`; there must be room.
@@ -557,8 +560,13 @@ class PoolStore:
         """Slots per head where every token is kept, after single tokens behind a prompt."""
         slots = prompt + FIRST_ROOM
         while slots < prompt + generated:
-            slots = 2 * slots
+            slots = _grown(slots)
         return slots
+
+
+def _grown(slots: int) -> int:
+    """Slots of each head once a full pool has moved."""
+    return slots + max(FIRST_ROOM, slots // GROWTH)
 
 
 def _lowest_first(columns: torch.Tensor) -> torch.Tensor:
