@@ -28,7 +28,6 @@ from hf_reasoncache.precision import autocasts
 from hf_reasoncache.releases import cache_kwarg, take_cache
 from hf_reasoncache.shards import ALONE
 from hf_reasoncache.sliding import SlidingLayer
-from triton_ops.layout import RaggedLayout
 
 T = TypeVar("T")
 
@@ -406,8 +405,7 @@ def _with_the_same_tensors(cache: ReasonCache) -> ReasonCache:
 
 def _remember(parts: list[Any]) -> list[Any]:
     """Note which objects these are, without keeping a pool alive that is about to be replaced."""
-    kept = (torch.Tensor, RaggedLayout)
-    return [weakref.ref(part) if isinstance(part, kept) else part for part in parts]
+    return [weakref.ref(part) if isinstance(part, torch.Tensor) else part for part in parts]
 
 
 def _same(before: list[Any], now: list[Any]) -> bool:

@@ -158,6 +158,7 @@ class CacheLayer(CacheLayerMixin):
                 decay=scorer.attention_decay,
                 scorer_state=scorer.keeps_state,
             )
+            self.store.movable = policy.keeps_slots
         self._clear()
 
     def _clear(self) -> None:

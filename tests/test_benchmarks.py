@@ -1,6 +1,7 @@
 """The benchmarks run and write what they say; no time is ever judged here."""
 
 import csv
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from examples.benchmarks import (
     branches,
     cpu_decode,
     devices,
+    growth,
     latents,
     step_latency,
     tensor_parallel,
@@ -179,3 +181,15 @@ def test_caches_answer_the_same_prompts_at_one_bound(tmp_path, capsys, monkeypat
     assert [row["tokens"] for row in rows] == [str(3 * 9 * trial.samples) for trial in chosen]
     assert all(0 < float(row["peak, MB"]) <= 16 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == 1 + len(chosen)
+
+
+def test_growth_is_measured_beside_a_dynamic_cache(tmp_path):
+    rows = growth.run(prompt=24, tokens=600, every=300, output=tmp_path)
+    with (tmp_path / "growth.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["grows"] for row in table] == [row.grows for row in rows]
+    *ours, theirs = rows
+    assert theirs.grows == "DynamicCache" and theirs.moves == 600
+    for before, after in itertools.pairwise(ours):
+        assert before.moves <= after.moves < theirs.moves and before.slots >= after.slots >= 1
+    assert ours[0].peak > theirs.peak

@@ -64,9 +64,13 @@ class RaggedLayout:
     capacity : LongTensor[B, H_kv]
         Slots each head owns. Lives on the CPU: the shape of the work must be known without a
         synchronisation.
+    movable : bool
+        Whether the slots may be shared out otherwise later; see `moved`. Lists of work are then as
+        long as any shares need them.
     """
 
     capacity: torch.Tensor
+    movable: bool = False
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -112,18 +116,47 @@ class RaggedLayout:
         return len(self.buckets) == 1
 
     @cached_property
-    def _derived(self) -> dict[Hashable, Any]:
+    def _derived(self) -> dict[Hashable, tuple[Callable[[RaggedLayout], Any], Any]]:
         return {}
 
-    def derive(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return `make()`, called once per layout and key: copies on a device, lists of work."""
+    def derive(self, key: Hashable, make: Callable[[RaggedLayout], T]) -> T:
+        """Return what `make` makes of this layout, once per key: copies on a device, lists of work.
+
+        That of a movable layout has a method `copy_`, as tensors do.
+        """
         if key not in self._derived:
-            self._derived[key] = make()
-        return self._derived[key]
+            # `moved` writes to it, in whatever mode.
+            with torch.inference_mode(False):
+                self._derived[key] = make, make(self)
+        return self._derived[key][1]
 
     def start_on(self, device: torch.device) -> torch.Tensor:
         """LongTensor[B, H_kv]: `start` on a device, copied once."""
-        return self.derive(("start", device), lambda: send(self.start, device))
+        return self.derive(("start", device), lambda layout: send(layout.start.clone(), device))
+
+    def moved(self, capacity: torch.Tensor) -> RaggedLayout:
+        """Return a layout of the same slots with other shares, LongTensor[B, H_kv].
+
+        What has been derived of this layout becomes the other's: the same tensors, written anew, so
+        that a captured graph reads there what holds now.
+
+        Raises
+        ------
+        ValueError
+            If this layout is not movable, or the number of heads or of slots is another.
+        """
+        other = RaggedLayout(capacity, movable=True)
+        if not self.movable or (other.slots, capacity.shape) != (self.slots, self.capacity.shape):
+            raise ValueError(
+                f"moved: expected other shares of {self.slots} slots, movable, for heads "
+                f"{list(self.capacity.shape)}, got {other.slots} for {list(capacity.shape)} of a "
+                f"layout with movable={self.movable}; make a new layout."
+            )
+        for key, (make, value) in self._derived.items():
+            value.copy_(make(other))
+            other._derived[key] = make, value
+        self._derived.clear()
+        return other
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ class LayerRow:
     shared_tokens : int
         Tokens of a shared prompt.
     moves : bool
-        Whether the storage moves while tokens are generated: then old and new one exist together.
+        Whether tokens move while others are generated: then old and new places exist together.
     concatenates : bool
         Whether it moves at every step, as in transformers' own layers.
     """

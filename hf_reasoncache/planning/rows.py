@@ -26,8 +26,8 @@ class RowBytes:
         prompt, the queries of its end are kept beside newer ones. Layers of different budgets,
         which evict at different steps, are counted as if all kept most queries at once.
     moving : int
-        Held for a moment besides, when a layer's storage moves: the largest of the layers that
-        move theirs while tokens are generated.
+        Held for a moment besides, at most, when a layer's tokens move: the largest of the layers
+        whose tokens do while others are generated.
     prompt : int
         Held while the prompt is read: `shared + own` then, and keys and values of the whole prompt
         in one layer, as the model has made them.

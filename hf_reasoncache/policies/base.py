@@ -318,6 +318,11 @@ class Policy(Protocol):
         """Whether evictions may change how many slots heads have."""
         return True
 
+    @property
+    def keeps_slots(self) -> bool:
+        """Whether heads get other shares of a layer's slots, whose number stays."""
+        return False
+
     def evicts_like(self, other: Policy) -> bool:
         """Whether evictions of two layers may be done at once, by `RowState.join`."""
         return False

@@ -82,6 +82,11 @@ class BudgetPolicy:
         """See `Policy.moves_heads`."""
         return self.head_budgets or self.ratio is not None
 
+    @property
+    def keeps_slots(self) -> bool:
+        """See `Policy.keeps_slots`."""
+        return self.head_budgets
+
     def evicts_like(self, other: Policy) -> bool:
         """See `Policy.evicts_like`: where heads keep their slots, and nothing watches."""
         return (

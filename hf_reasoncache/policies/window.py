@@ -86,6 +86,7 @@ class WindowPolicy:
 
     cuts_incoming: ClassVar[bool] = False
     moves_heads: ClassVar[bool] = True
+    keeps_slots: ClassVar[bool] = False
 
     def evicts_like(self, other: Policy) -> bool:
         """See `Policy.evicts_like`: layers compress in turns."""

@@ -58,6 +58,8 @@ class RaggedPool:
         capacity: torch.Tensor,
         like: Mapping[str, torch.Tensor],
         statistics: Mapping[str, torch.dtype] | None = None,
+        *,
+        movable: bool = False,
     ) -> None:
         """Allocate an empty pool.
 
@@ -68,8 +70,11 @@ class RaggedPool:
             Some tokens: names, sizes, types and device of what is held of each; not stored.
         statistics : mapping from str to dtype, optional
             Names and types of further numbers to keep per slot.
+        movable : bool
+            Whether heads may get other shares of the same slots; `relayout` then moves tokens
+            inside this storage.
         """
-        self.layout = RaggedLayout(capacity)
+        self.layout = RaggedLayout(capacity, movable)
         self._set_length(torch.zeros_like(capacity))
         self.statistics = tuple(statistics or ())
         slots, device = self.layout.slots, next(iter(like.values())).device
@@ -296,7 +301,9 @@ class RaggedPool:
         self._clear(slots, offset, self.length)
 
     def relayout(self, capacity: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Move into a new storage with other capacities or other rows.
+        """Give heads other capacities, or take other rows, in a new storage.
+
+        In this one where it is movable and has as many slots as are wanted: every tensor stays.
 
         Parameters
         ----------
@@ -305,10 +312,14 @@ class RaggedPool:
         rows : LongTensor[B'], optional
             Row of this pool that each new row copies; the same rows by default.
         """
-        rows = torch.arange(self.length.shape[0], device="cpu") if rows is None else rows
+        if rows is None:
+            if self.layout.movable and int(capacity.sum()) == self.layout.slots:
+                self._move(capacity)
+                return
+            rows = torch.arange(self.length.shape[0], device="cpu")
         slots, offset = self.slots(rows)
         old, used = self.fields, offset >= 0
-        layout = RaggedLayout(capacity)
+        layout = RaggedLayout(capacity, self.layout.movable)
         target = (send(layout.start, slots.device)[..., None] + offset)[used]
         source = slots[used]
         self.fields = {}
@@ -320,6 +331,25 @@ class RaggedPool:
         self.layout = layout
         self._set_length(self.length[rows])
 
+    def _move(self, capacity: torch.Tensor) -> None:
+        """Share the same slots out otherwise, field by field."""
+        start, device = self.layout.start, self.fields["positions"].device
+        self.layout = self.layout.moved(capacity)
+        # Sent at once: how far the tokens of a head move, where they end, and its slots.
+        heads = [start - self.layout.start, self.layout.start + self.length, capacity]
+        table = torch.stack([each.flatten()[self.layout.order] for each in heads])
+        shift, end, owned = send(table, device)
+        slot, size = torch.arange(self.layout.slots, device=device), self.layout.slots
+        used = slot < end.repeat_interleave(owned, output_size=size)
+        source = slot + shift.repeat_interleave(owned, output_size=size)
+        source = source.where(used, slot)
+        for name, field in self.fields.items():
+            moved = field.index_select(0, source)
+            if name in self.statistics:
+                moved.masked_fill_(~used, 0)
+            field.copy_(moved)
+        self.note_length(self.length)
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep, repeat or reorder rows: new row `i` is a copy of row `rows[i]`."""
         if self.layout.is_uniform:
@@ -329,7 +359,7 @@ class RaggedPool:
                     name: field.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
                     for name, field in self.fields.items()
                 }
-            self.layout = RaggedLayout(self.capacity[rows])
+            self.layout = RaggedLayout(self.capacity[rows], self.layout.movable)
             self._set_length(self.length[rows])
         else:
             self.relayout(self.capacity[rows], rows)

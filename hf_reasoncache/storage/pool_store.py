@@ -24,6 +24,10 @@ from triton_ops.launch import send
 FIRST_ROOM = 256
 """Slots allocated beyond the prompt when no budget says how long the text may become."""
 
+GROWTH = 4
+"""A full pool without a budget moves into one that is larger by one part in so many, and by
+`FIRST_ROOM` slots at least."""
+
 ATTENTION, SCORER_STATE = "cumulative_attention", "scorer_state"
 """Statistics of a token: the attention it has received, and what a scorer has noted about it."""
 
@@ -80,6 +84,8 @@ class PoolStore:
         There is none until the first forward is stored; using it earlier is a ValueError.
     first : LongTensor[B]
         Column of each row's first real token, on the CPU; -1 while a row has only seen padding.
+    movable : bool
+        Whether heads may get other shares of the same slots; see `RaggedPool`.
     clock : LongTensor[1] or None
         On the pool's device, set while a step is captured: the column of the one new token, read
         wherever the host's count would otherwise become part of the graph.
@@ -94,6 +100,7 @@ class PoolStore:
         self.form = form
         self.statistics: Mapping[str, torch.dtype] = {}
         self._decay = 1.0
+        self.movable = False
         self.clear()
 
     def clear(self) -> None:
@@ -147,7 +154,7 @@ class PoolStore:
         """Make an empty pool with `capacity` slots, LongTensor[B, H_kv], in place of any other."""
         one_head = self.form.fields(new.keys[:1, :1], new.values[:1, :1])
         like = {name: field[0, 0] for name, field in one_head.items()}
-        self.tokens = RaggedPool(capacity, like, self.statistics)
+        self.tokens = RaggedPool(capacity, like, self.statistics, movable=self.movable)
         self._tail = 0
         return self.tokens
 
@@ -208,9 +215,8 @@ class PoolStore:
         """Make sure that every head has room for `q_len` more tokens, and for many after them."""
         pool = self.tokens
         if q_len > pool.least_free:
-            needed = pool.longest + q_len
-            doubled = max(2 * int(pool.capacity.max()), needed)
-            pool.relayout(torch.full_like(pool.capacity, doubled))
+            slots = max(_grown(int(pool.capacity.max())), pool.longest + q_len)
+            pool.relayout(torch.full_like(pool.capacity, slots))
 
     def append(self, new: NewTokens, end: int, ring: torch.Tensor | None = None) -> None:
         """Append tokens whose last one is column `end - 1`; there must be room.
@@ -447,7 +453,9 @@ class PoolStore:
     def static_parts(self) -> Iterator[Any]:
         """Yield the objects that a captured step reads and writes where they are."""
         pool = self.tokens
-        yield from (pool.layout, pool.device_length, *pool.fields.values())
+        # Where heads start stands for the layout and all that was made of it.
+        start = pool.layout.start_on(pool.device_length.device)
+        yield from (start, pool.device_length, *pool.fields.values())
 
     def advance(self) -> None:
         """Take note of one token per row that a replayed step has stored."""
@@ -578,8 +586,13 @@ class PoolStore:
         """Slots per head where every token is kept, after single tokens behind a prompt."""
         slots = prompt + FIRST_ROOM
         while slots < prompt + generated:
-            slots = 2 * slots
+            slots = _grown(slots)
         return slots
+
+
+def _grown(slots: int) -> int:
+    """Slots of each head once a full pool has moved."""
+    return slots + max(FIRST_ROOM, slots // GROWTH)
 
 
 def _lowest_first(columns: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.report import storage_bytes
 from hf_reasoncache.scorers import H2O, RKV, Random
+from hf_reasoncache.storage import pool_store
 from tests.support.caches import CLASSES, KINDS, exact_cache
 from tests.support.caches import SETTINGS as BY_KIND
 from tests.support.driver import Driver, new_cache, now_held, start, tokens
@@ -182,7 +183,7 @@ def test_the_risk_log_is_counted_and_grows_with_evictions(kind):
     assert bytes_of[0] < bytes_of[1]
 
 
-def test_growing_cache_doubles_and_stays_exact():
+def test_a_growing_cache_moves_now_and_then_and_stays_exact():
     model, inputs = build("llama"), prompt(batch=1)
     cache = ReasonAllocCache(model.config, budget=None)
     expected = tokens(model, DynamicCache(config=model.config), inputs, max_new_tokens=620)
@@ -190,8 +191,9 @@ def test_growing_cache_doubles_and_stays_exact():
     report = cache.report()
     assert {c for layer in report.layers for row in layer.held for c in row} == {640}
     capacity = {c for layer in report.layers for row in layer.capacity for c in row}
-    assert capacity == {4 * (21 + 256)}
-    assert report.kv_bytes == kv_storages(cache) == LAYERS * HEADS * 1108 * 2 * HEAD_SIZE * 4
+    slots = 21 + 3 * pool_store.FIRST_ROOM
+    assert capacity == {slots} and slots // pool_store.GROWTH < pool_store.FIRST_ROOM
+    assert report.kv_bytes == kv_storages(cache) == LAYERS * HEADS * slots * 2 * HEAD_SIZE * 4
 
 
 # ------------------------------------------------------------------------------------------ report

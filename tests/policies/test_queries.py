@@ -30,8 +30,8 @@ class Witness:
         self.cache = None
         append, asked = PoolStore.append, CacheLayer._queries_before
 
-        def watched_append(store, chunk, end):
-            append(store, chunk, end)
+        def watched_append(store, chunk, end, ring):
+            append(store, chunk, end, ring)
             (layer,) = [each for each in self.cache.layers if each.store is store]
             self.skipped += layer.queries.last() is None
             for index in range(chunk.q_len):

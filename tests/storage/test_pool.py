@@ -50,7 +50,12 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(batch=st.integers(1, 3), heads=st.integers(1, 3), data=st.data())
     def allocate(self, batch, heads, data):
         capacity = self.draw_counts(data, batch * heads, high=4).view(batch, heads)
-        self.pool = RaggedPool(capacity, token_fields(torch.ones(1)), {"mass": torch.float32})
+        self.pool = RaggedPool(
+            capacity,
+            token_fields(torch.ones(1)),
+            {"mass": torch.float32},
+            movable=data.draw(st.booleans()),
+        )
         self.model = [[[] for _ in range(heads)] for _ in range(batch)]
         self.next_id, self.column, self.tail = 1, 0, 0
         self.deep = self.shallow = None
@@ -173,6 +178,22 @@ class PoolMachine(RuleBasedStateMachine):
     def relayout(self, data):
         extra = self.draw_counts(data, self.batch * self.heads)
         self.pool.relayout(self.pool.length + extra.view(self.batch, self.heads))
+
+    @precondition(lambda self: self.pool.layout.movable)
+    @rule(data=st.data())
+    def share_the_slots_out_otherwise(self, data):
+        """In place: what a graph reads and writes stays where it is."""
+        free = self.pool.layout.slots - int(self.pool.length.sum())
+        cuts = sorted(data.draw(st.integers(0, free)) for _ in range(self.pool.length.numel() - 1))
+        extra = torch.tensor([0, *cuts, free]).diff().view_as(self.pool.length)
+        start = self.pool.layout.start_on(torch.device("cpu"))
+        before = [start, self.pool.device_length, *self.pool.fields.values()]
+        self.pool.relayout(self.pool.length + extra)
+        assert torch.equal(self.pool.capacity, self.pool.length + extra)
+        assert torch.equal(start, self.pool.layout.start)
+        now = [self.pool.layout.start_on(start.device), self.pool.device_length]
+        assert all(a is b for a, b in zip(before, [*now, *self.pool.fields.values()], strict=True))
+        self.shallow = None
 
     @rule(data=st.data())
     def relayout_to_one_capacity(self, data):

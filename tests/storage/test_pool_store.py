@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_reasoncache.shards import ALONE
+from hf_reasoncache.storage import pool_store
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.storage.pool_store import PoolStore
 
@@ -74,3 +75,11 @@ def test_a_span_is_read_and_evicted_from_alone(store):
 def test_nothing_can_be_read_from_an_empty_store():
     with pytest.raises(ValueError, match="expected stored tokens, got an empty layer"):
         PoolStore().read(torch.tensor([0]))
+
+
+def test_a_large_pool_grows_by_a_part_of_itself():
+    store, zeros = PoolStore(), torch.zeros(1, 1, 4000, 2)
+    store.store_first(NewTokens(zeros, zeros, zeros, None, {}), 4000, ALONE)
+    store.make_room(257)
+    assert store.capacity.item() == 4256 + 4256 // pool_store.GROWTH
+    assert store.capacity.item() == store.slots_without_budget(4000, 257)

@@ -96,6 +96,11 @@ class Work:
         """Number of chunks, without those of prefixes."""
         return self.items.shape[0]
 
+    def copy_(self, other: Work) -> None:
+        """Take over the chunks of another list of the same length."""
+        self.items.copy_(other.items)
+        self.first.copy_(other.first)
+
 
 def counts(layout: RaggedLayout, chunk: int) -> torch.Tensor:
     """LongTensor[heads]: chunks of every head, on the CPU."""
@@ -113,6 +118,9 @@ def chunk_size(layout: RaggedLayout, tiles: int) -> int:
         programs enough, and each chunk costs a partial result per query.
     """
     heads = Counter(layout.capacity.flatten().tolist())
+    if layout.movable:
+        # The same for all shares of the slots: that of equal ones.
+        heads = Counter({blocks(layout.slots, layout.capacity.numel()): layout.capacity.numel()})
 
     def programs(size: int) -> int:
         return tiles * sum(count * blocks(capacity, size) for capacity, count in heads.items())
@@ -149,34 +157,47 @@ def work(
         What the rows read besides their own tokens.
     """
 
-    def make() -> Work:
-        chunk = chunk_size(layout, tiles)
-        own = counts(layout, chunk)
-        shared, arrivals, before = None, None, torch.zeros_like(own)
-        if prefix is None:
-            # A head without slots has a result too.
-            own = own.clamp_min(1)
-            arrivals = send(torch.zeros_like(own, dtype=torch.int32), device)
-        else:
-            shared = _prefix_work(prefix, prefix_tiles, device)
-            per_prefix = counts(prefix.layout, shared.chunk).view_as(prefix.length)
-            before = per_prefix[prefix.owner].flatten()
-        first = torch.cat([own.new_zeros(1), (own + before).cumsum(0)])
-        head, ordinal = _enumerate(own)
-        items = torch.stack([head, ordinal * chunk, first[head] + before[head] + ordinal], dim=1)
-        # Longest first: what is left over at the end of a head fills the gaps at the end.
-        long = (layout.capacity.flatten()[head] - ordinal * chunk).clamp_max(chunk)
-        items = items[long.argsort(descending=True, stable=True)]
-        return Work(
-            chunk=chunk,
-            items=send(items.int(), device),
-            first=send(first.int(), device),
-            partials=int(first[-1]),
-            arrivals=arrivals,
-            prefix=shared,
-        )
+    def make(layout: RaggedLayout) -> Work:
+        return _make_work(layout, tiles, device, prefix, prefix_tiles)
 
     return layout.derive(("work", tiles, device, prefix, prefix_tiles), make)
+
+
+def _make_work(
+    layout: RaggedLayout,
+    tiles: int,
+    device: torch.device,
+    prefix: SharedPrefix | None,
+    prefix_tiles: int,
+) -> Work:
+    chunk = chunk_size(layout, tiles)
+    own = counts(layout, chunk)
+    shared, arrivals, before = None, None, torch.zeros_like(own)
+    if prefix is None:
+        # A head without slots has a result too.
+        own = own.clamp_min(1)
+        arrivals = send(torch.zeros_like(own, dtype=torch.int32), device)
+    else:
+        shared = _prefix_work(prefix, prefix_tiles, device)
+        per_prefix = counts(prefix.layout, shared.chunk).view_as(prefix.length)
+        before = per_prefix[prefix.owner].flatten()
+    if layout.movable:
+        # As many as the worst shares need; what is too much lies behind a head's last slot.
+        own[: layout.slots // chunk + len(own) - int(own.sum())] += 1
+    first = torch.cat([own.new_zeros(1), (own + before).cumsum(0)])
+    head, ordinal = _enumerate(own)
+    items = torch.stack([head, ordinal * chunk, first[head] + before[head] + ordinal], dim=1)
+    # Longest first: what is left over at the end of a head fills the gaps at the end.
+    long = (layout.capacity.flatten()[head] - ordinal * chunk).clamp_max(chunk)
+    items = items[long.argsort(descending=True, stable=True)]
+    return Work(
+        chunk=chunk,
+        items=send(items.int(), device),
+        first=send(first.int(), device),
+        partials=int(first[-1]),
+        arrivals=arrivals,
+        prefix=shared,
+    )
 
 
 def _prefix_work(prefix: SharedPrefix, tiles: int, device: torch.device) -> PrefixWork:

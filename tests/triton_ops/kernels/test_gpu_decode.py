@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from examples.benchmarks import decoders, gpu_decode
+from hf_reasoncache.storage.pool import RaggedPool
 from tests.support.ops.tape import TapeRecorder
 from triton_ops.backend import interpreting
 
@@ -15,7 +16,9 @@ ROUNDS, BUFFER = 3, 4
 
 @pytest.mark.slow
 @pytest.mark.skipif(not interpreting(), reason="a GPU records graphs, not tapes")
-def test_decoders_with_graphs_record_again_after_evictions(tmp_path, monkeypatch):
+def test_decoders_with_graphs_record_once_however_heads_move(tmp_path, monkeypatch):
+    moves, move = [], RaggedPool._move
+    monkeypatch.setattr(RaggedPool, "_move", lambda pool, to: moves.append(move(pool, to)))
     monkeypatch.setattr(decoders, "WARM_UP_ROUNDS", ROUNDS - 2)
     options, _ = gpu_decode.parse(
         ["--toy", "--decoders", DECODERS, "--cases", "2x24", "--largest", "0"]
@@ -34,9 +37,8 @@ def test_decoders_with_graphs_record_again_after_evictions(tmp_path, monkeypatch
     def counts(kind):
         return tuple(int(rows[kind][name]) for name in ("recorded", "replayed", "eager"))
 
-    # A warm-up and a round of two steps on one pool; a round is one eviction, after which the heads
-    # lie elsewhere: one step eagerly, one recorded, two repeated.
+    # A warm-up and a round of two steps on one pool; a round is one eviction.
     assert counts("UncompressedGraphs") == (1, 2, 1)
-    assert counts("MovingGraphs") == (ROUNDS, ROUNDS * (BUFFER - 2), ROUNDS)
-    assert sum(counts("UnequalGraphs")) == ROUNDS * BUFFER
-    assert counts("UnequalGraphs")[0] > 0
+    for kind in ("MovingGraphs", "UnequalGraphs"):
+        assert counts(kind) == (1, ROUNDS * BUFFER - 2, 1)
+    assert len(moves) >= 2 * options.work.shape.layers

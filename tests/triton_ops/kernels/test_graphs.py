@@ -1,13 +1,17 @@
 """A recorded decode step, repeated blindly, gives the tokens of an eager generation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache, decode_graphs
 from hf_reasoncache.graphs import CudaRecorder
+from hf_reasoncache.policies import row_budgets
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV
 from hf_reasoncache.storage import pool_store
+from hf_reasoncache.storage.pool import RaggedPool
 from tests.support.models import prompt
 from tests.support.ops.generation import host_tensors, small_llama
 from tests.support.ops.tape import NotReplayableError, Tape, TapeRecorder
@@ -31,8 +35,19 @@ CASES = {
         ReasonAllocCache,
         dict(ratio=0.5, min_budget=3, window=2, buffer=3, protect=False),
     ),
+    "heads": (
+        9,
+        (1, 1),
+        ReasonAllocCache,
+        dict(buffer=2, scorer=RKV(), **IN_PLACE | dict(head_budgets=True)),
+    ),
     "windows": (9, (2, 4), SlidingWindowCompressCache, dict(window=4, ratio=0.25, recent=1)),
 }
+
+
+def unsteady_shares(scores, valid, total, **settings):
+    more = 2 * (scores.masked_fill(~valid | scores.isinf(), 0).argmax(-1)[:, 0].cpu() % 3 - 1)
+    return torch.stack([total // 2 + more, total - total // 2 - more], -1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -42,12 +57,20 @@ def test_tokens_and_contents_are_those_without_graphs(name, device, monkeypatch)
     model = small_llama(query_heads=2).to(device)
     inputs = {k: v.to(device) for k, v in prompt(tokens=9, padding=(0, 3)).items()}
     plain, cache = (kind(model.config, **settings) for _ in range(2))
+    if name == "heads":
+        # Shares that change at most evictions, by what the heads hold.
+        monkeypatch.setattr(row_budgets, "head_budgets", unsteady_shares)
+        for layer in (*plain.layers, *cache.layers):
+            layer.policy = replace(layer.policy, head_interval=1)
     arguments = inputs | {"max_new_tokens": steps + 1, "do_sample": False}
     expected = model.generate(**arguments, **cache_kwarg(plain))
     recorder = TapeRecorder(lambda: host_tensors(cache)) if interpreting() else CudaRecorder()
+    moves, move = [], RaggedPool._move
+    monkeypatch.setattr(RaggedPool, "_move", lambda pool, to: moves.append(move(pool, to)))
     with decode_graphs(model, cache, recorder=recorder) as graphs:
         assert torch.equal(model.generate(**arguments, **cache_kwarg(cache)), expected)
     assert (graphs.recorded, graphs.eager) == counts, "evictions in place keep the graph"
+    assert len(moves) >= 4 if name == "heads" else not moves
     assert graphs.replayed == steps - sum(counts)
     assert name == "everything" or cache.report().evictions >= 6
     for layer in range(2):
