@@ -80,7 +80,7 @@ class Shadow(Observer):
         """
         if valid is None:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device="cpu")
-        own = self._drawn().to(keys.device)
+        own = self._drawn().to(keys.device, non_blocking=True)
         keys, values = (x.index_select(1, own).cpu() for x in (keys, values))
         self._chunks.append((keys, values, valid.cpu()))
 

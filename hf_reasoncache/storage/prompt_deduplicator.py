@@ -71,13 +71,12 @@ def _first_like(new: NewTokens, groups: torch.Tensor) -> torch.Tensor:
 
 
 def _same_tokens(new: NewTokens, one: int, other: int) -> bool:
-    keys, values = new.keys, new.values
+    real: slice | torch.Tensor = slice(None)
     if new.valid is not None:
         if not torch.equal(new.valid[one], new.valid[other]):
             return False
-        keys, values = (x[[one, other]][:, :, new.valid[one]] for x in (keys, values))
-        one, other = 0, 1
-    return _equal(keys[one], keys[other]) and _equal(values[one], values[other])
+        real = new.valid[one]
+    return all(_equal(x[one][:, real], x[other][:, real]) for x in (new.keys, new.values))
 
 
 def _equal(x: torch.Tensor, y: torch.Tensor) -> bool:

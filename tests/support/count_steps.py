@@ -34,6 +34,7 @@ from hf_reasoncache import (
     decode_graphs,
 )
 from hf_reasoncache.releases import cache_kwarg
+from hf_reasoncache.risk import Probes, Risk
 from hf_reasoncache.scorers import H2O
 from tests.support.fake_device import DEVICE, Counts, Event, FakeDevice, fake_device
 from tests.support.models import SHAPE, VOCABULARY
@@ -54,6 +55,10 @@ CALM: dict[str, Any] = dict(budget=24, buffer=8, window=2)
 FULL: dict[str, Any] = dict(budget=16, buffer=2, window=2)
 """Settings with which a row without padding evicts before tokens 10, 12, ... after the prompt."""
 HEADS: dict[str, Any] = FULL | dict(head_budgets=True)
+
+PADDED: dict[str, Any] = dict(before=11, rows=2, padding=3, evicts=1)
+"""The row without padding evicts."""
+PROBES = Risk(probes=Probes(heads=1.0))
 
 MakeCache = Callable[[LlamaConfig], Cache]
 
@@ -131,10 +136,14 @@ CASES = (
     Case("budget, first token", reason(**CALM), before=0),
     Case("budget, captured", reason(**CALM), captured=True),
     Case("budget, risk limit", reason(**CALM, risk=0.1)),
+    Case("budget, risk limit, padded rows", reason(**CALM, risk=0.1), rows=2, padding=3),
+    Case("budget, probes", reason(**CALM, risk=PROBES)),
+    Case("budget, probes, padded rows", reason(**CALM, risk=PROBES), rows=2, padding=3),
     Case("budget, attention mass", reason(**CALM, scorer=H2O())),
     Case("branches", branches(), rows=3),
     Case("branches, pool grows", branches(), before=17, rows=3, moves=True),
     Case("branches, budget", branches(**CALM), rows=3),
+    Case("branches, budget, padded rows", branches(**CALM), rows=3, padding=3),
     Case("windows", windows),
     Case("budget, head budgets, first eviction", reason(**HEADS), before=9, evicts=1),
     Case("budget, eviction", reason(**FULL), before=11, evicts=1),
@@ -143,7 +152,19 @@ CASES = (
     Case("budget, eviction, risk", reason(**FULL, risk=True), before=11, evicts=1),
     Case("budget, eviction, risk limit kept", reason(**FULL, risk=9.0), before=11, evicts=1),
     Case("budget, eviction, risk limit missed", reason(**FULL, risk=1e-6), before=11, evicts=1),
+    Case("risk limit kept, padded rows", reason(**FULL, risk=9.0), **PADDED),
+    Case("risk limit missed, padded rows", reason(**FULL, risk=1e-6), **PADDED),
+    Case("budget, eviction, probes", reason(**FULL, risk=PROBES), before=11, evicts=1),
+    Case("eviction, probes, padded rows", reason(**FULL, risk=PROBES), **PADDED),
     Case("branches, budget, eviction", branches(**FULL), before=11, rows=3, evicts=3),
+    Case(
+        "branches, budget, padded, two evict",
+        branches(**FULL),
+        before=11,
+        rows=3,
+        padding=3,
+        evicts=2,
+    ),
     Case("windows, eviction", windows, before=9, evicts=1),
 )
 
