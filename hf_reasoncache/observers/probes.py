@@ -17,7 +17,6 @@ from hf_reasoncache.risk.damage import eviction_damage
 from hf_reasoncache.risk.log import RiskLog
 from hf_reasoncache.risk.probes import Probes
 from hf_reasoncache.storage.new_tokens import NewTokens
-from triton_ops.launch import send
 
 
 class Shadow(Observer):
@@ -81,7 +80,7 @@ class Shadow(Observer):
         """
         if valid is None:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device="cpu")
-        own = send(self._drawn(), keys.device)
+        own = self._drawn().to(keys.device, non_blocking=True)
         keys, values = (x.index_select(1, own).cpu() for x in (keys, values))
         self._chunks.append((keys, values, valid.cpu()))
 

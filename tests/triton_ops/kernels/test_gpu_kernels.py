@@ -65,6 +65,16 @@ def test_flash_attention_is_asked_for_what_it_has(dtype, kind, said):
     assert (found.call is None, found.note) == (bool(said), said)
 
 
+def test_flash_attention_that_refuses_is_left_out_with_its_reason():
+    def refuses():
+        raise RuntimeError("expected another head size")
+
+    plan = replace(gpu_kernels.TOY, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="another head size"):
+        found = gpu_kernels.Cases(plan, torch.device("cuda"))._flash(refuses)
+    assert (found.call, found.note) == (None, "refused")
+
+
 def test_lines_of_the_largest_cases_fit_a_terminal():
     row = dict(op="decode_attention", case="131072 tokens", implementation="sdpa flash")
     row |= dict(megabytes=536.9, floor_us=210.3)
