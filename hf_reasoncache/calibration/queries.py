@@ -95,8 +95,8 @@ def query_statistics(
             f"profile: expected the statistics {MEAN} and {NORM}, got {shown(sorted(statistics))}; "
             "calibrate with queries (hf-reasoncache calibrate --tri-attention)."
         )
-    found = [statistics[name].double().mean(0) for name in (MEAN, NORM)]
-    return _grouped(*found, config)
+    mean, norm = (statistics[name].double().mean(0) for name in (MEAN, NORM))
+    return _grouped(mean, norm, config)
 
 
 def read_official(path: Path, config: PretrainedConfig) -> QueryStatistics:

@@ -125,7 +125,7 @@ class _Run:
         records, found = self.estimate(estimator, seen)
         if self.settings.queries:
             more = self.queries(seen)
-            records = [record | other for record, other in zip(records, more, strict=True)]
+            records = [{**record, **other} for record, other in zip(records, more, strict=True)]
         settings = replace(self.settings, estimator=estimator).to_json()
         if self.settings.tune is not None:
             held = {place: traces[place] for place in self.held_out}
