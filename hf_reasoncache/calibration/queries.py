@@ -26,6 +26,7 @@ from hf_reasoncache.messages import shown
 from hf_reasoncache.observers import Observer
 from hf_reasoncache.observers.base import Observed
 from hf_reasoncache.outputs import naming
+from hf_reasoncache.profiles.profile import BudgetProfile
 from hf_reasoncache.scorers.tri_attention import QueryStatistics
 from hf_reasoncache.storage.new_tokens import NewTokens
 from hf_reasoncache.version import __version__
@@ -97,6 +98,28 @@ def query_statistics(
         )
     mean, norm = (statistics[name].double().mean(0) for name in (MEAN, NORM))
     return _grouped(mean, norm, config)
+
+
+def load_queries(name: str, config: PretrainedConfig) -> QueryStatistics:
+    """Read statistics of queries from an official file (`.pt`) or a profile.
+
+    Parameters
+    ----------
+    name : str
+        The file; or a profile's directory, name or repository.
+    config : PretrainedConfig
+        Of the model.
+
+    Raises
+    ------
+    ValueError, OSError
+        As `read_official`, or as `BudgetProfile.from_pretrained` and `query_statistics`.
+    """
+    if name.endswith(".pt"):
+        return read_official(Path(name), config)
+    profile = BudgetProfile.from_pretrained(name)
+    profile.check_config(config)
+    return query_statistics(profile.statistics, config)
 
 
 def read_official(path: Path, config: PretrainedConfig) -> QueryStatistics:

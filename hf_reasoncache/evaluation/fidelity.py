@@ -183,13 +183,16 @@ def divergence(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def control(spec: CacheSpec) -> CacheSpec:
     """Return random eviction with the protection, profile and every other setting of a cache."""
     kind, _, rest = spec.name.partition(":")
-    settings = ",".join(each for each in rest.split(",") if not each.startswith("scorer="))
+    # What only says how tokens are scored.
+    scores = ("scorer=", "queries=")
+    settings = ",".join(each for each in rest.split(",") if not each.startswith(scores))
     # Of caches with a threshold the scorer is the name, of others a setting.
     if "buffer" in spec.settings:
         name = f"random:{settings}".rstrip(":")
     else:
         name = f"{kind}:scorer=random,{settings}".rstrip(",")
-    return replace(spec, name=name, scorer="random")
+    plain = {key: value for key, value in spec.settings.items() if key != "queries"}
+    return replace(spec, name=name, settings=plain, scorer="random")
 
 
 @dataclass(frozen=True)

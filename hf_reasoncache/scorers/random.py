@@ -12,7 +12,7 @@ from hf_reasoncache.scorers.base import HeldTokens, Scorer
 MASK = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Random(Scorer):
     """A fixed random number per token: a hash of seed, layer, head and position.
 
@@ -38,6 +38,11 @@ class Random(Scorer):
     def __post_init__(self) -> None:
         at_least(self, "seed", self.seed, 0, "use 0 for the default ranking")
         at_least(self, "protect_first", self.protect_first, 0, "0 protects none")
+
+    def __repr__(self) -> str:
+        """Leave out what is not used: journals and profiles know a scorer by this text."""
+        more = f", protect_first={self.protect_first}" if self.protect_first else ""
+        return f"Random(seed={self.seed}{more})"
 
     def score(self, held: HeldTokens) -> torch.Tensor:
         """Return uniform numbers in [0, 1), and larger ones for the first tokens of an answer."""

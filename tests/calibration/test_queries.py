@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,19 @@ from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForC
 from hf_reasoncache.calibration.queries import (
     MEAN,
     NORM,
+    load_queries,
     measure_queries,
     query_statistics,
     read_official,
     write_official,
 )
 from hf_reasoncache.calibration.traces import Trace
-from hf_reasoncache.geometry import rotary_frequencies
+from hf_reasoncache.evaluation import parse_spec
+from hf_reasoncache.evaluation.fidelity import control
+from hf_reasoncache.geometry import Geometry, rotary_frequencies
+from hf_reasoncache.scorers import Random, TriAttention
 from tests.support.models import HEAD_SIZE, HEADS, LAYERS, SHAPE, VOCABULARY, build
+from tests.support.profiles import make_profile
 
 IDS = tuple(
     torch.randint(3, VOCABULARY, (50,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -165,3 +171,25 @@ def test_other_rotations_are_refused_by_name(model) -> None:
         measure_queries(pairs.eval(), TRACE)
     with pytest.raises(ValueError, match=r"one rotary embedding for all layers, got Gemma3"):
         measure_queries(build("gemma3"), TRACE)
+
+
+def test_a_run_names_where_they_are(model, measured, tmp_path: Path) -> None:
+    path = tmp_path / "stats.pt"
+    known = query_statistics({name: each[None] for name, each in measured.items()}, model.config)
+    write_official(path, known, model.config)
+    spec = parse_spec(f"tri-attention:queries={path},prompt=evict")
+    scorer = spec.make(model.config, 40, None, 0).own_layers[0].policy.scorer
+    assert isinstance(scorer, TriAttention) and scorer.statistics.digest == known.digest
+    assert control(spec).name == "random:prompt=evict"
+    assert control(spec).make(model.config, 40, None, 0).own_layers[0].policy.scorer == Random()
+    geometry = {"geometry": Geometry.of(model.config), "demand": (1.0,) * LAYERS}
+    profile = make_profile(
+        **geometry, standard_error=(0.0,) * LAYERS, head_demand=None, statistics={}
+    )
+    prompts = len(profile.calibration.prompts)
+    kept = {name: torch.stack([each] * prompts) for name, each in measured.items()}
+    replace(profile, statistics=kept).save_pretrained(tmp_path / "wave")
+    assert load_queries(str(tmp_path / "wave"), model.config).digest == known.digest
+    for text in ("tri-attention", "tri-attention:scorer=rkv", f"rkv:queries={path}"):
+        with pytest.raises(ValueError, match="--cache"):
+            parse_spec(text)

@@ -189,6 +189,8 @@ def test_random_protects_the_first_tokens_of_an_answer():
         others = [token for token in range(count) if token not in first]
         plain = Random().score(held)[0, head, others]
         assert torch.equal(scores[0, head, others], plain)
+    assert repr(Random(seed=3)) == "Random(seed=3)"
+    assert repr(Random(protect_first=9)) == "Random(seed=0, protect_first=9)"
     with pytest.raises(ValueError, match="expected the length of the prompt, to protect 9 tokens"):
         Random(protect_first=9).score(held_tokens([[4]], [5]))
 
