@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -158,6 +159,47 @@ def query_size(decoder: PretrainedConfig) -> int:
         return int(of_first.qk_nope_head_dim + of_first.qk_rope_head_dim)
     heads = decoder.num_attention_heads
     return getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+
+
+def rotary_frequencies(config: PretrainedConfig) -> list[float]:
+    """Return the angle per position of each pair of numbers in a full-attention layer's queries.
+
+    Raises
+    ------
+    ValueError
+        If the angles are not position times a constant ("default", "linear" or "llama3" RoPE of
+        the whole head), by the name of the kind.
+    """
+    decoder = config.get_text_config(decoder=True)
+    found = getattr(decoder, "rope_parameters", None) or {}
+    found = found.get("full_attention", found)
+    if latent_rank(decoder, 0):
+        raise ValueError(
+            f"{decoder.model_type}: expected queries that RoPE turns as a whole, got multi-head "
+            "latent attention, which turns a part of them."
+        )
+    kind, size = found.get("rope_type"), Geometry.of(config).head_size
+    share = found.get("partial_rotary_factor", getattr(decoder, "partial_rotary_factor", None))
+    if kind not in ("default", "linear", "llama3") or share not in (None, 1.0):
+        got = f"RoPE of kind {shown(kind)}" + ("" if share in (None, 1.0) else f" on {share} of it")
+        raise ValueError(
+            f"{decoder.model_type}: expected default, linear or llama3 RoPE of the whole head, got "
+            f"{got}, which cannot be turned back from a config."
+        )
+    plain = [found["rope_theta"] ** (-2 * pair / size) for pair in range(size // 2)]
+    if kind == "default":
+        return plain
+    if kind == "linear":
+        return [each / found["factor"] for each in plain]
+    return [_llama3(each, found) for each in plain]
+
+
+def _llama3(frequency: float, settings: dict[str, Any]) -> float:
+    """Frequency of Llama 3's RoPE: long waves are stretched, and those between in part."""
+    turns = settings["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+    smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return (1 - smooth) * frequency / settings["factor"] + smooth * frequency
 
 
 def supported_layers(config: PretrainedConfig) -> list[Any]:

@@ -587,8 +587,9 @@ class CacheLayer(CacheLayerMixin):
 
     def _as_scored(self, policy: Policy, span: EvictionSpan, tokens: StoredTokens) -> HeldTokens:
         """Describe tokens to a scorer."""
-        told = torch.stack([span.first, span.now])
-        first, now = send(told, tokens.columns.device)
+        prompt = span.first if span.prompt is None else span.prompt
+        told = torch.stack([span.first, span.now, prompt])
+        first, now, prompt = send(told, tokens.columns.device)
         queries, asked = self._queries_before(policy.queries, span, first, tokens.columns.shape[1])
         statistics = {name: tokens.field(name) for name in self.store.statistics}
         return HeldTokens(
@@ -603,6 +604,7 @@ class CacheLayer(CacheLayerMixin):
             queries=queries,
             query_positions=asked,
             filler=tokens.filler,
+            prompt=None if span.prompt is None else prompt,
             **statistics,
         )
 

@@ -93,7 +93,9 @@ PARTS: dict[str, set[str]] = {
     | {"arguments", "branching", "outputs", "processes", "protection", "releases", "report"}
     | {"scorers"}
     # Prompts, weights and releases are named as in a calibration.
-    | {"calibration.prompts", "calibration.settings", "profiles.fingerprint"},
+    | {"calibration.prompts", "calibration.settings", "profiles.fingerprint"}
+    # What TriAttention knows of a model is read where a run is described.
+    | {"calibration.queries"},
 }
 for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_reasoncache.calibration.checkpoint import Checkpoint
 from hf_reasoncache.calibration.estimate import Estimate, Estimator, Record
 from hf_reasoncache.calibration.prompts import PromptSet
+from hf_reasoncache.calibration.queries import measure_queries, require_rotation
 from hf_reasoncache.calibration.settings import CalibrationSettings, digest, plain, versions
 from hf_reasoncache.calibration.traces import Trace, generate_traces
 from hf_reasoncache.calibration.tune import Tune, Tuned, choose
@@ -105,6 +106,8 @@ class _Run:
         settings.estimator.expect([sizes[place] for place in self.seen], most)
         if settings.tune is not None:
             settings.tune.eviction.expect_room("budget", settings.tune.budget, sizes)
+        if settings.queries:
+            require_rotation(model)
         self.geometry = Geometry.of(model.config)
         self.fingerprint = fingerprint(model)
         self.processes = Processes.of(model)
@@ -118,7 +121,11 @@ class _Run:
         self.tell_bounds()
         traces = self.traces()
         estimator = self.settings.estimator.resolve([traces[place] for place in self.seen])
-        records, found = self.estimate(estimator, {place: traces[place] for place in self.seen})
+        seen = {place: traces[place] for place in self.seen}
+        records, found = self.estimate(estimator, seen)
+        if self.settings.queries:
+            more = self.queries(seen)
+            records = [{**record, **other} for record, other in zip(records, more, strict=True)]
         settings = replace(self.settings, estimator=estimator).to_json()
         if self.settings.tune is not None:
             held = {place: traces[place] for place in self.held_out}
@@ -188,6 +195,15 @@ class _Run:
             lambda some: estimator.cost(some, self.geometry),
         )
         return records, estimator.estimate(records, list(traces.values()))
+
+    def queries(self, traces: Mapping[int, Trace]) -> list[Record]:
+        """Measure the queries of these prompts, by their place."""
+        return self.records(
+            "queries",
+            traces,
+            lambda trace: measure_queries(self.model, trace),
+            lambda some: sum(trace.length - 1 for trace in some),
+        )
 
     def tuned(
         self, tune: Tune, found: Estimate, traces: Mapping[int, Trace]

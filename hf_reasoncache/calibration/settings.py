@@ -32,12 +32,15 @@ class CalibrationSettings:
         Whether and how the budget rule is chosen by measured error.
     chat : bool
         Whether prompts of plain text become the message of a user.
+    queries : bool
+        Whether the profile's statistics also have those of the queries, for `TriAttention`.
     """
 
     estimator: Estimator = field(default_factory=Sensitivity)
     traces: TraceSettings = field(default_factory=TraceSettings)
     tune: Tune | None = None
     chat: bool = False
+    queries: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; a scorer shows as its repr."""

@@ -92,6 +92,10 @@ def calibrate(
         int | None, typer.Option(min=1, help="Take the first prompts.", show_default=False)
     ] = None,
     chat: Chat = False,
+    tri_attention: Annotated[
+        bool,
+        typer.Option("--tri-attention", help="Also keep what that scorer needs of the queries."),
+    ] = False,
     column: Annotated[
         str | None,
         typer.Option(help="Field of the prompt.", show_default="messages or prompt"),
@@ -184,6 +188,7 @@ def calibrate(
         traces=TraceSettings(max_new_tokens, batch_size, temperature, seed),
         tune=Tune(budget=budget, eviction=eviction, rows=rows) if tune else None,
         chat=chat,
+        queries=tri_attention,
     )
     found = read_prompts(prompts, limit=limit, split=split, column=column, revision=data_revision)
     expect_place(out)

@@ -46,7 +46,9 @@ from hf_reasoncache.evaluation import (
     tabulate,
 )
 from hf_reasoncache.evaluation import baseline as make_baseline
+from hf_reasoncache.evaluation.fidelity import Fidelity
 from hf_reasoncache.evaluation.plot import results_png
+from hf_reasoncache.evaluation.reread import reread
 from hf_reasoncache.evaluation.specs import controls
 from hf_reasoncache.evaluation.table import WIDTH, Row, cells, markdown_table, text_table
 from hf_reasoncache.outputs import new_directory, write_bytes, write_text
@@ -85,6 +87,14 @@ def evaluate_command(
             show_default=False,
         ),
     ] = None,
+    fidelity: Annotated[
+        bool,
+        typer.Option(
+            "--fidelity",
+            help="Also read the full cache's answers with every cache: KL, and tokens before the "
+            "first difference.",
+        ),
+    ] = False,
     window: Window = 8,
     buffer: Buffer = 128,
     revision: Revision = None,
@@ -117,11 +127,19 @@ def evaluate_command(
     with open_run(path, model, revision, dtype, device, threads) as (loaded, tokenizer, is_main):
         say = partial(typer.echo, err=True)
         records = evaluate(loaded, tokenizer, grid, path, settings, say=say)
+        read = reread(loaded, tokenizer, grid, records, out, chat=chat) if fidelity else {}
         if not is_main:
             return
         rows = tabulate(records, controls(grid.specs, control))
         columns, lines = cells(rows)
-        write_text(out / "results.json", json.dumps(list(map(_facts, rows)), indent=1) + "\n")
+        content = list(map(_facts, rows))
+        if fidelity:
+            columns += ["KL", "until"]
+            for row, line, facts in zip(rows, lines, content, strict=True):
+                found = read.get((row.task, row.cache, row.budget))
+                line |= _fidelity(found)
+                facts["fidelity"] = found and asdict(found)
+        write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
         write_text(out / "results.md", markdown_table(columns, lines))
         write_bytes(out / "results.png", results_png(rows))
         certified = {} if certify is None else certificates(records, certify)
@@ -136,12 +154,21 @@ def evaluate_command(
         typer.echo(f"{name}, {next(r.correct.total for r in rows if r.task == name)} answers each")
         mine = [line for line in lines if line["task"] == name]
         typer.echo(text_table(["cache", "budget", "correct", "vs full", "vs random"], mine))
+        if fidelity:
+            typer.echo(text_table(["cache", "budget", "KL", "until"], mine))
         if certify is not None:
             typer.echo(_certified(name, certified, certify))
     for row in rows:
         if row.nothing_evicted:
             warn_nothing_evicted(f"{row.cache} at {row.budget} evicted nothing on {row.task}")
     typer.echo(out)
+
+
+def _fidelity(found: Fidelity | None) -> dict[str, str]:
+    if found is None:
+        return {"KL": "-", "until": "-"}
+    until = f"{'>' if found.never else ''}{found.until:.0f}"
+    return {"KL": f"{found.divergence.value:.3f}", "until": until}
 
 
 def _certified(

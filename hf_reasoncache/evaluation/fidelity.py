@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from hf_reasoncache.messages import shown
 from hf_reasoncache.outputs import new_directory, sole_writer
 from hf_reasoncache.processes import Processes
 from hf_reasoncache.profiles.fingerprint import fingerprint
+from hf_reasoncache.protection import Spans
 from hf_reasoncache.releases import cache_kwarg
 
 CHUNK = 8
@@ -49,18 +51,28 @@ class Piece:
         File and number, unique within a run.
     ids : tuple of int
         Its tokens.
+    prompt : int or None
+        How many of them are read in one forward, as a prompt, and not counted; None takes a chunk.
+    spans : Spans or None
+        Of the prompt, for caches that protect them.
     """
 
     name: str
     ids: tuple[int, ...]
+    prompt: int | None = None
+    spans: Spans | None = None
+
+    def digest(self, spec: CacheSpec) -> str:
+        """Identify what a cache reads."""
+        return digest((self.ids, self.prompt, spec))
 
 
 @dataclass(frozen=True)
 class Reading:
     """What a cache made of a piece of text: a line of the journal.
 
-    Tokens after the first chunk are counted, in blocks of `BLOCK`, the last of which may be
-    shorter. Lists have a sum for each block.
+    Tokens after the prompt, or the first chunk, are counted, in blocks of `BLOCK`, the last of
+    which may be shorter. Lists have a sum for each block.
 
     Attributes
     ----------
@@ -69,7 +81,7 @@ class Reading:
     digest : str
         Of the tokens and of the cache's settings, which the key only names.
     tokens : int
-        Of the piece.
+        Of the piece, without a prompt.
     sizes : list of int
         Tokens of each block.
     losses : list of float
@@ -79,8 +91,8 @@ class Reading:
     agreed : list of int
         Tokens at which the likeliest next token is that of the full cache.
     until : int
-        Tokens of the piece that were read before the likeliest next token differed for the first
-        time; the length of the piece if it never did.
+        How many of `tokens` were read before the likeliest next token differed for the first time;
+        all if it never did.
     held : float
         Tokens held per KV head at the end.
     evicted : int
@@ -108,7 +120,11 @@ class Reading:
 
 @torch.inference_mode()
 def forwards(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, chunk: int = CHUNK
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    cache: Cache,
+    chunk: int = CHUNK,
+    prompt: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """Feed texts to a cache, one chunk after the other.
 
@@ -123,14 +139,18 @@ def forwards(
         New.
     chunk : int
         Tokens of a forward.
+    prompt : int, optional
+        Tokens of the first one instead, of which only the last has logits.
 
     Yields
     ------
     Tensor[B, n, V]
         Logits of the next `chunk` tokens, in the end of what is left.
     """
-    for start in range(0, ids.shape[1], chunk):
-        yield model(ids[:, start : start + chunk], **cache_kwarg(cache), use_cache=True).logits
+    edges = [0, *range(prompt or chunk, ids.shape[1], chunk), ids.shape[1]]
+    for start, end in pairwise(edges):
+        last = {"logits_to_keep": 1} if prompt is not None and not start else {}
+        yield model(ids[:, start:end], **cache_kwarg(cache), use_cache=True, **last).logits
 
 
 def losses(ids: torch.Tensor, chunks: Iterable[torch.Tensor], chunk: int = CHUNK) -> torch.Tensor:
@@ -163,13 +183,16 @@ def divergence(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def control(spec: CacheSpec) -> CacheSpec:
     """Return random eviction with the protection, profile and every other setting of a cache."""
     kind, _, rest = spec.name.partition(":")
-    settings = ",".join(each for each in rest.split(",") if not each.startswith("scorer="))
+    # What only says how tokens are scored.
+    scores = ("scorer=", "queries=")
+    settings = ",".join(each for each in rest.split(",") if not each.startswith(scores))
     # Of caches with a threshold the scorer is the name, of others a setting.
     if "buffer" in spec.settings:
         name = f"random:{settings}".rstrip(":")
     else:
         name = f"{kind}:scorer=random,{settings}".rstrip(",")
-    return replace(spec, name=name, scorer="random")
+    plain = {key: value for key, value in spec.settings.items() if key != "queries"}
+    return replace(spec, name=name, settings=plain, scorer="random")
 
 
 @dataclass(frozen=True)
@@ -181,7 +204,7 @@ class TextGrid:
     Attributes
     ----------
     pieces : sequence of Piece
-        All of one length.
+        All of one length and without prompts, unless they are read one at a time.
     specs : sequence of CacheSpec
     budgets : sequence of int or float
     controls : bool
@@ -218,10 +241,12 @@ class TextGrid:
                     f"{name}: expected at least one, and no two alike, got {shown(values)}."
                 )
         lengths = {len(piece.ids) for piece in self.pieces}
-        if len(lengths) > 1 or min(lengths) <= self.chunk:
+        alike = len(lengths) == 1 and all(piece.prompt is None for piece in self.pieces)
+        short = any(len(piece.ids) <= (piece.prompt or self.chunk) for piece in self.pieces)
+        if short or not (alike or self.batch_size == 1):
             raise ValueError(
                 f"pieces: expected all of one length of more than a chunk of {self.chunk} tokens, "
-                f"got {shown(sorted(lengths))}."
+                f"or more than a prompt and batch_size=1, got {shown(sorted(lengths))}."
             )
         for spec in list(specs.values()) if self.controls else []:
             specs.setdefault(control(spec).name, control(spec))
@@ -309,7 +334,6 @@ def read_texts(
     about = {
         "fingerprint": fingerprint(model),
         "model": Path(model.config._name_or_path).name,
-        "tokens": len(grid.pieces[0].ids),
         "chunk": grid.chunk,
         "block": BLOCK,
         "seed": grid.seed,
@@ -421,11 +445,13 @@ def _require_room(
     config: PretrainedConfig, spec: CacheSpec, budget: Budget | None, grid: TextGrid
 ) -> None:
     """Raise ValueError where a cache does not take its budget, or cannot hold the first chunk."""
+    # Settings are the same for all pieces: one cache checks them.
+    prompt = max(piece.prompt or grid.chunk for piece in grid.pieces)
     try:
-        cache = spec.make(config, budget, None, grid.seed)
+        cache = spec.make(config, budget, grid.pieces[0].spans, grid.seed)
         for layer in getattr(cache, "own_layers", ()):
             if layer.policy is not None:
-                layer.policy.require_room(grid.chunk, 0)
+                layer.policy.require_room(prompt, 0)
     except ValueError as error:
         raise ValueError(f"{shown(spec.name, 60)} at {budget}: {error}") from error
 
@@ -438,7 +464,7 @@ def _missing(
     for spec, budget in grid.cells:
         readings = [journal.records.get((piece.name, spec.name, budget)) for piece in batch]
         for piece, reading in zip(batch, readings, strict=True):
-            if reading is not None and reading.digest != digest((piece.ids, spec)):
+            if reading is not None and reading.digest != piece.digest(spec):
                 raise ValueError(
                     f"{journal.path}: expected the reading of {shown(piece.name)} with "
                     f"{shown(spec.name)} to be of the same text and settings as now, got others "
@@ -458,18 +484,20 @@ def _read(
 ) -> list[Reading]:
     """Read a batch with some caches, side by side with the full one."""
     ids = torch.tensor([piece.ids for piece in batch], device=model.device)
+    # A batch of several pieces has neither.
+    prompt, spans = batch[0].prompt, batch[0].spans
     full = DynamicCache(config=model.config)
     # The full cell is read once, as what the others are compared with.
     caches = [
-        full if spec.is_full else spec.make(model.config, budget, None, seed)
+        full if spec.is_full else spec.make(model.config, budget, spans, seed)
         for spec, budget in cells
     ]
-    feeds = [forwards(model, ids, cache, chunk) for cache in caches if cache is not full]
+    feeds = [forwards(model, ids, cache, chunk, prompt) for cache in caches if cache is not full]
     measured: list[list[torch.Tensor]] = [[] for _ in caches]
-    for start, first in zip(
-        range(0, ids.shape[1], chunk), forwards(model, ids, full, chunk), strict=True
-    ):
-        after = ids[:, start + 1 : start + chunk + 1]
+    place = 1 if prompt is None else prompt
+    for first in forwards(model, ids, full, chunk, prompt):
+        after = ids[:, place : place + first.shape[1]]
+        place += first.shape[1]
         others = iter([next(feed) for feed in feeds])
         for cache, found in zip(caches, measured, strict=True):
             found.append(_measure(first, first if cache is full else next(others), after))
@@ -488,14 +516,16 @@ def _readings(
     measured: torch.Tensor,
     chunk: int,
 ) -> Iterator[Reading]:
-    """Sum up over blocks what `_measure` has found, ``[3, B, T - 1]``, for every piece."""
-    held, evicted = [float(measured.shape[-1] + 1)] * len(batch), 0
+    """Sum up over blocks what `_measure` has found, ``[3, B, n]``, for every piece."""
+    held, evicted = [float(len(batch[0].ids))] * len(batch), 0
     if isinstance(cache, ReasonCache):
         report = cache.report()
         counts = torch.tensor([layer.held for layer in report.layers])
         held, evicted = counts.float().mean((0, 2)).tolist(), report.evicted
-    blocks = measured[..., chunk - 1 :].split(BLOCK, -1)
     for row, piece in enumerate(batch):
+        skipped, read = (chunk - 1, 1) if piece.prompt is None else (0, 0)
+        blocks = measured[..., skipped:].split(BLOCK, -1)
+        tokens = len(piece.ids) - (piece.prompt or 0)
         losses, divergences, agreed = (
             [float(block[kind, row].sum()) for block in blocks] for kind in range(3)
         )
@@ -504,13 +534,13 @@ def _readings(
             piece=piece.name,
             cache=spec.name,
             budget=budget,
-            digest=digest((piece.ids, spec)),
-            tokens=len(piece.ids),
+            digest=piece.digest(spec),
+            tokens=tokens,
             sizes=[block.shape[-1] for block in blocks],
             losses=losses,
             divergences=divergences,
             agreed=[round(each) for each in agreed],
-            until=int(apart[0]) + 1 if len(apart) else len(piece.ids),
+            until=int(apart[0]) + read if len(apart) else tokens,
             held=held[row],
             evicted=evicted,
         )

@@ -14,9 +14,10 @@ from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
 from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.caches.sliding_window import SlidingWindowCompressCache
+from hf_reasoncache.calibration.queries import load_queries
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Protect, Spans
-from hf_reasoncache.scorers import SCORERS, Random, make_scorer
+from hf_reasoncache.scorers import SCORERS, Random, TriAttention, make_scorer
 
 Budget = int | float
 """Tokens per KV head; below 1, a share of the tokens seen, which is the ratio of a cache."""
@@ -27,6 +28,10 @@ CACHES: dict[str, type[ReasonCache] | None] = {
     "sliding-window": SlidingWindowCompressCache,
 }
 """Every cache by its name on the command line; None is transformers' `DynamicCache`."""
+
+
+TRI_ATTENTION = "tri-attention"
+"""Name on the command line of the one scorer that cannot be made without statistics."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class CacheSpec:
         `ReasonAllocCache` or `SlidingWindowCompressCache`; None is transformers' `DynamicCache`,
         the full cache.
     settings : dict
-        Its arguments besides config, budget and spans.
+        Its arguments besides config, budget and spans; and, as `queries`, where `TriAttention`,
+        which is then the scorer, finds its statistics: an official file (`.pt`), or a profile.
     scorer : str or None
         One of `SCORERS`, made with the window and the seed of a run; by default the cache's own.
     whitelist : bool
@@ -119,7 +125,7 @@ class CacheSpec:
         """
         if self.cache is None:
             return DynamicCache(config=config)
-        return self.cache(config, **self._arguments(self.cache, budget, spans, seed))
+        return self.cache(config, **self._arguments(self.cache, config, budget, spans, seed))
 
     def make_shared(
         self, config: PretrainedConfig, budget: Budget | None, seed: int
@@ -138,7 +144,7 @@ class CacheSpec:
         """
         if self.cache is None:
             return SharedBranchCache(config)
-        arguments = self._arguments(self.cache, budget, None, seed)
+        arguments = self._arguments(self.cache, config, budget, None, seed)
         return SharedBranchCache(config, suffix=self.cache.policy(**arguments))
 
     def span_settings(self, spans: Spans | None) -> dict[str, Any]:
@@ -163,6 +169,7 @@ class CacheSpec:
     def _arguments(
         self,
         cache: type[ReasonCache],
+        config: PretrainedConfig,
         budget: Budget | None,
         spans: Spans | None,
         seed: int,
@@ -174,6 +181,8 @@ class CacheSpec:
         if self.scorer is not None:
             window = settings.get("window", 8)
             settings["scorer"] = make_scorer(self.scorer, window=window, seed=seed)
+        if (queries := settings.pop("queries", None)) is not None:
+            settings["scorer"] = TriAttention(load_queries(queries, config))
         if isinstance(budget, float):
             return settings | {"ratio": budget}
         return settings | {"budget" if _takes(cache, "budget") else "max_budget": budget}
@@ -240,7 +249,8 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
     Parameters
     ----------
     text : str
-        One of `CACHES`, or of `SCORERS` (that is `ReasonAllocCache` with this scorer), then a colon
+        One of `CACHES`, or of `SCORERS` (that is `ReasonAllocCache` with this scorer), or
+        `tri-attention` (the same, with `queries=FILE.pt` or `queries=PROFILE`), then a colon
         and settings with commas between them: `scorer=NAME`, `profile=DIR`, `heads=on|off`,
         `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`, `fair_window=128`,
         `min_budget=128` (where budgets are ratios), and for `sliding-window` `ratio=0.3`,
@@ -258,9 +268,9 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
     given = dict(part.partition("=")[::2] for part in rest.split(",") if part)
     if name == FULL.name and not given:
         return FULL
-    cache = ReasonAllocCache if name in SCORERS else CACHES.get(name)
+    cache = ReasonAllocCache if name in (*SCORERS, TRI_ATTENTION) else CACHES.get(name)
     if cache is None:
-        known = ", ".join((*CACHES, *SCORERS))
+        known = ", ".join((*CACHES, *SCORERS, TRI_ATTENTION))
         raise ValueError(f"--cache: expected one of {known}, got {shown(text, 40)}.")
     # Caches that compress at a threshold: `window` means another thing to those by windows.
     usual = {"window": window, "buffer": buffer}
@@ -276,6 +286,8 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
                 settings[argument] = read(value)
             elif key == "scorer" and value in SCORERS:
                 scorer = value
+            elif key == "queries" and value and name == TRI_ATTENTION:
+                settings["queries"] = value
             elif key == "protect" and not value:
                 chosen["whitelist"] = True
             elif key == "fair":
@@ -289,6 +301,11 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
                 f"--cache {shown(text)}: setting {shown(f'{key}={value}')} is not known; see "
                 "--help."
             ) from error
+    if name == TRI_ATTENTION and ("queries" not in settings or scorer is not None):
+        raise ValueError(
+            f"--cache {shown(text)}: expected queries=FILE.pt or queries=PROFILE and no other "
+            "scorer; hf-reasoncache calibrate --tri-attention measures them."
+        )
     return CacheSpec(text, cache, settings, scorer, **chosen)
 
 

@@ -94,6 +94,8 @@ class EvictionSpan:
     kept : LongTensor[R] or None
         Tokens per head that are to stay on average; None where that is not the same for all spans
         of a kind.
+    prompt : LongTensor[R] or None
+        Tokens of each row's prompt, for scorers; None does not say.
     """
 
     rows: torch.Tensor
@@ -103,6 +105,7 @@ class EvictionSpan:
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    prompt: torch.Tensor | None = None
 
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -84,7 +84,8 @@ class RowBudgets(RowState):
             return self, None
         first = self.first[rows]
         state = self if self.policy.ratio is None else self._grown(rows, columns - first)
-        return state, EvictionSpan(rows, columns, first, columns - first)
+        prompt = self.prompt_columns - first
+        return state, EvictionSpan(rows, columns, first, columns - first, prompt=prompt)
 
     def join(
         self, others: Sequence[RowState], rows: torch.Tensor, columns: int

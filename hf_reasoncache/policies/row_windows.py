@@ -146,7 +146,9 @@ class RowWindows(RowState):
             if bool((kept < high - low).any()):
                 first = state.first[complete]
                 # Scored as if the text ended behind the window.
-                return state, EvictionSpan(complete, columns, first, high, low, high, kept)
+                prompt = state.prompt[complete]
+                span = EvictionSpan(complete, columns, first, high, low, high, kept, prompt)
+                return state, span
             complete = state._complete(rows, columns)
         over = state._over_bound(rows, counts)
         if not over.numel():
@@ -154,7 +156,8 @@ class RowWindows(RowState):
         low, high = state._oldest(over)
         state = replace(state, sweep=state.sweep.index_put((over,), high))
         first = state.first[over]
-        return state, EvictionSpan(over, columns, first, columns - first, low, high)
+        seen, prompt = columns - first, state.prompt[over]
+        return state, EvictionSpan(over, columns, first, seen, low, high, prompt=prompt)
 
     def _complete(self, rows: torch.Tensor, columns: int) -> torch.Tensor:
         return rows[self.complete_at[rows] <= columns]

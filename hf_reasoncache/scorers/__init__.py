@@ -18,6 +18,7 @@ from hf_reasoncache.scorers.rkv import RKV
 from hf_reasoncache.scorers.snapkv import SnapKV
 from hf_reasoncache.scorers.streaming_llm import StreamingLLM
 from hf_reasoncache.scorers.tova import TOVA
+from hf_reasoncache.scorers.tri_attention import QueryStatistics, TriAttention
 from hf_reasoncache.scorers.value_norm import ValueNorm
 from hf_reasoncache.scorers.vase import VaSE
 
@@ -32,10 +33,12 @@ __all__ = [
     "KeyDiff",
     "KeyNorm",
     "LagKV",
+    "QueryStatistics",
     "Random",
     "Scorer",
     "SnapKV",
     "StreamingLLM",
+    "TriAttention",
     "VaSE",
     "ValueNorm",
     "make_scorer",
@@ -56,7 +59,10 @@ SCORERS: dict[str, type[Scorer]] = {
     "vase": VaSE,
     "cur": CUR,
 }
-"""Every scorer by the name that the command line, the caches (`scorer="snapkv"`) and files use."""
+"""Every scorer by the name that the command line, the caches (`scorer="snapkv"`) and files use.
+
+`TriAttention` is not among them: it needs statistics of the model.
+"""
 
 _OF_THE_RUN = {"queries": "window", "lag": "window", "seed": "seed"}
 """Fields that follow a setting of the run, as the newest tokens that a cache keeps anyway."""

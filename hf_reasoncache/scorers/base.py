@@ -59,6 +59,8 @@ class HeldTokens:
         of them.
     filler : bool or None
         Whether there may be any; None looks.
+    prompt : LongTensor[R] or None
+        Tokens of the row's prompt; None where the policy does not say.
     """
 
     keys: torch.Tensor
@@ -74,6 +76,7 @@ class HeldTokens:
     scorer_state: torch.Tensor | None = None
     first_head: int = 0
     filler: bool | None = None
+    prompt: torch.Tensor | None = None
 
     @cached_property
     def values(self) -> torch.Tensor:

@@ -12,9 +12,12 @@ from hf_reasoncache.scorers.base import HeldTokens, Scorer
 MASK = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Random(Scorer):
     """A fixed random number per token: a hash of seed, layer, head and position.
+
+    Variants of Random Attention (arXiv 2609.03430) also protect the first tokens of an answer, some
+    768 of them, where a model plans it: `protect_first` does.
 
     With the prompt protected, random eviction matches the best scorers according to arXiv
     2609.03430. Ours: the numbers come from a counter-based hash, not from a generator, so a token
@@ -25,17 +28,36 @@ class Random(Scorer):
     ----------
     seed : int
         Non-negative; another seed is another ranking.
+    protect_first : int
+        First tokens after the prompt that score above all others, the earliest highest.
     """
 
     seed: int = 0
+    protect_first: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, "seed", self.seed, 0, "use 0 for the default ranking")
+        at_least(self, "protect_first", self.protect_first, 0, "0 protects none")
+
+    def __repr__(self) -> str:
+        """Leave out what is not used: journals and profiles know a scorer by this text."""
+        more = f", protect_first={self.protect_first}" if self.protect_first else ""
+        return f"Random(seed={self.seed}{more})"
 
     def score(self, held: HeldTokens) -> torch.Tensor:
-        """Return uniform numbers in [0, 1)."""
+        """Return uniform numbers in [0, 1), and larger ones for the first tokens of an answer."""
         # 24 bits fill a float32 mantissa exactly: uniform in [0, 1), never rounded up to 1.
-        return (token_bits(held, self.seed) >> 8).float() / (1 << 24)
+        drawn = (token_bits(held, self.seed) >> 8).float() / (1 << 24)
+        if not self.protect_first:
+            return drawn
+        if held.prompt is None:
+            raise ValueError(
+                f"Random: expected the length of the prompt, to protect {self.protect_first} "
+                "tokens after it, got none; use protect_first=0 with this policy."
+            )
+        place = held.positions - held.prompt[:, None, None]
+        first = (place >= 0) & (place < self.protect_first)
+        return drawn.where(~first, 1.0 + (self.protect_first - place).float())
 
 
 def token_bits(held: HeldTokens, seed: int) -> torch.Tensor:

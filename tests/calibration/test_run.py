@@ -20,6 +20,7 @@ from hf_reasoncache.calibration import run as run_module
 from hf_reasoncache.calibration.coverage import Coverage
 from hf_reasoncache.calibration.estimate import Estimator
 from hf_reasoncache.calibration.prompts import read_prompts
+from hf_reasoncache.calibration.queries import query_statistics
 from hf_reasoncache.calibration.run import calibrate
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
@@ -261,3 +262,18 @@ def test_a_killed_command_goes_on_and_gives_the_same_profile(
         process.stderr,
     )
     assert content(out) == reference
+
+
+def test_statistics_of_queries_are_kept_where_they_are_wanted(
+    prompts: Path, tmp_path: Path
+) -> None:
+    profile = run(prompts, tmp_path / "wave", replace(COVERAGE, queries=True))
+    found = BudgetProfile.from_pretrained(tmp_path / "wave").statistics
+    layers, heads, half = 4, 8, profile.geometry.head_size // 2
+    assert found["query_norm"].shape == (PROMPTS, layers, heads, half)
+    assert "tokens.mean" in found
+    model = AutoModelForCausalLM.from_pretrained(MODELS["llama"])
+    known = query_statistics(found, model.config)
+    assert known.layers == profile.geometry.full_attention_layers
+    plain = run(prompts, tmp_path / "plain", COVERAGE)
+    assert plain.demand == profile.demand and "query_norm" not in plain.statistics

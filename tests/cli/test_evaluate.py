@@ -72,11 +72,13 @@ def test_evaluate_compares_and_goes_on(run, questions: Path, tmp_path: Path) -> 
     assert (out / "answers.jsonl").read_bytes() == answers
 
 
-def test_evaluate_certifies_budgets(run, questions: Path, tmp_path: Path) -> None:
+def test_evaluate_certifies_budgets_and_reads_answers_again(
+    run, questions: Path, tmp_path: Path
+) -> None:
     """Two questions without a loss have a bound of 1/3."""
     out = tmp_path / "found"
     command = ["evaluate", MODEL, "--task", questions, "--cache", "rkv:prompt=evict", *SMALL]
-    command += ["--no-baseline", "--budgets", "48,400", "--out", out, "--certify"]
+    command += ["--no-baseline", "--budgets", "48,400", "--out", out, "--fidelity", "--certify"]
     status, printed, _ = run(*command, "0.4")
     assert status == 0
     assert max(len(line) for line in printed.splitlines() if str(out) not in line) <= 80
@@ -84,6 +86,11 @@ def test_evaluate_certifies_budgets(run, questions: Path, tmp_path: Path) -> Non
     (found,) = json.loads((out / "certified.json").read_text())
     assert (found["task"], found["cache"], found["budget"]) == ("walks", "rkv:prompt=evict", 48)
     assert found["bounds"] == {"48": pytest.approx(1 / 3), "400": pytest.approx(1 / 3)}
+    results = json.loads((out / "results.json").read_text())
+    full, small, large = (row["fidelity"] for row in results)
+    assert full["divergence"]["value"] == 0 < small["divergence"]["value"]
+    assert large["never"] == 2 and large["divergence"]["value"] < 1e-5
+    assert "| KL | until |" in (out / "results.md").read_text()
     status, printed, _ = run(*command, "0.1")
     assert status == 0 and "rkv:prompt=evict: 2 questions; 0.1 needs 9 or more." in printed
     status, _, said = run(*command, "1.5")

@@ -163,7 +163,7 @@ def test_other_texts_and_settings_under_the_same_name(model, pieces, path: Path)
     [
         ({"budgets": []}, "budgets: expected at least one"),
         ({"specs": [SPEC, SPEC]}, "caches: expected at least one, and no two alike"),
-        ({"pieces": [Piece("a", (1,) * 8)]}, "of more than a chunk of 8 tokens, got \\[8\\]"),
+        ({"pieces": [Piece("a", (1,) * 8)]}, "of more than a chunk of 8 tokens, .* got \\[8\\]"),
         ({"pieces": [Piece("a", (1,) * 9), Piece("b", (1,) * 10)]}, "all of one length"),
         ({"chunk": 0}, "chunk: expected an integer >= 1"),
     ],

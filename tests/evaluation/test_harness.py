@@ -28,6 +28,7 @@ from hf_reasoncache.evaluation import (
     tabulate,
 )
 from hf_reasoncache.evaluation.journal import Journal
+from hf_reasoncache.evaluation.reread import reread
 from hf_reasoncache.evaluation.specs import FULL, controls
 from hf_reasoncache.evaluation.table import cells, markdown_table, text_table
 from hf_reasoncache.outputs import sole_writer
@@ -217,6 +218,28 @@ def test_the_baseline_is_left_out_aloud_where_it_does_not_fit(loaded, path: Path
 def test_a_wrong_plan_is_refused(change: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Grid(**{"tasks": [Walks()], "specs": [SPEC], "budgets": [48]} | change)
+
+
+def test_answers_read_again_differ_where_greedy_answers_do(loaded, path: Path) -> None:
+    """Both ways to the same number: reading the full cache's answer, and writing one's own."""
+    model, tokenizer = loaded
+    grid = Grid([Walks(2)], [SPEC, parse_spec("random:prompt=evict", 16, 16)], [48])
+    records = run(loaded, path, grid)
+    found = reread(model, tokenizer, grid, records, path.parent, chat=False)
+    tokens = {
+        (each.cache, each.budget, each.question): tokenizer(each.answer)["input_ids"]
+        for each in records
+    }
+    for cache, budget in {(each.cache, each.budget) for each in records}:
+        agreed = []
+        for question in "01":
+            full, other = tokens["full", None, question], tokens[cache, budget, question]
+            same = [a == b for a, b in zip(full, other, strict=False)]
+            agreed.append(same.index(False) if False in same else len(same))
+        assert found["walks", cache, budget].until == sum(agreed) / 2, (cache, budget)
+    assert found["walks", "random:prompt=evict", 48].never < found["walks", "full", None].never
+    again = reread(model, tokenizer, grid, records, path.parent, chat=False)
+    assert again == found
 
 
 def unanswerable(monkeypatch: pytest.MonkeyPatch) -> None:

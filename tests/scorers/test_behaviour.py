@@ -7,9 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, TOVA, KeyDiff, LagKV, Random, SnapKV, StreamingLLM
 from hf_reasoncache.scorers.pooling import pool
 from tests.support import scorer_formulas as formulas
+from tests.support.caches import make_cache
+from tests.support.models import build, prompt
 from tests.support.scorer_inputs import head_of, held_tokens
 from triton_ops.rkv import find_repeats, reference
 
@@ -174,6 +177,39 @@ def test_random_depends_on_seed_layer_head_and_position():
     ):
         correlation = torch.corrcoef(torch.stack([first[0, 0], other]))[0, 1]
         assert correlation.abs() < 0.06  # four standard errors
+
+
+def test_random_protects_the_first_tokens_of_an_answer():
+    held = dataclasses.replace(held_tokens([[40, 30]], [50]), prompt=torch.tensor([20]))
+    scores = Random(protect_first=9).score(held)
+    for head, count in enumerate((40, 30)):
+        place = [at - 20 for at in held.positions[0, head, :count].tolist()]
+        first = [token for token, at in enumerate(place) if 0 <= at < 9]
+        assert kept(scores[:, head : head + 1], len(first)) == first
+        others = [token for token in range(count) if token not in first]
+        plain = Random().score(held)[0, head, others]
+        assert torch.equal(scores[0, head, others], plain)
+    assert repr(Random(seed=3)) == "Random(seed=3)"
+    assert repr(Random(protect_first=9)) == "Random(seed=0, protect_first=9)"
+    with pytest.raises(ValueError, match="expected the length of the prompt, to protect 9 tokens"):
+        Random(protect_first=9).score(held_tokens([[4]], [5]))
+
+
+@pytest.mark.parametrize("kind", ["reason_alloc", "sliding_window"])
+def test_the_first_tokens_of_every_row_stay(kind):
+    """Rows of a padded batch have prompts of their own lengths."""
+    threshold = kind == "reason_alloc"
+    settings = {"budget": 24, "head_budgets": False} if threshold else {"chunk_share": 0.0}
+    model, inputs = build("llama"), prompt(batch=2, padding=(0, 7))
+    cache = make_cache(kind, model, protect=False, scorer=Random(protect_first=3), **settings)
+    model.generate(**inputs, **cache_kwarg(cache), max_new_tokens=60)
+    end = inputs["input_ids"].shape[1]
+    # A window that is cut short may keep one token only: the earliest.
+    stay = set(range(end, end + 3)) if threshold else {end}
+    for layer in range(3):
+        for row in cache.held_positions(layer):
+            assert all(stay <= set(head) for head in row)
+            assert all(len(head) < end + 59 - 7 for head in row)
 
 
 def test_random_is_uniform():

@@ -24,7 +24,8 @@ def test_every_scorer_is_listed_and_exported() -> None:
         for each in vars(importlib.import_module(module.name)).values():
             if isinstance(each, type) and Scorer in each.__mro__[1:]:
                 found.add(each)
-    assert found == set(SCORERS.values())
+    # One that needs statistics of the model cannot be made by its name.
+    assert found == {*SCORERS.values(), scorers.TriAttention}
     assert {each.__name__ for each in found} < set(scorers.__all__)
 
 
