@@ -64,7 +64,7 @@ PARTS: dict[str, set[str]] = {
     "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "layer"}
     | {"precision", "shards", "sliding", "storage"},
     "report": {"layer", "risk", "sliding", "storage", "triton_ops"},
-    "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile"},
+    "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile", "storage"},
     "sliding": set(),
     "graph_use": set(),
     "graphs": CACHES
@@ -88,7 +88,7 @@ PARTS: dict[str, set[str]] = {
     | {"calibration.prompts"},
     "evaluation": CACHES
     | {"arguments", "branching", "outputs", "processes", "protection", "releases", "report"}
-    | {"scorers"}
+    | {"scorers", "storage"}
     # Prompts, weights and releases are named as in a calibration.
     | {"calibration.prompts", "calibration.settings", "profiles.fingerprint"},
 }

@@ -31,7 +31,7 @@ Caches = Annotated[
         f"{', '.join(name for name, cache in CACHES.items() if cache)}, or a scorer: "
         f"{', '.join(SCORERS)}. SETTING: scorer=NAME, profile=DIR, heads=on|off, "
         "prompt=keep|evict, protect (the spans of a question), fair=0.5, fair_window=128, "
-        "window=8, buffer=128; of sliding-window also ratio=0.3, recent=32.",
+        "window=8, buffer=128, storage=fp8; of sliding-window also ratio=0.3, recent=32.",
     ),
 ]
 Budgets = Annotated[

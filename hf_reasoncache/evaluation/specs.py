@@ -17,6 +17,7 @@ from hf_reasoncache.caches.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Protect, Spans
 from hf_reasoncache.scorers import SCORERS, make_scorer
+from hf_reasoncache.storage.fp8 import FORMS
 
 Budget = int | float
 """Tokens per KV head; below 1, the ratio of a `SlidingWindowCompressCache`."""
@@ -192,6 +193,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "buffer": ("buffer", int),
     "ratio": ("ratio", float),
     "recent": ("recent", int),
+    "storage": ("storage", {name: name for name in FORMS}.__getitem__),
 }
 """Settings on the command line: the argument of a cache, if it takes it, and how it is read."""
 
@@ -205,7 +207,8 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
         One of `CACHES`, or of `SCORERS` (that is `ReasonAllocCache` with this scorer), then a colon
         and settings with commas between them: `scorer=NAME`, `profile=DIR`, `heads=on|off`,
         `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`, `fair_window=128`, and
-        for `sliding-window` `ratio=0.3`, `recent=32`. Example: `snapkv:protect,fair=0.5`.
+        for `sliding-window` `ratio=0.3`, `recent=32`; `storage=fp8` (see `ReasonAllocCache`).
+        Example: `snapkv:protect,fair=0.5`.
     window, buffer : int
         For caches with a budget; `window` and `buffer` among the settings go before. Of
         `sliding-window`, a window is what is compressed at once, 128 by default.

@@ -26,8 +26,8 @@ def make_policy(kind, **changes):
     return CLASSES[kind].policy(**(SETTINGS[kind] | changes))
 
 
-def exact_cache(kind, model):
-    """A cache that keeps everything."""
+def exact_cache(kind, model, **changes):
+    """A cache that keeps everything; `changes` are further settings."""
     if kind == BRANCHED:
-        return SharedBranchCache(model.config)
-    return CLASSES[kind](model.config, **EXACT[kind])
+        return SharedBranchCache(model.config, **changes)
+    return CLASSES[kind](model.config, **(EXACT[kind] | changes))

@@ -132,6 +132,7 @@ def test_one_binary_serves_every_number(launch, count, sizes):
 
 
 MODEL = {"heads", "group", "lines", "size", "key_row", "key_head", "value_row", "value_head"}
+MODEL |= {"scale_row", "scale_head"}
 """What a model and a scorer fix once; such numbers may be part of a binary."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import uses_triton
+from ..backend import chosen
 from .reference import append_reference
 
 __all__ = ["append"]
@@ -24,7 +24,7 @@ def append(
     Parameters
     ----------
     pool : tuple of Tensor
-        One or two fields `[slots, D]`, then positions, IntTensor[slots]; contiguous.
+        One to three fields `[slots, D]`, then positions, IntTensor[slots]; contiguous.
     start : LongTensor[B, H_kv]
         First slot of each head.
     length : LongTensor[B, H_kv]
@@ -47,7 +47,7 @@ def append(
                 f"{[*shape, field.shape[1]]} in {field.dtype}, got {list(each.shape)} in "
                 f"{each.dtype}."
             )
-    if uses_triton(pool[0]):
+    if chosen(pool[0].device) == "triton":
         from .kernel import append_triton as run
     else:
         run = append_reference

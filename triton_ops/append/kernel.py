@@ -7,18 +7,28 @@ import triton
 import triton.language as tl
 
 from ..launch import launcher
-from ..tiles import block_d
+from ..tiles import power_of_two
+
+
+@triton.jit
+def copy_row(source, target, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy `SIZE` numbers."""
+    place = tl.arange(0, BLOCK)
+    found = tl.load(source + place, mask=place < SIZE)
+    tl.store(target + place, found, mask=place < SIZE)
 
 
 @triton.jit(do_not_specialize=["column"])
 def append_kernel(
     pool_keys,
     pool_values,
+    pool_scales,
     positions,
     start,
     length,
     keys,
     values,
+    scales,
     clock,
     column,
     heads,
@@ -26,10 +36,14 @@ def append_kernel(
     key_head,
     value_row,
     value_head,
+    scale_row,
+    scale_head,
     D: tl.constexpr,
     DV: tl.constexpr,
+    DS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_DS: tl.constexpr,
 ):
     """Write the token of one head, and count it."""
     head = tl.program_id(0)
@@ -39,13 +53,13 @@ def append_kernel(
     if clock is not None:
         column = tl.load(clock)
     tl.store(positions + slot, column.to(tl.int32))
-    place = tl.arange(0, BLOCK_D)
-    key = tl.load(keys + row * key_row + number * key_head + place, mask=place < D)
-    tl.store(pool_keys + slot * D + place, key, mask=place < D)
+    copy_row(keys + row * key_row + number * key_head, pool_keys + slot * D, D, BLOCK_D)
     if values is not None:
-        place = tl.arange(0, BLOCK_DV)
-        value = tl.load(values + row * value_row + number * value_head + place, mask=place < DV)
-        tl.store(pool_values + slot * DV + place, value, mask=place < DV)
+        value = values + row * value_row + number * value_head
+        copy_row(value, pool_values + slot * DV, DV, BLOCK_DV)
+    if scales is not None:
+        scale = scales + row * scale_row + number * scale_head
+        copy_row(scale, pool_scales + slot * DS, DS, BLOCK_DS)
     # All threads have read the length before one of them changes it.
     tl.debug_barrier()
     tl.store(length + head, held + 1)
@@ -62,28 +76,24 @@ def append_triton(
     """See `triton_ops.append.append`."""
     batch, heads = length.shape
     # Of one token, strides of the other axes may be anything.
-    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (new[0], new[-1]))
-    two = len(new) > 1
+    rows = [x if x.stride(3) == 1 else x.contiguous() for x in new]
+    missing = 3 - len(new)
+    strides = [stride for x in rows for stride in x.stride()[:2]] + [0, 0] * missing
+    sizes = [x.shape[3] for x in rows] + [1] * missing
     on_device = isinstance(column, torch.Tensor)
-    key_stride, value_stride = keys.stride(), values.stride()
     append_kernel[(batch * heads,)](
-        pool[0],
-        pool[1] if two else None,
+        *pool[:-1],
+        *[None] * missing,
         pool[-1],
         start,
         length,
-        keys,
-        values if two else None,
+        *rows,
+        *[None] * missing,
         column if on_device else None,
         0 if on_device else column,
         heads,
-        key_stride[0],
-        key_stride[1],
-        value_stride[0],
-        value_stride[1],
-        keys.shape[-1],
-        values.shape[-1],
-        BLOCK_D=block_d(keys.shape[-1]),
-        BLOCK_DV=block_d(values.shape[-1]),
+        *strides,
+        *sizes,
+        *map(power_of_two, sizes),
         num_warps=1,
     )

@@ -15,19 +15,25 @@ def requests(draw):
     numbers = [[draw(each) for _ in range(shape[1])] for _ in range(shape[0])]
     layout = RaggedLayout(torch.tensor(numbers))
     length = torch.tensor([[draw(st.integers(0, n - 1)) for n in row] for row in numbers])
-    sizes = draw(st.sampled_from([(1, 1), (16, 16), (20, 8), (64, 40), (40,)]))
+    sizes = draw(
+        st.sampled_from([(1, 1), (16, 16), (20, 8), (64, 40), (40,), (20, 8, 2), (64, 64, 1)])
+    )
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    return layout, length, sizes, dtype, draw(st.integers(0, 2**30)), draw(st.booleans())
+    # Codes of keys and values come with scales.
+    dtypes = (torch.uint8, torch.uint8, dtype) if len(sizes) == 3 else (dtype,) * len(sizes)
+    return layout, length, sizes, dtypes, draw(st.integers(0, 2**30)), draw(st.booleans())
 
 
 def check(request, device="cpu"):
     """The token lies behind the last one of its head, and nothing else changes but the count."""
-    layout, length, sizes, dtype, column, counted = request
+    layout, length, sizes, dtypes, column, counted = request
     batch, heads = length.shape
-    fields = [torch.randn(layout.slots, size).to(device, dtype) for size in sizes]
+    kinds = list(zip(sizes, dtypes, strict=True))
+    fields = [(9 * torch.rand(layout.slots, n)).to(device, dtype) for n, dtype in kinds]
     fields.append(torch.randint(0, 9, (layout.slots,), dtype=torch.int32).to(device))
     # As a model makes them: heads beside each other in memory, tokens outside.
-    new = [torch.randn(batch, 1, heads, n).to(device, dtype).transpose(1, 2) for n in sizes]
+    new = [(9 * torch.rand(batch, 1, heads, n)).to(device, dtype) for n, dtype in kinds]
+    new = [each.transpose(1, 2) for each in new]
     wanted = [field.clone() for field in fields]
     for row in range(batch):
         for head in range(heads):
