@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Literal
 
 from transformers import PretrainedConfig
 
@@ -15,9 +16,14 @@ from hf_reasoncache.observers import Observer, Shadow
 from hf_reasoncache.profiles.profile import BudgetProfile
 from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import Scorer, make_scorer
+from hf_reasoncache.storage.forms import AS_THEY_COME, Form
+from hf_reasoncache.storage.fp8 import FORMS
 
 Profile = BudgetProfile | str | os.PathLike[str] | Sequence[float]
 """A calibrated profile, its directory, its repository on the Hub, or one demand per layer."""
+
+Storage = Literal["fp8", "fp8-keys", "fp8-values"]
+"""What is held in 8 bits: keys and values, or one of them."""
 
 LARGEST = 2**31 - 1
 """Largest count of tokens: positions are stored as 32-bit integers."""
@@ -71,6 +77,26 @@ def require_scorer(scorer: object) -> Scorer:
             "pass an instance such as RKV(), or 'rkv'."
         )
     return scorer
+
+
+def require_storage(storage: object) -> Form:
+    """Return the form in which keys and values are held.
+
+    Parameters
+    ----------
+    storage : str or None
+        None holds them as they come.
+
+    Raises
+    ------
+    ValueError
+        If there is no such form.
+    """
+    if storage is None:
+        return AS_THEY_COME
+    if not isinstance(storage, str) or storage not in FORMS:
+        raise ValueError(f"storage: expected one of {list(FORMS)}, or None, got {shown(storage)}.")
+    return FORMS[storage]
 
 
 def require_demand_of(layers: int, demand: Sequence[float] | None) -> None:

@@ -26,7 +26,7 @@ from triton_ops.launch import send
 from triton_ops.pools import HeadsOfPools, Pools
 
 MOST_BYTES = 256 * 2**20
-"""Keys that are copied at once to be scored, at the size of the largest field that holds them."""
+"""Keys that are copied at once to be scored, in the model's type, as wide as the widest field."""
 
 
 class JointEvictions:
@@ -166,5 +166,5 @@ def _state(layer: CacheLayer) -> RowState:
 def _row_bytes(layer: CacheLayer) -> int:
     """Bytes of what scorers see of one row at once: its keys."""
     pool, length = layer.store.tokens, layer.store.length
-    token = max(field[:1].nbytes for field in pool.held_fields.values())
-    return int(length.max()) * length.shape[1] * token
+    widest = max(field.shape[1:].numel() for field in pool.held_fields.values())
+    return int(length.max()) * length.shape[1] * widest * layer.dtype.itemsize

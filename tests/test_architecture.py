@@ -66,7 +66,7 @@ PARTS: dict[str, set[str]] = {
     "report": {"layer", "report_html", "risk", "sliding", "storage", "triton_ops"},
     "attention": {"base_attention", "weights_and_gradients", "geometry", "guards", "latents"}
     | {"layer", "precision", "shards", "sliding", "storage"},
-    "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile"},
+    "arguments": {"scorers", "budgets", "observers", "risk", "profiles.profile", "storage"},
     "sliding": set(),
     "graph_use": set(),
     "graphs": CACHES
@@ -91,7 +91,7 @@ PARTS: dict[str, set[str]] = {
     | {"calibration.prompts"},
     "evaluation": CACHES
     | {"arguments", "branching", "outputs", "processes", "protection", "releases", "report"}
-    | {"scorers"}
+    | {"scorers", "storage"}
     # Prompts, weights and releases are named as in a calibration.
     | {"calibration.prompts", "calibration.settings", "profiles.fingerprint"}
     # What TriAttention knows of a model is read where a run is described.

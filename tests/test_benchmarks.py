@@ -21,6 +21,7 @@ DECODERS = (
     "DynamicCache + sdpa",
     "StaticCache + compile",
     "ReasonAllocCache, budget=None",
+    "ReasonAllocCache, storage=fp8",
     "ReasonAllocCache, budget=48",
     "holds 48, never evicts",
     "no cache (floor)",
@@ -59,6 +60,7 @@ def test_csv_has_a_line_per_arm(printed, output):
         assert float(row["ms_low"]) <= float(row["ms"]) <= float(row["ms_high"])
     held = {decoder: int(rows[decoder]["held_bytes"] or 0) for decoder in DECODERS}
     assert 0 < held["ReasonAllocCache, budget=48"] < held["DynamicCache + sdpa"]
+    assert held["ReasonAllocCache, storage=fp8"] < held["ReasonAllocCache, budget=None"]
     assert all(row["torch"] and row["commit"] and row["seed"] == "0" for row in rows.values())
 
 

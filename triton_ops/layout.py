@@ -176,6 +176,8 @@ class SharedPrefix:
         Slots in use, on the CPU.
     owner : LongTensor[B]
         Prefix that each row continues, on the CPU; rows of one prefix need not be neighbours.
+    key_scales, value_scales : Tensor[slots], optional
+        See `decode_attention`.
     """
 
     keys: torch.Tensor
@@ -183,6 +185,8 @@ class SharedPrefix:
     layout: RaggedLayout
     length: torch.Tensor
     owner: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
     @cached_property
     def members(self) -> torch.Tensor:

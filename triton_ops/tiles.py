@@ -35,9 +35,9 @@ def load_rows(base, rows, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr, FIRST: 
     found = tl.load(
         base + rows.to(tl.int64)[:, None] * SIZE + column[None, :],
         mask=mask[:, None] & (column < SIZE)[None, :],
-        other=0.0,
+        other=0,
     )
-    if UPCAST:
+    if UPCAST and base.dtype.element_ty != tl.uint8:
         found = found.to(tl.float32)
     return found
 
@@ -49,12 +49,17 @@ def dot_rows(a, b):
 
 
 @triton.jit
-def tile_logits(q, k, scale, softcap, q_rest=None, k_rest=None):
-    """Logits times log2(e), so that exp2 gives the weights; rows may come in two parts."""
+def tile_logits(q, k, scale, softcap, q_rest=None, k_rest=None, key_scale=None):
+    """Logits times log2(e), so that exp2 gives the weights; rows may come in two parts.
+
+    Each key may have a scale of its own.
+    """
     logits = dot_rows(q, k)
     if q_rest is not None:
         logits += dot_rows(q_rest, k_rest)
     logits *= scale
+    if key_scale is not None:
+        logits *= key_scale[None, :]
     if softcap is not None:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), with both ends right where exp overflows.
         logits = softcap - 2.0 * softcap / (tl.exp2(logits * (2.0 * LOG2_E / softcap)) + 1.0)
@@ -120,13 +125,17 @@ class Tile:
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def of(dtype: torch.dtype, rows: int, *columns: int) -> Tile:
-        """Choose for `rows` queries and the columns of what a step of the loop loads."""
+    def of(dtype: torch.dtype, rows: int, *columns: int, codes: bool = False) -> Tile:
+        """Choose for `rows` queries and the columns of what a step of the loop loads.
+
+        Where keys or values are `codes` of 8 bits, widening them needs registers that more than 32
+        queries would take.
+        """
         widest = max(columns)
         if dtype == torch.float32:
             # No matrix unit takes float32 as it is: the products live in registers.
             return Tile(16, 32, 8, 1)
-        m = min(64 if widest <= 128 else 32, max(16, power_of_two(rows)))
+        m = min(64 if widest <= 128 and not codes else 32, max(16, power_of_two(rows)))
         n = 64 if widest <= 256 else 32
         step = n * sum(columns) * dtype.itemsize
         stages = min(3, 1 + AHEAD_BYTES // step)

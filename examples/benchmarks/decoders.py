@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 
 from examples.benchmarks.workload import Work
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.arguments import Storage
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import RKV, Scorer
 
@@ -146,10 +147,19 @@ class Uncompressed(Decoder):
     def _make_cache(self) -> ReasonAllocCache:
         return self._pool(self.work.context)
 
+    storage: Storage | None = None
+
     def _pool(self, tokens: int) -> ReasonAllocCache:
-        cache = ReasonAllocCache(self.model.config, budget=None)
+        cache = ReasonAllocCache(self.model.config, budget=None, storage=self.storage)
         self.work.fill(cache, tokens)
         return cache
+
+
+class InCodes(Uncompressed):
+    """Every token in 8 bits."""
+
+    name = "ReasonAllocCache, storage=fp8"
+    storage = "fp8"
 
 
 class Holds(Uncompressed):
@@ -240,7 +250,7 @@ def build_decoders(
     """Return the decoders that run here, warmed up; of the others name, class and reason."""
     decoders: list[Decoder] = []
     missing: dict[str, tuple[str, str]] = {}
-    for kind in (Decoder, Compiled, Uncompressed, Compressed, Holds, NoCache):
+    for kind in (Decoder, Compiled, Uncompressed, InCodes, Compressed, Holds, NoCache):
         try:
             decoder = kind(model, work, compile_limit) if kind is Compiled else kind(model, work)
         except NotBuiltError as error:

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
     Profile,
+    Storage,
     demand_and_rule,
     make_observers,
     require_bool,
@@ -15,6 +16,7 @@ from hf_reasoncache.arguments import (
     require_int,
     require_open_share,
     require_scorer,
+    require_storage,
     what_to_measure,
 )
 from hf_reasoncache.cache import ReasonCache
@@ -25,6 +27,7 @@ from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 from hf_reasoncache.shards import TPMode
+from hf_reasoncache.storage.pool_store import PoolStore
 
 _NOT_GIVEN: Any = object()
 
@@ -73,6 +76,10 @@ class ReasonAllocCache(ReasonCache):
         Under tensor parallelism, where each process has some KV heads of a layer: whether they
         decide together what is evicted, by a small message at an eviction, and get the tokens of
         one process; or each by itself, its heads sharing their part of the layer's budget.
+    storage : {"fp8", "fp8-keys", "fp8-values"}, optional
+        Hold keys and values, or one of them, in 8 bits: e4m3 numbers with a scale per token and
+        head. The first forward still attends in full precision. By default they are held in the
+        model's type.
 
     Raises
     ------
@@ -121,6 +128,7 @@ class ReasonAllocCache(ReasonCache):
         protect: Protect | bool | Spans | Ranges = True,
         risk: Risk | float | bool | None = None,
         tensor_parallel: TPMode = "agree",
+        storage: Storage | None = None,
     ) -> None:
         scorer = require_scorer(RKV() if scorer is None else scorer)
         require_int("window", window, low=1)
@@ -137,13 +145,14 @@ class ReasonAllocCache(ReasonCache):
         elif budget is not None:
             require_int("budget", budget, low=window + 1)
         require_bool("head_budgets", head_budgets)
+        form = require_storage(storage)
         protected, watched = Protect.of(protect), Risk.of(risk)
         demand, rule = demand_and_rule(profile, config)
 
         def make_layer(index: int, layer_rank: int, layers: int) -> CacheLayer:
             require_demand_of(layers, demand)
             if budget is None:
-                return CacheLayer(index)
+                return CacheLayer(index, store=PoolStore(form))
             policy = BudgetPolicy(
                 budget=budget,
                 buffer=buffer,
@@ -159,6 +168,6 @@ class ReasonAllocCache(ReasonCache):
                 layer_rank=layer_rank,
                 ratio=ratio,
             )
-            return CacheLayer(index, policy, observers=make_observers(watched))
+            return CacheLayer(index, policy, PoolStore(form), make_observers(watched))
 
         super().__init__(config, make_layer, tensor_parallel=tensor_parallel)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from hf_reasoncache.arguments import require_int
+from hf_reasoncache.arguments import Storage, require_int, require_storage
 from hf_reasoncache.cache import CacheFactory, ReasonCache
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.policies.base import require_suffix
 from hf_reasoncache.report import BranchReport, CacheReport
 from hf_reasoncache.shards import TPMode
 from hf_reasoncache.storage.branch_store import BranchStore
+from hf_reasoncache.storage.forms import Form
 from hf_reasoncache.storage.parking import Parked, Parking
 from hf_reasoncache.storage.pool_store import distinct_bytes
 from hf_reasoncache.storage.prompt_deduplicator import PromptDeduplicator
@@ -46,11 +47,15 @@ class SharedBranchCache(ReasonCache):
         Bound on the bytes of keys and values in the full-attention layers. When it is reached,
         blocks of parked branches go (see `park`); what the branches in the batch need stays, and
         `report()` says in how many steps that was more than the bound.
+    storage : {"fp8", "fp8-keys", "fp8-values"}, optional
+        As for `ReasonAllocCache`, of prompts, shared text and suffixes; that of the suffix policy
+        by default.
 
     Raises
     ------
     ValueError
-        If the model is not supported, or a suffix policy cannot leave the prompt alone.
+        If the model is not supported, or a suffix policy cannot leave the prompt alone or has
+        another storage.
 
     Examples
     --------
@@ -73,6 +78,7 @@ class SharedBranchCache(ReasonCache):
         *,
         suffix: CacheFactory | None = None,
         max_bytes: int | None = None,
+        storage: Storage | None = None,
     ) -> None:
         if suffix is not None and not isinstance(suffix, CacheFactory):
             raise ValueError(
@@ -85,11 +91,12 @@ class SharedBranchCache(ReasonCache):
         self._forget_parked()
         # It checks its arguments, and has a layer for each of ours.
         compressed = None if suffix is None else suffix(config)
+        form = _form(storage, suffix)
         deduplicator = PromptDeduplicator()
         self._stores: list[BranchStore] = []
 
         def make_layer(index: int, layer_rank: int, layers: int) -> CacheLayer:
-            store = BranchStore(deduplicator, index)
+            store = BranchStore(deduplicator, index, form)
             self._stores.append(store)
             if compressed is None:
                 return CacheLayer(index, store=store)
@@ -296,3 +303,14 @@ class SharedBranchCache(ReasonCache):
         require_int("row", row, low=0)
         if row >= self._rows():
             raise ValueError(f"row: expected one of {self._rows()} rows of the batch, got {row}.")
+
+
+def _form(storage: Storage | None, suffix: CacheFactory | None) -> Form:
+    """Return the form of all that branches hold; ValueError if two are asked for."""
+    of_suffix = None if suffix is None else suffix.settings.get("storage")
+    if None not in (storage, of_suffix) and storage != of_suffix:
+        raise ValueError(
+            f"storage: expected that of the suffix policy, {of_suffix!r}, got {storage!r}; name it "
+            "once."
+        )
+    return require_storage(of_suffix if storage is None else storage)

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from hf_reasoncache.arguments import (
     Profile,
+    Storage,
     demand_and_rule,
     make_observers,
     require_bool,
@@ -15,6 +16,7 @@ from hf_reasoncache.arguments import (
     require_int,
     require_scorer,
     require_share,
+    require_storage,
     what_to_measure,
 )
 from hf_reasoncache.budgets.rule import BudgetRule
@@ -26,6 +28,7 @@ from hf_reasoncache.risk import Risk
 from hf_reasoncache.scorers import Bidirectional
 from hf_reasoncache.scorers.base import Scorer
 from hf_reasoncache.shards import TPMode
+from hf_reasoncache.storage.pool_store import PoolStore
 
 
 class SlidingWindowCompressCache(ReasonCache):
@@ -73,7 +76,7 @@ class SlidingWindowCompressCache(ReasonCache):
         profile's upper bound holds for `max_budget` only.
     head_budgets : bool
         Whether the heads of a layer share what stays of a window by demand instead of equally.
-    tensor_parallel : {"agree", "local"}
+    tensor_parallel, storage
         See `ReasonAllocCache`.
 
     Raises
@@ -117,6 +120,7 @@ class SlidingWindowCompressCache(ReasonCache):
         profile: Profile | None = None,
         head_budgets: bool = False,
         tensor_parallel: TPMode = "agree",
+        storage: Storage | None = None,
     ) -> None:
         require_int("window", window, low=2)
         require_int("recent", recent, low=1)
@@ -134,6 +138,7 @@ class SlidingWindowCompressCache(ReasonCache):
                     f"max_budget: expected a ratio below 1 to compress by, got ratio={ratio!r}; "
                     "use a smaller ratio, or ReasonAllocCache."
                 )
+        form = require_storage(storage)
         protected, watched = Protect.of(protect), Risk.of(risk)
         demand, rule = demand_and_rule(profile, config)
 
@@ -160,7 +165,7 @@ class SlidingWindowCompressCache(ReasonCache):
                 protection=protected.protection,
                 risk=what_to_measure(watched),
             )
-            return CacheLayer(index, policy, observers=make_observers(watched))
+            return CacheLayer(index, policy, PoolStore(form), make_observers(watched))
 
         super().__init__(config, make_layer, tensor_parallel=tensor_parallel)
 

@@ -32,7 +32,8 @@ Caches = Annotated[
         f"{', '.join(SCORERS)}. Also {TRI_ATTENTION}, with queries=FILE.pt|PROFILE. SETTING: "
         "scorer=NAME, profile=DIR, heads=on|off, "
         "prompt=keep|evict, protect (the spans of a question), fair=0.5, fair_window=128, "
-        "window=8, buffer=128, min_budget=128; of sliding-window also ratio=0.3, recent=32.",
+        "window=8, buffer=128, min_budget=128, storage=fp8; of sliding-window also ratio=0.3, "
+        "recent=32.",
     ),
 ]
 Budgets = Annotated[

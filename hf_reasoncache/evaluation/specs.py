@@ -18,6 +18,7 @@ from hf_reasoncache.calibration.queries import load_queries
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Protect, Spans
 from hf_reasoncache.scorers import SCORERS, Random, TriAttention, make_scorer
+from hf_reasoncache.storage.fp8 import FORMS
 
 Budget = int | float
 """Tokens per KV head; below 1, a share of the tokens seen, which is the ratio of a cache."""
@@ -239,6 +240,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "min_budget": ("min_budget", int),
     "ratio": ("ratio", float),
     "recent": ("recent", int),
+    "storage": ("storage", {name: name for name in FORMS}.__getitem__),
 }
 """Settings on the command line: the argument of a cache, if it takes it, and how it is read."""
 
@@ -253,8 +255,8 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
         `tri-attention` (the same, with `queries=FILE.pt` or `queries=PROFILE`), then a colon
         and settings with commas between them: `scorer=NAME`, `profile=DIR`, `heads=on|off`,
         `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`, `fair_window=128`,
-        `min_budget=128` (where budgets are ratios), and for `sliding-window` `ratio=0.3`,
-        `recent=32`. Example: `snapkv:protect,fair=0.5`.
+        `min_budget=128` (where budgets are ratios), `storage=fp8` (see `ReasonAllocCache`), and for
+        `sliding-window` `ratio=0.3`, `recent=32`. Example: `snapkv:protect,fair=0.5`.
     window, buffer : int
         For caches with a budget; `window` and `buffer` among the settings go before. Of
         `sliding-window`, a window is what is compressed at once, 128 by default.

@@ -13,6 +13,7 @@ from hf_reasoncache.geometry import head_shape, numbers_per_token
 from hf_reasoncache.layer import CacheLayer
 from hf_reasoncache.planning.counted import counted_row, kept_queries
 from hf_reasoncache.sliding import SlidingLayer
+from hf_reasoncache.storage.forms import AS_THEY_COME
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LayerRow:
     Attributes
     ----------
     token : int
-        Bytes of the keys and values of one token.
+        Bytes of the keys and values of one token, as they are held.
     own, shared : int
         Bytes of all storages: of the row itself, and of the prompt that branches share.
     peak : int
@@ -35,6 +36,8 @@ class LayerRow:
         Whether tokens move while others are generated: then old and new places exist together.
     concatenates : bool
         Whether it moves at every step, as in transformers' own layers.
+    new_token : int
+        Bytes of the keys and values of one token, as the model makes them.
     """
 
     token: int
@@ -45,6 +48,7 @@ class LayerRow:
     shared_tokens: int = 0
     moves: bool = True
     concatenates: bool = False
+    new_token: int = 0
 
     @staticmethod
     def of_stock(
@@ -65,11 +69,15 @@ class LayerRow:
         token = numbers_per_token(decoder, index) * dtype.itemsize
         seen = prompt + generated
         if type(layer) is DynamicLayer:
-            return LayerRow(token, token * seen, seen, token * seen, concatenates=True)
+            return LayerRow(
+                token, token * seen, seen, token * seen, concatenates=True, new_token=token
+            )
         if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
             # What stays is a view of what the last forward attended to, which may be a prompt.
             held = min(seen, layer.sliding_window) if generated else prompt
-            return LayerRow(token, token * held, held, token * held, concatenates=True)
+            return LayerRow(
+                token, token * held, held, token * held, concatenates=True, new_token=token
+            )
         raise ValueError(
             f"layer {index}: expected an attention layer, got {type(layer).__name__}, whose bytes "
             "do not follow from a config; run the model once and read cache.report()."
@@ -113,4 +121,5 @@ class LayerRow:
             shared=(token + torch.int32.itemsize) * shared,
             shared_tokens=shared,
             moves=layer.policy is None or layer.policy.moves_heads,
+            new_token=heads * AS_THEY_COME.token_bytes(size, dtype),
         )

@@ -106,7 +106,7 @@ def row_bytes(
     """
     reading = layer_rows(cache, config, prompt=prompt, generated=0, dtype=dtype)
     layers = layer_rows(cache, config, prompt=prompt, generated=generated, dtype=dtype)
-    dense = max(layer.token for layer in layers) * prompt
+    dense = max(layer.new_token for layer in layers) * prompt
     return RowBytes(
         shared=sum(layer.shared for layer in layers),
         own=sum(layer.own for layer in layers),

@@ -152,7 +152,7 @@ class PoolStore:
 
     def allocate(self, capacity: torch.Tensor, new: NewTokens) -> RaggedPool:
         """Make an empty pool with `capacity` slots, LongTensor[B, H_kv], in place of any other."""
-        one_head = self.form.fields(new.keys[:1, :1], new.values[:1, :1])
+        one_head = self.form.fields(new.keys[:1, :1, :1], new.values[:1, :1, :1])
         like = {name: field[0, 0] for name, field in one_head.items()}
         self.tokens = RaggedPool(capacity, like, self.statistics, movable=self.movable)
         self._tail = 0
@@ -257,7 +257,7 @@ class PoolStore:
         """
         pool, operands, query = self.tokens, self.operands, self.form.query(new.query)
         batch, query_heads, q_len, head_size = query.shape
-        heads, kernels = pool.length.shape[1], uses_triton(operands["keys"])
+        heads, kernels = pool.length.shape[1], uses_triton(query)
         if not kernels and self._is_even(new):
             even: dict[str, Any] = {**operands, "layout": pool.layout, "tokens": pool.longest}
             out = even_attention(query, **even, scaling=new.settings["scaling"])
@@ -289,7 +289,9 @@ class PoolStore:
     @property
     def uses_kernels(self) -> bool:
         """Whether the Triton kernels attend to the pool."""
-        return uses_triton(self.operands["keys"])
+        # Codes of fewer bits are no floating-point numbers, and always beside some.
+        computed = (x for x in self.operands.values() if x.is_floating_point())
+        return uses_triton(next(computed))
 
     def _summing(self, query: torch.Tensor) -> dict[str, torch.Tensor]:
         """What makes `decode_attention` add to the attention that tokens have received."""

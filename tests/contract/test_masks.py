@@ -16,6 +16,7 @@ from tests.support.caches import KINDS, exact_cache, make_cache
 from tests.support.models import VOCABULARY, build, prompt
 from tests.support.oracle import Recorder
 from tests.support.pairs import in_turn
+from tests.support.quantised import stock_cache
 
 LEFT, RIGHT = "left", "right"
 RELEASE = Version(transformers.__version__)
@@ -150,14 +151,17 @@ HIDDEN = [
 ]
 
 
-@pytest.mark.parametrize("by_hand", [False, True], ids=["counted", "by hand"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "by_hand", "storage"),
+    [(name, by_hand, None) for name in ("llama", "gemma3") for by_hand in (False, True)]
+    + [("llama", False, "fp8")],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_masks_that_hide_and_show_again_equal_dynamic_cache(kind, name, by_hand):
+def test_masks_that_hide_and_show_again_equal_dynamic_cache(kind, name, by_hand, storage):
     model, forwards = build(name, "sdpa"), masked_forwards(HIDDEN, by_hand=by_hand)
-    expected = steps_of(model, DynamicCache(config=model.config), forwards)
+    expected = steps_of(model, stock_cache(model, storage), forwards)
     model.set_attn_implementation("reasoncache")
-    cache = exact_cache(kind, model)
+    cache = exact_cache(kind, model, storage=storage)
     got = steps_of(model, cache, forwards)
     assert (got - expected).abs().max() < 1e-4
     assert not any(layer.store.hides for layer in cache.layers if isinstance(layer, CacheLayer))
@@ -199,9 +203,11 @@ def test_cropped_columns_do_not_come_back(kind):
     assert (run(exact_cache(kind, model)) - expected).abs().max() < 1e-4
 
 
-def test_a_parked_branch_and_its_forks_keep_their_masks():
+@pytest.mark.parametrize("storage", [None, "fp8"])
+def test_a_parked_branch_and_its_forks_keep_their_masks(storage):
     model = build("llama")
-    cache, exact = SharedBranchCache(model.config), ReasonAllocCache(model.config, budget=None)
+    cache = SharedBranchCache(model.config, storage=storage)
+    exact = ReasonAllocCache(model.config, budget=None, storage=storage)
     forwards = masked_forwards(HIDDEN[:4])
     for each in (cache, exact):
         steps_of(model, each, forwards)

@@ -282,8 +282,25 @@ def test_arms_are_caches() -> None:
     assert parse_spec("full") is FULL
 
 
+@pytest.mark.parametrize("name", ["rkv", "reason-alloc", "sliding-window"])
+def test_arms_hold_8_bits(name: str) -> None:
+    config = AutoConfig.from_pretrained(MODELS["llama"])
+    spec = parse_spec(f"{name}:storage=fp8-keys")
+    for cache in (spec.make(config, 96, None, seed=0), spec.make_shared(config, 96, seed=0)):
+        assert {layer.store.form.quantised for layer in cache.own_layers} == {("keys",)}
+
+
 @pytest.mark.parametrize(
-    "text", ["x", "full:window=3", "snapkv:ratio=1", "rkv:window=x", "rkv:heads=x", "rkv:scorer=x"]
+    "text",
+    [
+        "x",
+        "full:window=3",
+        "snapkv:ratio=1",
+        "rkv:window=x",
+        "rkv:heads=x",
+        "rkv:scorer=x",
+        "rkv:storage=x",
+    ],
 )
 def test_a_wrong_arm_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--cache"):

@@ -33,8 +33,8 @@ def _settings(kind, changes):
     return settings
 
 
-def exact_cache(kind, model):
-    """A cache that keeps everything."""
+def exact_cache(kind, model, **changes):
+    """A cache that keeps everything; `changes` are further settings."""
     if kind == BRANCHED:
-        return SharedBranchCache(model.config)
-    return CLASSES[kind](model.config, **EXACT[kind])
+        return SharedBranchCache(model.config, **changes)
+    return CLASSES[kind](model.config, **(EXACT[kind] | changes))

@@ -149,7 +149,8 @@ def test_one_binary_serves_every_number(launch, count, sizes):
     assert all(hashes == first for hashes in found.values())
 
 
-STRIDES = {f"{each}_{axis}" for each in ("key", "value", "query") for axis in ("row", "head")}
+KINDS = ("key", "value", "scale", "query")
+STRIDES = {f"{each}_{axis}" for each in KINDS for axis in ("row", "head")}
 MODEL = {"heads", "query_heads", "group", "lines", "size"} | STRIDES
 """What a model and a scorer fix once; such numbers may be part of a binary."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import uses_triton
+from ..backend import chosen
 from .reference import append_reference
 
 __all__ = ["append"]
@@ -25,7 +25,7 @@ def append(
     Parameters
     ----------
     pool : tuple of Tensor
-        One or two fields `[slots, D]`, then positions, IntTensor[slots]; contiguous.
+        One to three fields `[slots, D]`, then positions, IntTensor[slots]; contiguous.
     start : LongTensor[B, H_kv]
         First slot of each head.
     length : LongTensor[B, H_kv]
@@ -59,7 +59,7 @@ def append(
                 f"append: expected queries of one token for a ring {list(ring.shape)} of "
                 f"{len(length)} rows in {ring.dtype}, got {list(query.shape)} in {query.dtype}."
             )
-    if uses_triton(pool[0]):
+    if chosen(pool[0].device) == "triton":
         from .kernel import append_triton as run
     else:
         run = append_reference

@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 
 from ..launch import launcher
-from ..tiles import block_d
+from ..tiles import power_of_two
+
+
+@triton.jit
+def copy_row(source, target, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy `SIZE` numbers."""
+    place = tl.arange(0, BLOCK)
+    found = tl.load(source + place, mask=place < SIZE)
+    tl.store(target + place, found, mask=place < SIZE)
 
 
 @triton.jit
@@ -16,33 +24,39 @@ def append_token(
     heads,
     pool_keys,
     pool_values,
+    pool_scales,
     positions,
     start,
     length,
     keys,
     values,
+    scales,
     column,
     key_row,
     key_head,
     value_row,
     value_head,
+    scale_row,
+    scale_head,
     D: tl.constexpr,
     DV: tl.constexpr,
+    DS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_DS: tl.constexpr,
 ):
     """Write the token of one head, and count it."""
     row, number = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     held = tl.load(length + head)
     slot = tl.load(start + head) + held
     tl.store(positions + slot, column.to(tl.int32))
-    place = tl.arange(0, BLOCK_D)
-    key = tl.load(keys + row * key_row + number * key_head + place, mask=place < D)
-    tl.store(pool_keys + slot * D + place, key, mask=place < D)
+    copy_row(keys + row * key_row + number * key_head, pool_keys + slot * D, D, BLOCK_D)
     if values is not None:
-        place = tl.arange(0, BLOCK_DV)
-        value = tl.load(values + row * value_row + number * value_head + place, mask=place < DV)
-        tl.store(pool_values + slot * DV + place, value, mask=place < DV)
+        value = values + row * value_row + number * value_head
+        copy_row(value, pool_values + slot * DV, DV, BLOCK_DV)
+    if scales is not None:
+        scale = scales + row * scale_row + number * scale_head
+        copy_row(scale, pool_scales + slot * DS, DS, BLOCK_DS)
     # All threads have read the length before one of them changes it.
     tl.debug_barrier()
     tl.store(length + head, held + 1)
@@ -63,21 +77,21 @@ def append_query(
 ):
     """Write the query of one head to the place of its column."""
     row, number = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    place = tl.arange(0, BLOCK_D)
-    asked = tl.load(query + row * query_row + number * query_head + place, mask=place < D)
     slot = head.to(tl.int64) * places + column % places
-    tl.store(ring + slot * D + place, asked, mask=place < D)
+    copy_row(query + row * query_row + number * query_head, ring + slot * D, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["column", "places", "programs"])
 def append_kernel(
     pool_keys,
     pool_values,
+    pool_scales,
     positions,
     start,
     length,
     keys,
     values,
+    scales,
     clock,
     column,
     programs,
@@ -86,6 +100,8 @@ def append_kernel(
     key_head,
     value_row,
     value_head,
+    scale_row,
+    scale_head,
     ring,
     query,
     places,
@@ -94,9 +110,11 @@ def append_kernel(
     query_head,
     D: tl.constexpr,
     DV: tl.constexpr,
+    DS: tl.constexpr,
     DQ: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_DS: tl.constexpr,
     BLOCK_DQ: tl.constexpr,
 ):
     """The first `programs` write tokens; the others, if there is a ring, queries."""
@@ -105,8 +123,9 @@ def append_kernel(
         column = tl.load(clock)
     if program < programs:
         append_token(
-            program, heads, pool_keys, pool_values, positions, start, length, keys, values, column,
-            key_row, key_head, value_row, value_head, D, DV, BLOCK_D, BLOCK_DV,
+            program, heads, pool_keys, pool_values, pool_scales, positions, start, length,
+            keys, values, scales, column, key_row, key_head, value_row, value_head,
+            scale_row, scale_head, D, DV, DS, BLOCK_D, BLOCK_DV, BLOCK_DS,
         )  # fmt: skip
     else:
         if ring is not None:
@@ -127,39 +146,34 @@ def append_triton(
 ) -> None:
     """See `triton_ops.append.append`."""
     batch, heads = length.shape
-    keys, values = _rows(new[0]), _rows(new[-1])
-    two = len(new) > 1
+    missing = 3 - len(new)
+    rows = [*map(_rows, new)]
+    strides = [stride for x in rows for stride in x.stride()[:2]] + [0, 0] * missing
+    sizes = [x.shape[3] for x in rows] + [1] * missing
     on_device = isinstance(column, torch.Tensor)
-    key_stride, value_stride = keys.stride(), values.stride()
     ring: tuple[object, ...] = (None,) * 6
     queries, size = 0, 1
     if asked is not None:
         query = _rows(asked[1])
         queries, places, size = asked[0].shape[1:]
         ring = (asked[0], query, places, queries, query.stride(0), query.stride(1))
+    sizes.append(size)
     append_kernel[(batch * (heads + queries),)](
-        pool[0],
-        pool[1] if two else None,
+        *pool[:-1],
+        *[None] * missing,
         pool[-1],
         start,
         length,
-        keys,
-        values if two else None,
+        *rows,
+        *[None] * missing,
         column if on_device else None,
         0 if on_device else column,
         batch * heads,
         heads,
-        key_stride[0],
-        key_stride[1],
-        value_stride[0],
-        value_stride[1],
+        *strides,
         *ring,
-        keys.shape[-1],
-        values.shape[-1],
-        size,
-        BLOCK_D=block_d(keys.shape[-1]),
-        BLOCK_DV=block_d(values.shape[-1]),
-        BLOCK_DQ=block_d(size),
+        *sizes,
+        *map(power_of_two, sizes),
         num_warps=1,
     )
 

@@ -22,6 +22,8 @@ def decode_attention(
     length: torch.Tensor,
     *,
     device_length: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
@@ -49,6 +51,10 @@ def decode_attention(
     device_length : LongTensor[B, H_kv], optional
         The same on the pool's device. The kernels read it there; without it, every call copies
         `length` to the device.
+    key_scales, value_scales : Tensor[slots], optional
+        With them, keys or values are codes of 8 bits, ByteTensor (`triton_ops.fp8`): a row is its
+        code times its scale. It is multiplied into logits and probabilities, and no copy of the
+        pool in more bits is made.
     query_positions : LongTensor[B, T] or None
         A query sees the keys at its own position and before. None: every query sees every held
         token, which is the case of a single new token.
@@ -102,6 +108,8 @@ def decode_attention(
             f"{list(logsumexp.shape)} with strides {logsumexp.stride()}."
         )
     arguments: dict[str, Any] = dict(
+        key_scales=key_scales,
+        value_scales=value_scales,
         query_positions=query_positions,
         scaling=scaling,
         softcap=softcap,
@@ -110,7 +118,7 @@ def decode_attention(
         attention_weight=attention_weight,
         logsumexp=logsumexp,
     )
-    if uses_triton(keys):
+    if uses_triton(query):
         from .kernel import decode_attention_triton
 
         held = length if device_length is None else device_length

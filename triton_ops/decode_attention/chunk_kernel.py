@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..fp8.kernel import decode
 from ..tiles import NOTHING, load_rows, tile_logits
 
 
@@ -31,6 +32,34 @@ def load_queries(
 
 
 @triton.jit
+def load_scales(scales, stride, slot, used):
+    """Load the scales of some slots; None where there are none."""
+    found = None
+    if scales is not None:
+        at = scales + slot.to(tl.int64) * stride
+        found = tl.load(at, mask=used, other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
+def load_pool(
+    base,
+    scales,
+    slot,
+    used,
+    TYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr = 0,
+):
+    """Load rows of a pool; those that have scales are codes, decoded to a type, not scaled yet."""
+    found = load_rows(base, slot, used, SIZE, BLOCK, FIRST)
+    if scales is not None:
+        found = decode(found, TYPE)
+    return found
+
+
+@triton.jit
 def attend_chunk(
     q,
     q_rest,
@@ -38,6 +67,9 @@ def attend_chunk(
     keys,
     values,
     positions,
+    key_scales,
+    value_scales,
+    scales_stride,
     begin,
     end,
     scale,
@@ -60,11 +92,12 @@ def attend_chunk(
     for start in tl.range(begin, end, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         used = slot < end
-        k = load_rows(keys, slot, used, D, BLOCK_D)
+        k = load_pool(keys, key_scales, slot, used, q.dtype, D, BLOCK_D)
         k_rest = None
         if BLOCK_REST > 0:
-            k_rest = load_rows(keys, slot, used, D, BLOCK_REST, BLOCK_D)
-        logits = tile_logits(q, k, scale, softcap, q_rest, k_rest)
+            k_rest = load_pool(keys, key_scales, slot, used, q.dtype, D, BLOCK_REST, BLOCK_D)
+        key_scale = load_scales(key_scales, scales_stride, slot, used)
+        logits = tile_logits(q, k, scale, softcap, q_rest, k_rest, key_scale)
         visible = used[None, :]
         if asking is not None:
             at = tl.load(positions + slot, mask=used, other=0)
@@ -77,7 +110,10 @@ def attend_chunk(
         total = total * shrink + tl.sum(weights, 1)
         v = k
         if values is not None:
-            v = load_rows(values, slot, used, DV, BLOCK_DV)
+            v = load_pool(values, value_scales, slot, used, q.dtype, DV, BLOCK_DV)
+        value_scale = load_scales(value_scales, scales_stride, slot, used)
+        if value_scale is not None:
+            weights *= value_scale[None, :]
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
     seen = total > 0.0

@@ -13,11 +13,18 @@ import torch
 
 from ..layout import Bucket, RaggedLayout
 from .fused import fused_attention, fused_attention_with_sums, has_sums
+from .products import key_products, value_products
 
 # One more call takes as long as a head with so many tokens, and a mask adds this share to a call:
 # measured on one core.
 _CALL = 1000
 _MASK = 0.1
+
+Scales = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of the keys and of the values that are codes of 8 bits."""
+
+_LOGITS = 1 << 24
+"""Logits that are in memory at once, where they are written out at all."""
 
 
 def decode_attention_cpu(
@@ -28,6 +35,8 @@ def decode_attention_cpu(
     layout: RaggedLayout,
     length: torch.Tensor,
     *,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
@@ -46,7 +55,8 @@ def decode_attention_cpu(
         lengths = lengths.index_select(0, layout.order)
     # Plain numbers: tensor arithmetic on a handful of lengths would cost more than small attention.
     used = lengths.tolist()
-    explicit = any(x is not None for x in (softcap, s_aux, cumulative_attention))
+    needed = (softcap, s_aux, cumulative_attention, key_scales, value_scales)
+    explicit = any(x is not None for x in needed)
     explicit = explicit or (logsumexp is not None and not has_sums(query, keys, values))
 
     outputs, sums = [], []
@@ -63,13 +73,17 @@ def decode_attention_cpu(
             )
         if explicit:
             sink = None if s_aux is None else _sink(s_aux, bucket, layout, kv_heads, group, steps)
-            out, weights, logits = _explicit(q, k, v, visible, scaling, softcap, sink)
-            if logsumexp is not None:
-                sums.append(_logsumexp(logits))
+            scales = _scales(bucket, longest, key_scales, value_scales)
+            received = None
             if cumulative_attention is not None:
-                if attention_weight is not None:
-                    weights = weights * attention_weight.repeat(group)[:, None]
-                bucket.view(cumulative_attention, longest).add_(weights.sum(1))
+                received = bucket.view(cumulative_attention, longest)
+            each = None if attention_weight is None else attention_weight.repeat(group)
+            out, total = _in_parts(
+                q, k, v, scales, visible, scaling, softcap, sink, received, each,
+                with_sums=logsumexp is not None,
+            )  # fmt: skip
+            if total is not None:
+                sums.append(total)
         else:
             bias = None if visible is None else _additive(visible, q.dtype)
             if logsumexp is None:
@@ -98,6 +112,8 @@ def even_attention(
     layout: RaggedLayout,
     tokens: int,
     scaling: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with one query per head to a pool whose heads hold equally many tokens.
 
@@ -114,6 +130,8 @@ def even_attention(
     tokens : int
         What each head holds, at least one.
     scaling : float
+    key_scales, value_scales : Tensor[slots], optional
+        See `decode_attention`.
 
     Returns
     -------
@@ -123,7 +141,12 @@ def even_attention(
     (bucket,) = layout.buckets
     packed = query.reshape(bucket.count, -1, size)
     k, v = bucket.view(keys, tokens), bucket.view(values, tokens)
-    return fused_attention(packed, k, v, None, scaling).reshape(batch, 1, heads, -1)
+    if key_scales is None and value_scales is None:
+        out = fused_attention(packed, k, v, None, scaling)
+    else:
+        scales = _scales(bucket, tokens, key_scales, value_scales)
+        out, _, _ = _explicit(packed, k, v, scales, None, scaling, None, None)
+    return out.reshape(batch, 1, heads, -1)
 
 
 def _calls(layout: RaggedLayout, used: Sequence[int], query: torch.Tensor) -> Iterator[Bucket]:
@@ -181,23 +204,82 @@ def _sink(
     ]
 
 
+def _scales(
+    bucket: Bucket,
+    longest: int,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> Scales:
+    """Scales of the keys and of the values of a bucket, `[count, longest]` each."""
+    keys, values = (
+        None if x is None else bucket.view(x, longest) for x in (key_scales, value_scales)
+    )
+    return keys, values
+
+
+def _queries(x: torch.Tensor | None, some: slice) -> torch.Tensor | None:
+    """Part of a Tensor `[count, 1 or G * T, ...]` that is about some of the queries."""
+    return x if x is None or x.shape[1] == 1 else x[:, some]
+
+
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # The smallest finite number, not -inf: a row that sees nothing must not become NaN.
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return bias.masked_fill_(~visible, torch.finfo(dtype).min)[None]
 
 
+def _in_parts(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scales: Scales,
+    visible: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sink: torch.Tensor | None,
+    received: torch.Tensor | None,
+    query_weight: torch.Tensor | None,
+    *,
+    with_sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend with few enough queries at once: output, and logsumexp if it is asked for.
+
+    What tokens receive is added to `received`, `[count, longest]`, with a weight for each query,
+    `[G * T]`.
+
+    Returns
+    -------
+    Tensor[count, G * T, D_v]
+    Tensor[count, G * T] or None
+    """
+    at_once = max(1, _LOGITS // max(1, k.shape[0] * k.shape[1]))
+    outs, totals = [], []
+    for first in range(0, q.shape[1], at_once):
+        some = slice(first, first + at_once)
+        seen, ends = (_queries(x, some) for x in (visible, sink))
+        out, weights, logits = _explicit(q[:, some], k, v, scales, seen, scaling, softcap, ends)
+        outs.append(out)
+        if with_sums:
+            totals.append(_logsumexp(logits))
+        if received is not None:
+            if query_weight is not None:
+                weights = weights * query_weight[some, None]
+            received.add_(weights.sum(1))
+    return torch.cat(outs, 1), torch.cat(totals, 1) if with_sums else None
+
+
 def _explicit(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    scales: Scales,
     visible: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
     sink: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax attention, its weights `[count, G * T, longest]` and all its logits in float32."""
-    logits = torch.bmm(q, k.transpose(1, 2)).float() * scaling
+    logits = key_products(q, k, scales[0]).mul_(scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
@@ -210,7 +292,7 @@ def _explicit(
     if visible is not None:
         # A query that sees nothing (padding) would otherwise spread its weight over the filler.
         weights = weights.masked_fill(~visible, 0.0)
-    return torch.bmm(weights.to(v.dtype), v), weights, logits
+    return value_products(weights, v, scales[1], q.dtype), weights, logits
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:

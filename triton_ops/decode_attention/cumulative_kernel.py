@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2_E, NOTHING, Tile, load_rows, parts, tile_logits
-from .chunk_kernel import load_chunk, load_queries
+from ..tiles import LOG2_E, NOTHING, UPCAST, Tile, load_rows, parts, tile_logits
+from .chunk_kernel import load_chunk, load_pool, load_queries, load_scales
 from .work import Work
 
 
@@ -39,13 +39,15 @@ def received(logits, lse, asking, factor, query_positions, positions, slot, used
     return tl.sum(weights * factor[:, None], 0)
 
 
-@triton.jit(do_not_specialize=["chunk", "steps"])
+@triton.jit(do_not_specialize=["chunk", "steps", "scales_stride"])
 def cumulative_kernel(
     cumulative_attention,
     attention_weight,
     query,
     keys,
     positions,
+    key_scales,
+    scales_stride,
     query_positions,
     start,
     length,
@@ -71,6 +73,8 @@ def cumulative_kernel(
     """
     head, first, end, _ = load_chunk(items, tl.program_id(0), start, length, chunk)
     rows = group * steps
+    # As queries are loaded.
+    TYPE: tl.constexpr = tl.float32 if UPCAST else query.dtype.element_ty
     if ONE_TILE:
         row, place, real, q = load_queries(query, head, 0, rows, D, BLOCK_M, BLOCK_D)
         q_rest = None
@@ -82,12 +86,13 @@ def cumulative_kernel(
     for at in tl.range(first, end, BLOCK_N):
         slot = at + tl.arange(0, BLOCK_N)
         used = slot < end
-        k = load_rows(keys, slot, used, D, BLOCK_D)
+        k = load_pool(keys, key_scales, slot, used, TYPE, D, BLOCK_D)
         k_rest = None
         if BLOCK_REST > 0:
-            k_rest = load_rows(keys, slot, used, D, BLOCK_REST, BLOCK_D)
+            k_rest = load_pool(keys, key_scales, slot, used, TYPE, D, BLOCK_REST, BLOCK_D)
+        key_scale = load_scales(key_scales, scales_stride, slot, used)
         if ONE_TILE:
-            logits = tile_logits(q, k, scale, softcap, q_rest, k_rest)
+            logits = tile_logits(q, k, scale, softcap, q_rest, k_rest, key_scale)
             added = received(logits, lse, asking, factor, query_positions, positions, slot, used)
         else:
             added = tl.zeros([BLOCK_N], tl.float32)
@@ -96,7 +101,7 @@ def cumulative_kernel(
                 q_rest = None
                 if BLOCK_REST > 0:
                     q_rest = load_rows(query, place, real, D, BLOCK_REST, BLOCK_D)
-                logits = tile_logits(q, k, scale, softcap, q_rest, k_rest)
+                logits = tile_logits(q, k, scale, softcap, q_rest, k_rest, key_scale)
                 lse, asking, factor = load_asking(
                     row, real, attention_weight, query_positions, logsumexp, head, heads, group,
                     steps,
@@ -114,6 +119,7 @@ def add_received_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     positions: torch.Tensor,
+    key_scales: torch.Tensor | None,
     query_positions: torch.Tensor | None,
     start: torch.Tensor,
     length: torch.Tensor,
@@ -126,7 +132,7 @@ def add_received_attention(
     """Add attention probabilities to `cumulative_attention`; see `decode_attention`."""
     _, kv_heads, group, steps, head_size = query.shape
     block, rest = parts(head_size)
-    tile = Tile.of(keys.dtype, group * steps, block + rest)
+    tile = Tile.of(query.dtype, group * steps, block + rest)
     one_tile = group * steps <= tile.m
     cumulative_kernel[(plan.count,)](
         cumulative_attention,
@@ -134,6 +140,8 @@ def add_received_attention(
         query,
         keys,
         positions,
+        key_scales,
+        1 if key_scales is None else key_scales.stride(0),
         query_positions,
         start,
         length,

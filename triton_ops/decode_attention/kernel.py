@@ -48,6 +48,9 @@ def attend_own(
     keys,
     values,
     positions,
+    key_scales,
+    value_scales,
+    scales_stride,
     query_positions,
     start,
     length,
@@ -85,7 +88,8 @@ def attend_own(
         # A padding row asks at -1 and sees nothing.
         asking = tl.load(query_positions + head // heads * steps + row % steps, mask=real, other=-1)
     out, lse = attend_chunk(
-        q, q_rest, asking, keys, values, positions, begin, end, scale, softcap,
+        q, q_rest, asking, keys, values, positions, key_scales, value_scales, scales_stride,
+        begin, end, scale, softcap,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
     )  # fmt: skip
     store_partial(partial_out, partial_lse, partial.to(tl.int64) * rows + row, real, out, lse, DV)
@@ -102,6 +106,7 @@ def attend_own(
 @triton.jit(
     do_not_specialize=[
         "chunk", "rows", "steps", "tiles", "prefix_chunk", "prefix_programs", "prefix_tiles",
+        "scales_stride",
     ]
 )  # fmt: skip
 def attend_kernel(
@@ -109,6 +114,9 @@ def attend_kernel(
     keys,
     values,
     positions,
+    key_scales,
+    value_scales,
+    scales_stride,
     query_positions,
     start,
     length,
@@ -129,6 +137,8 @@ def attend_kernel(
     logsumexp,
     prefix_keys,
     prefix_values,
+    prefix_key_scales,
+    prefix_value_scales,
     prefix_start,
     prefix_length,
     prefix_items,
@@ -159,7 +169,8 @@ def attend_kernel(
         if program < prefix_programs:
             attend_prefix(
                 program // prefix_tiles, program % prefix_tiles, query,
-                prefix_keys, prefix_values, prefix_start, prefix_length, prefix_items,
+                prefix_keys, prefix_values, prefix_key_scales, prefix_value_scales, scales_stride,
+                prefix_start, prefix_length, prefix_items,
                 prefix_members, prefix_first, first, partial_out, partial_lse,
                 scale, softcap, prefix_chunk, heads, rows,
                 D, DV, BLOCK_P, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
@@ -167,7 +178,8 @@ def attend_kernel(
         program -= prefix_programs
     if own:
         attend_own(
-            program // tiles, program % tiles, query, keys, values, positions, query_positions,
+            program // tiles, program % tiles, query, keys, values, positions,
+            key_scales, value_scales, scales_stride, query_positions,
             start, length, items, partial_out, partial_lse, first, arrivals, s_aux, joined,
             logsumexp, scale, softcap, chunk, heads, rows, steps,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV, BLOCK_S,
@@ -183,6 +195,8 @@ def decode_attention_triton(
     layout: RaggedLayout,
     length: torch.Tensor,
     *,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
@@ -201,11 +215,13 @@ def decode_attention_triton(
     block, rest = parts(head_size, value_size if any(latents) else 0)
     value_block = block if any(latents) else block_d(value_size)
     columns = (block + rest,) if all(latents) else (block + rest, value_block)
-    tile = Tile.of(keys.dtype, rows, *columns)
+    codes = key_scales is not None or value_scales is not None
+    tile = Tile.of(query.dtype, rows, *columns, codes=codes)
     # One launch has one number of warps: that of the larger tile.
-    wide = Tile.of(keys.dtype, rows * most, *columns)
+    wide = Tile.of(query.dtype, rows * most, *columns, codes=codes)
     tiles, wide_tiles = blocks(rows, tile.m), blocks(rows * most, wide.m)
     plan = work(layout, tiles, device, prefix, wide_tiles)
+    scales = _scale_arguments(key_scales, value_scales, prefix)
     query = query.contiguous()
     start, length = layout.start_on(device), send(length, device)
     if query_positions is not None:
@@ -224,6 +240,7 @@ def decode_attention_triton(
             keys,
             None if latents[0] else values,
             positions,
+            *scales,
             query_positions,
             start,
             length,
@@ -261,6 +278,7 @@ def decode_attention_triton(
             query,
             keys,
             positions,
+            key_scales,
             query_positions,
             start,
             length,
@@ -283,14 +301,34 @@ def _are_latents(keys: torch.Tensor, values: torch.Tensor) -> bool:
     return latents
 
 
+def _scale_arguments(
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+    prefix: SharedPrefix | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """Scales of keys and values, and the numbers from one slot to the next in all of them."""
+    pairs = [(key_scales, value_scales)]
+    if prefix is not None:
+        pairs.append((prefix.key_scales, prefix.value_scales))
+    strides = {x.stride(0) for pair in pairs for x in pair if x is not None}
+    if len(strides) > 1 or len({tuple(x is None for x in pair) for pair in pairs}) > 1:
+        raise ValueError(
+            "decode_attention: expected scales of the same strides for the same fields of pool "
+            f"and prefix, got strides {sorted(strides)}."
+        )
+    return key_scales, value_scales, max(strides, default=1)
+
+
 def _prefix_arguments(
     prefix: SharedPrefix | None, plan: PrefixWork | None, tiles: int, latents: bool
 ) -> tuple[object, ...]:
     if prefix is None or plan is None:
-        return (None,) * 10
+        return (None,) * 12
     return (
         prefix.keys,
         None if latents else prefix.values,
+        prefix.key_scales,
+        prefix.value_scales,
         plan.start,
         plan.length,
         plan.items,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..fp8.reference import dequantise_reference
 from ..layout import RaggedLayout
 
 
@@ -15,6 +16,8 @@ def decode_attention_reference(
     layout: RaggedLayout,
     length: torch.Tensor,
     *,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
@@ -25,6 +28,7 @@ def decode_attention_reference(
 ) -> torch.Tensor:
     """See `triton_ops.decode_attention.decode_attention`; a query that sees nothing yields 0."""
     batch, kv_heads, group, steps, _ = query.shape
+    keys, values = in_full(keys, key_scales, query), in_full(values, value_scales, query)
     out = query.new_zeros(batch, steps, kv_heads * group, values.shape[-1])
     for row in range(batch):
         for head in range(kv_heads):
@@ -43,6 +47,13 @@ def decode_attention_reference(
                 each = 1.0 if attention_weight is None else attention_weight[:, None]
                 cumulative_attention[own] += (weights * each).sum((0, 1))
     return out
+
+
+def in_full(rows: torch.Tensor, scales: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
+    """Return keys or values as numbers, Tensor[slots, D]; see `triton_ops.fp8`."""
+    if scales is None:
+        return rows
+    return dequantise_reference(rows, scales, torch.promote_types(query.dtype, torch.float32))
 
 
 def attend(

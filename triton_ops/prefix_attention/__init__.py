@@ -23,6 +23,8 @@ def prefix_attention(
     length: torch.Tensor,
     *,
     device_length: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
@@ -42,8 +44,8 @@ def prefix_attention(
         Post-RoPE queries, the `G` query heads of a group beside the KV head that they read.
     prefix : SharedPrefix
         Every query sees all of it.
-    keys, values, positions, layout, length, device_length
-        The rows' own tokens, as in `decode_attention`.
+    keys, values, positions, layout, length, device_length, key_scales, value_scales
+        The rows' own tokens, as in `decode_attention`; with scales if the prefix has some.
     query_positions, scaling, softcap, s_aux, logsumexp
         As in `decode_attention`.
 
@@ -69,13 +71,15 @@ def prefix_attention(
             "for causality, got None."
         )
     settings: dict[str, Any] = dict(
+        key_scales=key_scales,
+        value_scales=value_scales,
         query_positions=query_positions,
         scaling=scaling,
         softcap=softcap,
         s_aux=s_aux,
         logsumexp=logsumexp,
     )
-    if uses_triton(keys):
+    if uses_triton(query):
         from ..decode_attention.kernel import decode_attention_triton
 
         return decode_attention_triton(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..decode_attention.cpu import decode_attention_cpu
+from ..decode_attention.products import key_products, value_products
 from ..layout import RaggedLayout, SharedPrefix
 from ..merge_state.reference import merge_state_reference
 
@@ -18,6 +19,8 @@ def prefix_attention_cpu(
     layout: RaggedLayout,
     length: torch.Tensor,
     *,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
@@ -34,6 +37,8 @@ def prefix_attention_cpu(
         positions,
         layout,
         length,
+        key_scales=key_scales,
+        value_scales=value_scales,
         query_positions=query_positions,
         scaling=scaling,
         softcap=softcap,
@@ -64,14 +69,20 @@ def _shared(
             if not used or begin == end:
                 continue
             own = slice(starts[index][head], starts[index][head] + used)
-            logits = (query[rows, head].reshape(-1, size) @ prefix.keys[own].T).float() * scaling
+            keys, values = prefix.keys[None, own], prefix.values[None, own]
+            key_scales, value_scales = (
+                None if x is None else x[None, own]
+                for x in (prefix.key_scales, prefix.value_scales)
+            )
+            asking = query[rows, head].reshape(1, -1, size)
+            logits = key_products(asking, keys, key_scales)[0].mul_(scaling)
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             # softmax and logsumexp in one: over a long prefix each pass over the logits counts.
             top = logits.amax(-1, keepdim=True)
             weights = logits.sub_(top).exp_()
             weight = weights.sum(-1, keepdim=True)
-            part = weights.to(prefix.values.dtype) @ prefix.values[own] / weight
+            part = value_products(weights[None], values, value_scales, query.dtype)[0] / weight
             out[rows, head] = part.view(-1, group, steps, value_size).to(out.dtype)
             total[rows, head] = (top + weight.log()).view(-1, group, steps)
     # [B, H_kv, G, T, ...] -> [B, T, H_q, ...]

@@ -16,6 +16,9 @@ def attend_prefix(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
+    scales_stride,
     start,
     length,
     items,
@@ -56,7 +59,8 @@ def attend_prefix(
     # A tile beyond the queries of this prefix has nothing to read.
     end = tl.where(tile * BLOCK_M < queries, end, begin)
     out, lse = attend_chunk(
-        q, q_rest, None, keys, values, None, begin, end, scale, softcap,
+        q, q_rest, None, keys, values, None, key_scales, value_scales, scales_stride,
+        begin, end, scale, softcap,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
     )  # fmt: skip
     partial = tl.load(first + own_head, mask=real, other=0).to(tl.int64) + number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..decode_attention.reference import attend
+from ..decode_attention.reference import attend, in_full
 from ..layout import RaggedLayout, SharedPrefix
 
 
@@ -17,6 +17,8 @@ def prefix_attention_reference(
     layout: RaggedLayout,
     length: torch.Tensor,
     *,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     query_positions: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
@@ -25,13 +27,16 @@ def prefix_attention_reference(
 ) -> torch.Tensor:
     """See `triton_ops.prefix_attention.prefix_attention`; who sees nothing yields 0."""
     batch, kv_heads, group, steps, _ = query.shape
+    keys, values = in_full(keys, key_scales, query), in_full(values, value_scales, query)
+    shared_keys = in_full(prefix.keys, prefix.key_scales, query)
+    shared_values = in_full(prefix.values, prefix.value_scales, query)
     out = query.new_zeros(batch, steps, kv_heads * group, values.shape[-1])
     for row in range(batch):
         for head in range(kv_heads):
             own = layout.head(row, head, length)
             shared = prefix.layout.head(int(prefix.owner[row]), head, prefix.length)
-            k = torch.cat([prefix.keys[shared], keys[own]])
-            v = torch.cat([prefix.values[shared], values[own]])
+            k = torch.cat([shared_keys[shared], keys[own]])
+            v = torch.cat([shared_values[shared], values[own]])
             visible = torch.ones(steps, len(k), dtype=torch.bool, device=k.device)
             if query_positions is not None:
                 behind = visible[:, shared.stop - shared.start :]

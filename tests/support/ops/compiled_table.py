@@ -39,7 +39,7 @@ def rows(case: str, capability: int) -> dict[str, str]:
     return {
         each.name: f"{each.registers} / {each.shared / 1024:.0f} / {each.programs(capability)}"
         for each in compiled(case, capability)
-        if each.name in SHOWN and each.types["keys"] != "*fp32"
+        if each.name in SHOWN and each.types.get("query", each.types["keys"]) != "*fp32"
     }
 
 

@@ -13,11 +13,20 @@ def pool(dtype, head_size):
     return keys, values, torch.empty(layout.slots, dtype=torch.int32), layout, layout.capacity
 
 
-def decode(dtype, head_size, group, steps=1, extras=False):
+def of_codes(dtype, codes):
+    """Scales of the keys and values of a pool, which are columns of one field; or none."""
+    if not codes:
+        return {}
+    slots = BATCH * KV_HEADS * CAPACITY
+    keys, values = torch.empty(slots, 2, dtype=dtype).unbind(-1)
+    return {"key_scales": keys, "value_scales": values}
+
+
+def decode(dtype, head_size, group, steps=1, extras=False, codes=False):
     """Launch what `decode_attention` launches, with or without all that is optional."""
     from triton_ops.decode_attention.kernel import decode_attention_triton
 
-    keys, values, positions, layout, length = pool(dtype, head_size)
+    keys, values, positions, layout, length = pool(torch.uint8 if codes else dtype, head_size)
     decode_attention_triton(
         torch.empty(BATCH, KV_HEADS, group, steps, head_size, dtype=dtype),
         keys,
@@ -32,6 +41,7 @@ def decode(dtype, head_size, group, steps=1, extras=False):
         cumulative_attention=torch.empty(layout.slots) if extras else None,
         attention_weight=torch.empty(steps) if extras else None,
         logsumexp=None,
+        **of_codes(dtype, codes),
     )
 
 
@@ -61,16 +71,17 @@ def latents(dtype, heads, steps=1, extras=False, apart=False):
     )
 
 
-def branches(dtype, head_size, group, count):
+def branches(dtype, head_size, group, count, codes=False):
     """Launch what `prefix_attention` launches for one prefix, and what `merge_state` does."""
     from triton_ops.decode_attention.kernel import decode_attention_triton
     from triton_ops.merge_state.kernel import merge_state_triton
 
-    keys, values, positions, _, _ = pool(dtype, head_size)
+    keys, values, positions, _, _ = pool(torch.uint8 if codes else dtype, head_size)
+    scales = of_codes(dtype, codes)
     layout = RaggedLayout(torch.full((count, KV_HEADS), 64))
     shared = RaggedLayout(torch.full((1, KV_HEADS), CAPACITY))
     prefix = SharedPrefix(
-        keys, values, shared, shared.capacity, torch.zeros(count, dtype=torch.long)
+        keys, values, shared, shared.capacity, torch.zeros(count, dtype=torch.long), **scales
     )
     out = decode_attention_triton(
         torch.empty(count, KV_HEADS, group, 1, head_size, dtype=dtype),
@@ -87,6 +98,7 @@ def branches(dtype, head_size, group, count):
         attention_weight=None,
         logsumexp=None,
         prefix=prefix,
+        **scales,
     )
     merge_state_triton(out, out[..., 0], out, out[..., 0])
 
@@ -144,6 +156,24 @@ def one_token(dtype, head_size, group=0, fields=2):
     append_triton((*held, positions), layout.start, length, (new,) * fields, 7, asked)
 
 
+def one_token_in_codes(dtype, head_size):
+    """Launch what turns a token into codes, and what appends these."""
+    from triton_ops.append.kernel import append_triton
+    from triton_ops.fp8.kernel import quantise_triton
+
+    keys, values, positions, layout, length = pool(torch.uint8, head_size)
+    fields = (keys, values, torch.empty(layout.slots, 2, dtype=dtype), positions)
+    codes, scales = quantise_triton(torch.empty(BATCH, KV_HEADS, 1, head_size, dtype=dtype))
+    append_triton(fields, layout.start, length, (codes, codes, torch.stack([scales] * 2, -1)), 7)
+
+
+def prompt_in_codes(dtype, head_size):
+    """Launch what turns a prompt into codes."""
+    from triton_ops.fp8.kernel import quantise_triton
+
+    quantise_triton(torch.empty(BATCH, KV_HEADS, CAPACITY, head_size, dtype=dtype))
+
+
 def formula():
     """Launch what `find_repeats` and `rkv_scores` launch."""
     from triton_ops.rkv.kernel import find_repeats_triton, rkv_scores_triton
@@ -186,12 +216,23 @@ CASES = {
     "decode: latents, 128 heads": (1, lambda: latents(torch.bfloat16, 128)),
     "decode: latents, values apart": (1, lambda: latents(torch.bfloat16, 16, apart=True)),
     "decode: latents, float32": (1, lambda: latents(torch.float32, 16, extras=True)),
+    "decode: Llama 8B, fp8": (2, lambda: decode(torch.bfloat16, 128, 4, codes=True)),
+    "decode: fp8, all extras": (
+        2,
+        lambda: decode(torch.float16, 128, 4, extras=True, codes=True),
+    ),
+    "decode: fp8, float32": (2, lambda: decode(torch.float32, 128, 4, codes=True)),
     "draft of 8": (1, lambda: decode(torch.bfloat16, 128, 4, steps=8)),
     "second turn": (1, lambda: decode(torch.bfloat16, 128, 4, steps=64, extras=True)),
     "second turn: size 256": (1, lambda: decode(torch.bfloat16, 256, 4, steps=64)),
     "second turn: size 512": (1, lambda: decode(torch.bfloat16, 512, 8, steps=64)),
     "second turn: latents": (1, lambda: latents(torch.bfloat16, 16, steps=64)),
     "second turn: float32": (1, lambda: decode(torch.float32, 256, 4, steps=64, extras=True)),
+    "second turn: fp8": (
+        1,
+        lambda: decode(torch.bfloat16, 128, 4, steps=64, extras=True, codes=True),
+    ),
+    "16 branches, fp8": (1, lambda: branches(torch.bfloat16, 128, 4, 16, codes=True)),
     "16 branches": (1, lambda: branches(torch.bfloat16, 128, 4, 16)),
     "64 branches: size 256": (1, lambda: branches(torch.bfloat16, 256, 2, 64)),
     "64 branches: size 512": (1, lambda: branches(torch.bfloat16, 512, 8, 64)),
@@ -215,6 +256,10 @@ CASES = {
     "R-KV formula": (2, formula),
     "layers at once": (2, lambda: layers_at_once(torch.bfloat16, 128)),
     "layers at once: float32, size 80": (2, lambda: layers_at_once(torch.float32, 80)),
+    "quantise": (2, lambda: prompt_in_codes(torch.bfloat16, 128)),
+    "quantise: float32, size 96": (2, lambda: prompt_in_codes(torch.float32, 96)),
+    "append: fp8": (2, lambda: one_token_in_codes(torch.bfloat16, 128)),
+    "append: fp8, float16": (2, lambda: one_token_in_codes(torch.float16, 80)),
     "append": (2, lambda: one_token(torch.bfloat16, 128)),
     "append: size 512": (2, lambda: one_token(torch.bfloat16, 512)),
     "append: queries": (2, lambda: one_token(torch.bfloat16, 128, group=4)),

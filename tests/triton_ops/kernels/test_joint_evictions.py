@@ -34,8 +34,9 @@ def outcome(model, inputs, device, **settings):
         slots, offset = pool.slots(torch.arange(pool.length.shape[0]))
         order = pool.take("positions", slots).argsort(-1)
         for name in [name for name in pool.fields if name not in ("keys", "values")]:
-            field = pool.take(name, slots).masked_fill(offset < 0, 0)
-            notes.append(field.gather(-1, order).cpu())
+            # Scales are two numbers per token.
+            for part in pool.take(name, slots)[..., None].flatten(3).unbind(-1):
+                notes.append(part.masked_fill(offset < 0, 0).gather(-1, order).cpu())
         assert torch.equal(pool.device_length.cpu(), pool.length)
     held = [cache.held_positions(layer.index) for layer in cache.own_layers]
     return tokens.cpu(), held, report.evictions, report.evicted, notes
@@ -48,11 +49,15 @@ def same(one, other):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scorer", [RKV(), SnapKV(), KeyNorm()], ids=repr)
-def test_it_is_what_the_layers_do_alone(scorer, device, evicted, monkeypatch):
+@pytest.mark.parametrize(
+    ("scorer", "storage"),
+    [(RKV(), None), (SnapKV(), None), (KeyNorm(), None), (RKV(), "fp8"), (KeyNorm(), "fp8-values")],
+    ids=repr,
+)
+def test_it_is_what_the_layers_do_alone(scorer, storage, device, evicted, monkeypatch):
     model, inputs = small_llama().to(device), prompt(tokens=11, padding=(0, 3))
     inputs = {name: each.to(device) for name, each in inputs.items()}
-    settings = SETTINGS | dict(scorer=scorer)
+    settings = SETTINGS | dict(scorer=scorer, storage=storage)
     together = outcome(model, inputs, device, **settings)
     assert [layers for layers, _ in evicted] == [[0, 1]] * len(evicted)
     assert {tuple(rows) for _, rows in evicted} == {(0,), (1,)}, "rows are due at their own steps"
