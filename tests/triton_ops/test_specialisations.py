@@ -88,7 +88,7 @@ def token(rows, places=5, column=7):
     new = torch.empty(rows, HEADS, 1, SIZE, dtype=torch.bfloat16)
     asked = torch.empty(rows, 2 * HEADS, places, SIZE).bfloat16(), new.repeat(1, 2, 1, 1)
     pool = keys, torch.empty_like(keys), torch.empty(layout.slots, dtype=torch.int32)
-    append_triton(pool, layout.start, layout.capacity, new, new, column, asked)
+    append_triton(pool, layout.start, layout.capacity, (new, new), column, asked)
 
 
 def branch(count, capacity=1152):
