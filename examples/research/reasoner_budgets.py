@@ -250,17 +250,17 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 ARMS = [
-    "full::20",
-    "R-KV, profile:192:20",
-    "R-KV, profile:224:20",
+    "full::50",
+    "R-KV, profile:192:50",
+    "R-KV, profile:224:50",
     "R-KV, own profile:224:20",
-    "R-KV:224:20",
+    "R-KV:224:50",
     "SnapKV, profile:224:20",
     "H2O, profile:224:20",
     "windows, profile:224:20",
     f"{MORE_WINDOWS}:224:20",
-    "random, profile:224:20",
-    "R-KV, profile:256:20",
+    "random, profile:224:50",
+    "R-KV, profile:256:50",
 ]
 """Those of the published table."""
 
