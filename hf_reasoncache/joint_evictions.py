@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hf_reasoncache.layer import CacheLayer
-from hf_reasoncache.policies.base import RowState
+from hf_reasoncache.policies.base import RowState, of_rows
 from hf_reasoncache.precision import without_autocast
 from hf_reasoncache.scorers.base import HeldTokens
 from hf_reasoncache.storage.pool_store import SCORER_STATE
@@ -86,8 +86,8 @@ class JointEvictions:
         mine, *others = (_state(layer) for layer in layers)
         state, span = mine.join(others, rows, layers[0].seen)
         policy, pools = state.policy, self._pools_of(number, layers)
-        length = torch.cat([layer.store.length[rows] for layer in layers])
-        start = torch.cat([layer.store.tokens.layout.start[rows] for layer in layers])
+        length = of_rows([layer.store.length for layer in layers], rows)
+        start = of_rows([layer.store.tokens.layout.start for layer in layers], rows)
         # 1. What the host knows is sent at once.
         heads = start.shape[1]
         pool = torch.arange(len(layers), device="cpu").repeat_interleave(len(rows))
@@ -126,9 +126,9 @@ class JointEvictions:
         if held.scorer_state is not None:
             tokens.write(SCORER_STATE, held.scorer_state)
         tokens.compact(keep, stays)
-        counts = zip(layers, length.split(len(rows)), kept.split(len(rows)), strict=True)
-        for layer, count, left in counts:
-            layer.evicted_elsewhere(rows, count, left)
+        gone = (length - kept).view(len(layers), -1).sum(-1).tolist()
+        for layer, left, count in zip(layers, kept.split(len(rows)), gone, strict=True):
+            layer.evicted_elsewhere(rows, left, count)
 
     def _pools_of(self, number: int, layers: Sequence[CacheLayer]) -> Pools:
         """Return where the pools of some layers lie; looked up again when one has moved."""
@@ -165,6 +165,6 @@ def _state(layer: CacheLayer) -> RowState:
 
 def _row_bytes(layer: CacheLayer) -> int:
     """Bytes of what scorers see of one row at once: its keys."""
-    pool, length = layer.store.tokens, layer.store.length
+    pool = layer.store.tokens
     widest = max(field.shape[1:].numel() for field in pool.held_fields.values())
-    return int(length.max()) * length.shape[1] * widest * layer.dtype.itemsize
+    return pool.longest * pool.length.shape[1] * widest * layer.dtype.itemsize

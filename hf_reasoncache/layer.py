@@ -541,15 +541,13 @@ class CacheLayer(CacheLayerMixin):
         self.queries.resize(self.query_columns)
         self._fit(columns)
 
-    def evicted_elsewhere(
-        self, rows: torch.Tensor, count: torch.Tensor, kept: torch.Tensor
-    ) -> None:
-        """Take note that the pool's rows kept `kept` of `count` tokens, LongTensor[R, H_kv]."""
+    def evicted_elsewhere(self, rows: torch.Tensor, kept: torch.Tensor, gone: int) -> None:
+        """Take note that rows kept so many tokens, LongTensor[R, H_kv], and `gone` went in all."""
         pool = self.store.tokens
         pool.note_length(pool.length.index_put((rows,), kept))
         self.store.forget_order()
         self.evictions += rows.numel()
-        self.evicted += int((count - kept).sum())
+        self.evicted += gone
         self.queries.resize(self.query_columns)
         self._fit(self.seen)
 

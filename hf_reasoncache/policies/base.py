@@ -363,6 +363,13 @@ class Policy(Protocol):
         """
 
 
+def of_rows(tensors: Sequence[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """Join what some rows, in order, have in several layers: `[B, ...]` each to `[L * R, ...]`."""
+    if len(rows) < len(tensors[0]):
+        tensors = [tensor[rows] for tensor in tensors]
+    return torch.cat([*tensors])
+
+
 def grown_protection(
     protection: Protection | None, prompt: PromptRows, before: RowProtection | None
 ) -> RowProtection | None:

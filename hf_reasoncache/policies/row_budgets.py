@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from hf_reasoncache.budgets.heads import head_budgets
-from hf_reasoncache.policies.base import Counts, EvictionSpan, RowState
+from hf_reasoncache.policies.base import Counts, EvictionSpan, RowState, of_rows
 from hf_reasoncache.policies.plan import EvictionPlan, Positions, ranked
 from hf_reasoncache.protection import RowProtection
 
@@ -95,7 +95,7 @@ class RowBudgets(RowState):
         states = [self, *others]
 
         def of_all(name: str) -> torch.Tensor:
-            return torch.cat([getattr(each, name)[rows] for each in states])
+            return of_rows([getattr(each, name) for each in states], rows)
 
         first = of_all("first")
         joined = replace(
