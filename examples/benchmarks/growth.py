@@ -97,9 +97,8 @@ def filled(count: int) -> PoolStore:
     store = PoolStore()
     new = new_tokens(count)
     store.begin(new, count)
-    store.allocate(torch.full((1, HEADS), count), new).append(
-        new.keys, new.values, torch.arange(count)
-    )
+    fields = store.form.fields(new.keys, new.values)
+    store.allocate(torch.full((1, HEADS), count), new).append(fields, torch.arange(count))
     return store
 
 

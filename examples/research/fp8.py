@@ -18,19 +18,11 @@ import torch
 from transformers import DynamicCache, PretrainedConfig, QuantizedCache
 
 from examples.real_model.model import SENSITIVITY, load
-from examples.real_model.perplexity import (
-    BLOCK,
-    CHUNK,
-    TOPICS,
-    difference,
-    forwards,
-    full_forwards,
-    losses,
-    texts,
-)
+from examples.real_model.perplexity import TOPICS, difference, full_forwards, texts
 from examples.research.arguments import parse, real_parser
 from examples.research.tables import publish, versions
 from hf_reasoncache import ReasonAllocCache
+from hf_reasoncache.evaluation.fidelity import BLOCK, CHUNK, forwards, losses
 from hf_reasoncache.scorers import make_scorer
 from hf_reasoncache.storage.pool_store import distinct_bytes
 from hf_reasoncache.storage.tables import tensors_of

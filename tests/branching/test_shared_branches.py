@@ -388,8 +388,8 @@ def test_suffix_that_cannot_be(llama, suffix, words):
 def test_policy_names_an_argument_that_there_is_not():
     with pytest.raises(TypeError, match="windows"):
         ReasonAllocCache.policy(budget=64, windows=3)
-    with pytest.raises(TypeError, match="budget"):
-        ReasonAllocCache.policy()
+    with refused("expected either budget or ratio, got none"):
+        ReasonAllocCache.policy()(build("llama").config)
     assert SlidingWindowCompressCache.policy().settings == {}
 
 

@@ -358,7 +358,7 @@ def test_the_cache_takes_a_profile_a_directory_or_a_list(tmp_path: Path) -> None
 
     def budgets(profile: Any) -> list[int]:
         cache = ReasonAllocCache(config, budget=64, profile=profile)
-        return [layer.policy.layer_budget(10) for layer in cache.layers]
+        return [layer.policy.layer_budget(10, 40) for layer in cache.layers]
 
     expected = PROFILE.layer_budgets(64, floor=18)
     assert budgets(PROFILE) == budgets(tmp_path) == budgets(str(tmp_path)) == expected
@@ -373,7 +373,7 @@ def test_hybrid_models(tmp_path: Path) -> None:
         geometry=geometry, demand=(1, 3), standard_error=(0, 0), head_demand=None, statistics={}
     )
     cache = ReasonAllocCache(config, budget=64, profile=profile)
-    budgets = [cache.layers[index].policy.layer_budget(0) for index in (0, 2)]
+    budgets = [cache.layers[index].policy.layer_budget(0, 40) for index in (0, 2)]
     assert budgets == profile.layer_budgets(64, floor=8)
 
 

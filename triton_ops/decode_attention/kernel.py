@@ -17,7 +17,8 @@ from .work import PrefixWork, work
 
 JOINED = 16
 """Queries of a head up to which the launch that attends joins the partial results itself: one tile
-of them. One program does it for all, where the launch of its own has a program for each."""
+of them. One program does it for all, where the launch of its own has a program for each. Codes are
+joined by that launch always: widening them takes the registers."""
 
 
 @triton.jit
@@ -232,7 +233,7 @@ def decode_attention_triton(
         logsumexp = query.new_empty(out.shape[:-1], dtype=torch.float32)
     partial_out = query.new_empty(plan.partials, rows, value_size, dtype=torch.float32)
     partial_lse = query.new_empty(plan.partials, rows, dtype=torch.float32)
-    joins = plan.arrivals is not None and rows <= JOINED
+    joins = plan.arrivals is not None and rows <= JOINED and not codes
     if plan.partials:
         shared = 0 if plan.prefix is None else plan.prefix.count * wide_tiles
         attend_kernel[(shared + plan.count * tiles,)](
