@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    DynamicCache,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from examples.research.architectures import REFUSED, WORKS, examine
 from hf_reasoncache import ReasonAllocCache
@@ -25,6 +31,8 @@ from tests.support.models import SHAPE
     ],
 )
 def test_architectures_answer_as_with_the_full_cache_or_are_refused(name, outcome):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know {name}")
     found = examine(name)
     assert found.outcome == outcome, found
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from hf_reasoncache.releases import cache_kwarg
 from tests.support.caches import KINDS, exact_cache
@@ -16,6 +18,9 @@ CASES += [("gpt_oss", "four_beams", "fp8-keys"), ("gemma3", "chunked_prefill", "
 
 @pytest.mark.parametrize(("name", "mode", "storage"), CASES)
 def test_tokens_equal_dynamic_cache(name, mode, storage):
+    release = transformers.__version__
+    if name == "minicpm3" and mode == "assisted" and Version(release) < Version("5.23"):
+        pytest.skip(f"MiniCPM3 of transformers {release} cannot be asked about no tokens")
     base = "eager" if name == "gpt_oss" else "sdpa"
     model, arguments = build(name, base), dict(MODES[mode])
     inputs = prompt()

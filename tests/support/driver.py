@@ -28,6 +28,12 @@ def tokens(model, cache, inputs=None, **arguments):
     return model.generate(**(inputs or prompt()), **cache_kwarg(cache), **arguments)
 
 
+def mask_bytes(cache):
+    """Bytes of the attention mask that a cache has kept; older releases give a needless one."""
+    shown = cache.own_layers[0].shown
+    return 0 if shown is None else shown.nbytes
+
+
 class Driver:
     """Feeds a model forward by forward, with the mask and positions that generate would pass."""
 
