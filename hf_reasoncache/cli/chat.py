@@ -9,7 +9,7 @@ import typer
 from transformers import Cache, TextStreamer
 
 from hf_reasoncache.cache import ReasonCache
-from hf_reasoncache.cli.loading import load_model
+from hf_reasoncache.cli.loading import budget_of, load_model
 from hf_reasoncache.cli.options import (
     Buffer,
     Device,
@@ -17,36 +17,26 @@ from hf_reasoncache.cli.options import (
     Dtypes,
     MaxNewTokens,
     Model,
+    OneBudget,
+    OneCache,
     Revision,
+    Temperature,
     Threads,
     Window,
 )
-from hf_reasoncache.evaluation.specs import parse_budget, parse_spec
+from hf_reasoncache.evaluation.specs import parse_spec
 from hf_reasoncache.generation import Conversation, Sampling
 
 
 def chat_command(
     model: Model,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N",
-            help="Tokens per KV head; for sliding-window its bound, or a ratio below 1.",
-            show_default=False,
-        ),
-    ] = None,
-    cache: Annotated[
-        str,
-        typer.Option(metavar="NAME[:SETTING,...]", help="full, or as for evaluate."),
-    ] = "reason-alloc",
+    budget: OneBudget = None,
+    cache: OneCache = "reason-alloc",
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Told to the model first.")
     ] = None,
     max_new_tokens: MaxNewTokens = 4096,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="0 is greedy.", show_default="as the model's generation config says"),
-    ] = None,
+    temperature: Temperature = None,
     window: Window = 8,
     buffer: Buffer = 128,
     revision: Revision = None,
@@ -60,10 +50,7 @@ def chat_command(
     An interrupt (Ctrl-C) ends an answer, and its turn is forgotten.
     """
     spec = parse_spec(cache, window, buffer)
-    if spec.is_full != (budget is None):
-        wanted = "none with the full cache" if spec.is_full else f"one for {spec.name}"
-        raise ValueError(f"--budget: expected {wanted}, got {budget}.")
-    held = None if budget is None else parse_budget(budget, "--budget")
+    held = budget_of(spec, budget)
     drawn = None if temperature is None else Sampling(temperature)
     loaded, tokenizer = load_model(model, revision, dtype, device, threads, spec.attention)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}

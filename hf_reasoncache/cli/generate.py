@@ -13,7 +13,7 @@ import torch
 import typer
 
 from hf_reasoncache.calibration.settings import differences, plain, versions
-from hf_reasoncache.cli.loading import load_model
+from hf_reasoncache.cli.loading import budget_of, load_model
 from hf_reasoncache.cli.options import (
     Buffer,
     Chat,
@@ -21,12 +21,15 @@ from hf_reasoncache.cli.options import (
     Dtype,
     Dtypes,
     Model,
+    OneBudget,
+    OneCache,
     Revision,
+    Temperature,
     Threads,
     Window,
 )
 from hf_reasoncache.evaluation.journal import Journal
-from hf_reasoncache.evaluation.specs import parse_budget, parse_spec
+from hf_reasoncache.evaluation.specs import parse_spec
 from hf_reasoncache.generation import (
     Completion,
     Defaults,
@@ -87,25 +90,11 @@ def generate_command(
             help="What the cache of a batch may take, in each process; GB is 10^9 bytes, GiB 2^30.",
         ),
     ],
-    cache: Annotated[
-        str,
-        typer.Option(metavar="NAME[:SETTING,...]", help="full, or as for evaluate."),
-    ] = "full",
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N",
-            help="Tokens per KV head (for sliding-window its bound), or, below 1, a share of the "
-            "tokens seen.",
-            show_default=False,
-        ),
-    ] = None,
+    cache: OneCache = "full",
+    budget: OneBudget = None,
     samples: Annotated[int, typer.Option(min=1, max=_MOST, help="Answers to each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST, help="Longest answer.")] = 4096,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="0 is greedy.", show_default="as the model's generation config says"),
-    ] = None,
+    temperature: Temperature = None,
     top_k: Annotated[
         int | None, typer.Option(help="Of the sampling.", show_default="likewise")
     ] = None,
@@ -139,10 +128,7 @@ def generate_command(
     accelerate launch -m hf_reasoncache.cli generate ...
     """
     spec = parse_spec(cache, window, buffer)
-    held = None if budget is None else parse_budget(budget, "--budget")
-    if spec.is_full != (held is None):
-        wanted = "none with the full cache" if spec.is_full else f"one for {spec.name}"
-        raise ValueError(f"--budget: expected {wanted}, got {budget}.")
+    held = budget_of(spec, budget)
     limits = Limits(parse_bytes(memory, "--memory"), batch_size, look_ahead)
     loaded = load_model(model, revision, dtype, device, threads)
     processes = Processes.of(loaded[0])

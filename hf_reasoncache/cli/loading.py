@@ -209,6 +209,15 @@ def budgets(text: str, option: str = "--budgets") -> list[Budget]:
     return [parse_budget(part, option) for part in text.split(",") if part.strip()]
 
 
+def budget_of(spec: CacheSpec, text: str | None) -> Budget | None:
+    """Read the budget of one cache; ValueError where one is missing or too many."""
+    found = None if text is None else parse_budget(text, "--budget")
+    if spec.is_full != (found is None):
+        wanted = "none with the full cache" if spec.is_full else f"one for {spec.name}"
+        raise ValueError(f"--budget: expected {wanted}, got {text}.")
+    return found
+
+
 def seeds(text: str) -> list[int]:
     """Whole numbers with commas between them; ValueError for anything else."""
     try:

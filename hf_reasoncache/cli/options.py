@@ -44,6 +44,22 @@ Budgets = Annotated[
         "seen.",
     ),
 ]
+OneCache = Annotated[
+    str, typer.Option(metavar="NAME[:SETTING,...]", help="full, or as for evaluate.")
+]
+OneBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens per KV head (for sliding-window its bound), or, below 1, a share of the "
+        "tokens seen.",
+        show_default=False,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="0 is greedy.", show_default="as the model's generation config says"),
+]
 Out = Annotated[
     Path, typer.Option(metavar="DIR", help="Every answer, and the results; a second run goes on.")
 ]

@@ -30,11 +30,11 @@ from hf_reasoncache.cli.options import (
 from hf_reasoncache.evaluation.fidelity import (
     Fidelity,
     TextGrid,
-    control,
     pieces_of,
     read_texts,
     sum_up,
 )
+from hf_reasoncache.evaluation.specs import control
 from hf_reasoncache.evaluation.table import markdown_table, text_table
 from hf_reasoncache.outputs import new_directory, write_text
 

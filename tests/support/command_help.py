@@ -5,7 +5,6 @@ python -m tests.support.command_help    # writes the files anew
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import typer
@@ -21,19 +20,12 @@ ALL = "hf-reasoncache"
 def texts() -> dict[str, str]:
     """Return the help of every command by its name, and of all of them."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "80"
-    try:
-        return {ALL: _help()} | {name: _help(name) for name in commands}
-    finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+    return {ALL: _help()} | {name: _help(name) for name in commands}
 
 
 def _help(*command: str) -> str:
-    shown = CliRunner().invoke(app, [*command, "-h"], prog_name=ALL)
+    arguments = [*command, "-h"]
+    shown = CliRunner().invoke(app, arguments, prog_name=ALL, env={"COLUMNS": "80"})
     return "\n".join(line.rstrip() for line in shown.output.strip().splitlines()) + "\n"
 
 
