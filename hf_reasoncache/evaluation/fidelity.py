@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from hf_reasoncache.arguments import require_int
 from hf_reasoncache.cache import ReasonCache
 from hf_reasoncache.calibration.settings import digest, versions
 from hf_reasoncache.evaluation.journal import Journal
-from hf_reasoncache.evaluation.specs import FULL, Budget, CacheSpec
+from hf_reasoncache.evaluation.specs import FULL, Budget, CacheSpec, control
 from hf_reasoncache.evaluation.statistics import Estimate
 from hf_reasoncache.messages import shown
 from hf_reasoncache.outputs import new_directory, sole_writer
@@ -178,21 +178,6 @@ def divergence(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL(full || other) in nats, from logits ``[..., V]`` to ``[...]``."""
     logs = full.float().log_softmax(-1)
     return (logs.exp() * (logs - other.float().log_softmax(-1))).sum(-1)
-
-
-def control(spec: CacheSpec) -> CacheSpec:
-    """Return random eviction with the protection, profile and every other setting of a cache."""
-    kind, _, rest = spec.name.partition(":")
-    # What only says how tokens are scored.
-    scores = ("scorer=", "queries=")
-    settings = ",".join(each for each in rest.split(",") if not each.startswith(scores))
-    # Of caches with a threshold the scorer is the name, of others a setting.
-    if "buffer" in spec.settings:
-        name = f"random:{settings}".rstrip(":")
-    else:
-        name = f"{kind}:scorer=random,{settings}".rstrip(",")
-    plain = {key: value for key, value in spec.settings.items() if key != "queries"}
-    return replace(spec, name=name, settings=plain, scorer="random")
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,21 @@ def baseline(window: int, buffer: int) -> CacheSpec:
     return CacheSpec("random, prompt kept", ReasonAllocCache, settings, scorer="random")
 
 
+def control(spec: CacheSpec) -> CacheSpec:
+    """Return random eviction with the protection, profile and every other setting of a cache."""
+    kind, _, rest = spec.name.partition(":")
+    # What only says how tokens are scored.
+    scores = ("scorer=", "queries=")
+    settings = ",".join(each for each in rest.split(",") if not each.startswith(scores))
+    # Of caches with a threshold the scorer is the name, of others a setting.
+    if "buffer" in spec.settings:
+        name = f"random:{settings}".rstrip(":")
+    else:
+        name = f"{kind}:scorer=random,{settings}".rstrip(",")
+    plain = {key: value for key, value in spec.settings.items() if key != "queries"}
+    return replace(spec, name=name, settings=plain, scorer="random")
+
+
 def controls(specs: Sequence[CacheSpec], usual: CacheSpec | None) -> dict[str, str]:
     """Say which random eviction every cache is compared with.
 

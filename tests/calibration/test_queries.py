@@ -21,7 +21,7 @@ from hf_reasoncache.calibration.queries import (
 )
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.evaluation import parse_spec
-from hf_reasoncache.evaluation.fidelity import control
+from hf_reasoncache.evaluation.specs import control
 from hf_reasoncache.geometry import Geometry, rotary_frequencies
 from hf_reasoncache.scorers import Random, TriAttention
 from tests.support.models import HEAD_SIZE, HEADS, LAYERS, SHAPE, VOCABULARY, build

@@ -16,7 +16,6 @@ from hf_reasoncache.evaluation.fidelity import (
     CHUNK,
     Piece,
     TextGrid,
-    control,
     divergence,
     forwards,
     losses,
@@ -24,6 +23,7 @@ from hf_reasoncache.evaluation.fidelity import (
     read_texts,
     sum_up,
 )
+from hf_reasoncache.evaluation.specs import control
 from hf_reasoncache.evaluation.statistics import Estimate
 from hf_reasoncache.releases import cache_kwarg
 from tests.support.models import VOCABULARY, build
