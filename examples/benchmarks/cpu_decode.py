@@ -21,7 +21,14 @@ from transformers import LlamaForCausalLM
 
 from examples.benchmarks.decoders import build_decoders
 from examples.benchmarks.machine import Machine
-from examples.benchmarks.options import CLOCKS, add_common, add_output, new_parser, read_options
+from examples.benchmarks.options import (
+    CLOCKS,
+    add_common,
+    add_output,
+    dtypes_of,
+    new_parser,
+    read_options,
+)
 from examples.benchmarks.prefill_memory import PrefillMemory, measure_prefill
 from examples.benchmarks.results import Block, Row, draw, memory_table, write_csv
 from examples.benchmarks.turns import time_rounds, timed
@@ -187,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
         shape=Shape(layers=chosen.layers),
         context=chosen.context,
         batches=tuple(int(batch) for batch in chosen.batches.split(",")),
-        dtypes=tuple(chosen.dtypes.split(",")),
+        dtypes=dtypes_of(parser, chosen.dtypes),
         budget=chosen.budget,
         buffer=chosen.buffer,
         steps=chosen.steps,
@@ -198,8 +205,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
         goals=not chosen.quick,
         parts=tuple(chosen.parts),
     )
-    if unknown := set(options.dtypes) - set(DTYPES):
-        parser.error(f"--dtypes: expected some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
     return options, chosen.output
 
 

@@ -20,7 +20,14 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from examples.benchmarks.decoders import Compressed, Decoder, Holds, NoCache, Uncompressed
 from examples.benchmarks.machine import Machine
-from examples.benchmarks.options import CLOCKS, add_common, add_output, new_parser, read_options
+from examples.benchmarks.options import (
+    CLOCKS,
+    add_common,
+    add_output,
+    dtypes_of,
+    new_parser,
+    read_options,
+)
 from examples.benchmarks.results import Block, Row, write_csv
 from examples.benchmarks.turns import time_rounds, timed
 from examples.benchmarks.workload import DTYPES, Shape, Work
@@ -187,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
             layers=chosen.layers, hidden=chosen.hidden, intermediate=chosen.intermediate
         ),
         contexts=tuple(int(each) for each in chosen.contexts.split(",")),
-        dtypes=tuple(chosen.dtypes.split(",")),
+        dtypes=dtypes_of(parser, chosen.dtypes),
         batch=chosen.batch,
         budget=chosen.budget,
         buffer=chosen.buffer,

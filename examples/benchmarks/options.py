@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from examples.benchmarks.workload import DTYPES
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -36,6 +38,14 @@ def add_common(
 def add_output(made: argparse.ArgumentParser, help: str) -> None:
     """Add the folder for the files of a run; without it there are none."""
     made.add_argument("--output", type=Path, help=help)
+
+
+def dtypes_of(made: argparse.ArgumentParser, text: str) -> tuple[str, ...]:
+    """Read `--dtypes`, names with commas between them; ends the command for one that is unknown."""
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(DTYPES):
+        made.error(f"--dtypes: expected some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
+    return names
 
 
 def read_options(

@@ -22,7 +22,7 @@ from examples.real_model.perplexity import TOPICS, difference, full_forwards, te
 from examples.research.arguments import parse, real_parser
 from examples.research.tables import publish, versions
 from hf_reasoncache import ReasonAllocCache
-from hf_reasoncache.evaluation.fidelity import BLOCK, CHUNK, forwards, losses
+from hf_reasoncache.evaluation.fidelity import BLOCK, CHUNK, divergence, forwards, losses
 from hf_reasoncache.scorers import make_scorer
 from hf_reasoncache.storage.pool_store import distinct_bytes
 from hf_reasoncache.storage.tables import tensors_of
@@ -66,10 +66,10 @@ class Fidelity:
         """Yield the chunks on; the first one is no part of the sums."""
         for number, (chunk, full) in enumerate(zip(chunks, self.full, strict=True)):
             if number:
-                mine, wanted = (x.float().log_softmax(-1) for x in (chunk, full))
-                self.divergence += float((wanted.exp() * (wanted - mine)).sum())
-                self.alike += int((mine.argmax(-1) == wanted.argmax(-1)).sum())
-                self.tokens += mine.shape[0] * mine.shape[1]
+                apart = divergence(full, chunk)
+                self.divergence += float(apart.sum())
+                self.alike += int((chunk.argmax(-1) == full.argmax(-1)).sum())
+                self.tokens += apart.numel()
             yield chunk
 
 

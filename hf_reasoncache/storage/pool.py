@@ -333,7 +333,7 @@ class RaggedPool:
 
     def _move(self, capacity: torch.Tensor) -> None:
         """Share the same slots out otherwise, field by field."""
-        start, device = self.layout.start, self.fields["positions"].device
+        start, device = self.layout.start, self.device
         self.layout = self.layout.moved(capacity)
         # Sent at once: how far the tokens of a head move, where they end, and its slots.
         heads = [start - self.layout.start, self.layout.start + self.length, capacity]
