@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -128,8 +129,33 @@ class Processes:
         unit : str
         name : str, optional
         progress : bool, optional
-            Whether to show it; by default where standard error is a terminal.
+            Whether to show it: where standard error is no terminal as a line for every piece of
+            work, for logs. By default only on a terminal.
         """
         disable = None if progress is None else not progress
         hidden = disable if self.is_main else True
-        return tqdm(total=total, desc=name, unit=unit, disable=hidden)
+        kind = tqdm if hidden or sys.stderr.isatty() else _Lines
+        return kind(total=total, desc=name, unit=unit, disable=hidden)
+
+
+class _Lines(tqdm):
+    """A bar as a line for every piece of work that is done."""
+
+    def __init__(self, *, desc: str | None, **settings: Any) -> None:
+        self._said = 0
+        form = "{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
+        name = desc and f"{desc}: "
+        super().__init__(**settings, desc=name, bar_format=form, mininterval=0, miniters=1)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print the line, unless nothing was done since the last one."""
+        if self.n > self._said:
+            self._said = self.n
+            print(str(self) if msg is None else msg, file=self.fp, flush=True)
+
+    def clear(self, nolock: bool = False) -> None:
+        """Leave the lines where they are."""
+
+    def close(self) -> None:
+        """Leave them, and print no more."""
+        self.disable = True

@@ -150,6 +150,7 @@ LIBRARIES: dict[str, set[str]] = {
     "hf_reasoncache.generation": {"torch", "transformers", "tqdm"},
     "hf_reasoncache.planning.plot": {"matplotlib"},
     "hf_reasoncache.cli": {"torch", "transformers", "accelerate", "typer", "rich", "tqdm"}
+    | {"hf_reasoncache_cli"}
     | {"safetensors"},
     **{f"hf_reasoncache.{name}": {"torch", "transformers"} for name in CACHES},
 }

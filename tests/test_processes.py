@@ -151,3 +151,20 @@ def test_shards_of_a_model_do_not_share_prompts() -> None:
     sharded = SimpleNamespace(tp_size=2, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="a whole model in each process, got one of 2 shards"):
         Processes.of(sharded)
+
+
+def test_where_there_is_no_terminal_a_bar_is_a_line_for_each_piece_of_work(capsys) -> None:
+    processes = Processes(cpu=True)
+    with processes.bar(4, "answer", progress=True) as bar:
+        bar.set_description("rkv 64")
+        bar.update(3)
+        bar.set_postfix_str("5 tokens/s")
+        bar.update(0)
+        bar.update(1)
+    lines = [line.split(", ") for line in capsys.readouterr().err.splitlines()]
+    assert [line[0] for line in lines] == ["rkv 64: 3 of 4 answers", "rkv 64: 4 of 4 answers"]
+    assert lines[1][-1] == "5 tokens/s"
+    for progress in (None, False):
+        with processes.bar(4, "answer", progress=progress) as bar:
+            bar.update(4)
+    assert capsys.readouterr().err == ""

@@ -9,6 +9,7 @@ import typer
 from hf_reasoncache.cli.audit import audit_command
 from hf_reasoncache.cli.calibrate import calibrate
 from hf_reasoncache.cli.chat import chat_command
+from hf_reasoncache.cli.completion import completion
 from hf_reasoncache.cli.errors import run
 from hf_reasoncache.cli.evaluate import evaluate_command
 from hf_reasoncache.cli.generate import generate_command
@@ -35,6 +36,7 @@ app.command("audit")(audit_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("plan")(plan_command)
+app.command()(completion)
 
 
 def _say_version(asked: bool) -> None:

@@ -92,7 +92,7 @@ def audit_command(
     settings = Settings(max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat)
     path = new_directory(out) / "answers.jsonl"
     with open_run(path, model, revision, dtype, device, threads) as (loaded, tokenizer, is_main):
-        found = audit(loaded, tokenizer, read, specs, chosen, path, settings)
+        found = audit(loaded, tokenizer, read, specs, chosen, path, settings, progress=True)
         if not is_main:
             return
         violations = limits.violations(found)

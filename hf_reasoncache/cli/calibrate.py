@@ -196,7 +196,9 @@ def calibrate(
     loading = open_run(target, model, revision, dtype, device, threads, attention="reasoncache")
     with loading as (loaded, tokenizer, is_main):
         say = partial(typer.echo, err=True)
-        profile = run_calibration(loaded, tokenizer, found, out, settings, resume=resume, say=say)
+        profile = run_calibration(
+            loaded, tokenizer, found, out, settings, resume=resume, progress=True, say=say
+        )
     if is_main:
         typer.echo(out)
         if push_to is not None:

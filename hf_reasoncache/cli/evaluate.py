@@ -37,12 +37,15 @@ from hf_reasoncache.cli.options import (
     Window,
 )
 from hf_reasoncache.evaluation import (
+    CacheSpec,
     Certificate,
     Grid,
+    Record,
     Settings,
     certificates,
     evaluate,
     load_task,
+    parse_spec,
     tabulate,
 )
 from hf_reasoncache.evaluation import baseline as make_baseline
@@ -74,6 +77,10 @@ def evaluate_command(
     baseline: Annotated[
         bool, typer.Option(help="Also try random eviction beside a protected prompt.")
     ] = True,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Take the first questions of each task.", show_default=False),
+    ] = None,
     max_new_tokens: MaxNewTokens = 4096,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     batch_size: BatchSize = 8,
@@ -105,8 +112,9 @@ def evaluate_command(
     """Compare caches with the full one on your tasks.
 
     Writes answers.jsonl (one line for every answer, as it comes), results.json, results.md and
-    results.png; with --certify also certified.json. Differences carry the p of McNemar's exact test
-    on the same questions. Several processes share the questions: accelerate launch -m
+    results.png; with --certify also certified.json. What other commands have answered of the same
+    questions in the same --out is part of the tables. Differences carry the p of McNemar's exact
+    test on the same questions. Several processes share the questions: accelerate launch -m
     hf_reasoncache.cli evaluate ...
     """
     require_packages(scipy="eval", matplotlib="plot")
@@ -114,23 +122,28 @@ def evaluate_command(
         raise ValueError(f"--certify: expected a share in (0, 1), got {certify}.")
     # `--task module:name` finds modules where the command runs, as `python -m` does.
     sys.path.insert(0, "")
-    control = make_baseline(window, buffer) if baseline else None
     grid = Grid(
         tasks=[load_task(each) for each in task],
         specs=compressed(cache, window, buffer),
         budgets=parse_budgets(budgets),
         seeds=parse_seeds(seeds),
-        baseline=control,
+        baseline=make_baseline(window, buffer) if baseline else None,
+        limit=limit,
     )
     settings = Settings(max_new_tokens, temperature, batch_size, chat)
     path = new_directory(out) / "answers.jsonl"
     with open_run(path, model, revision, dtype, device, threads) as (loaded, tokenizer, is_main):
         say = partial(typer.echo, err=True)
-        records = evaluate(loaded, tokenizer, grid, path, settings, say=say)
-        read = reread(loaded, tokenizer, grid, records, out, chat=chat) if fidelity else {}
+        records = evaluate(
+            loaded, tokenizer, grid, path, settings, progress=True, say=say, earlier=True
+        )
+        read = {}
+        if fidelity:
+            read = reread(loaded, tokenizer, grid, records, out, chat=chat, progress=True)
         if not is_main:
             return
-        rows = tabulate(records, controls(grid.specs, control))
+        specs = _specs(records, grid.all_specs, window, buffer)
+        rows = tabulate(records, controls(specs, make_baseline(window, buffer)))
         columns, lines = cells(rows)
         content = list(map(_facts, rows))
         if fidelity:
@@ -162,6 +175,20 @@ def evaluate_command(
         if row.nothing_evicted:
             warn_nothing_evicted(f"{row.cache} at {row.budget} evicted nothing on {row.task}")
     typer.echo(out)
+
+
+def _specs(
+    records: Sequence[Record], given: Sequence[CacheSpec], window: int, buffer: int
+) -> list[CacheSpec]:
+    """Return the caches of all answers, those of earlier commands included."""
+    known = {spec.name: spec for spec in given}
+    for name in dict.fromkeys(each.cache for each in records):
+        try:
+            known.setdefault(name, parse_spec(name, window, buffer))
+        except ValueError:
+            # Named in Python: nothing says which random eviction it is to be compared with.
+            continue
+    return list(known.values())
 
 
 def _fidelity(found: Fidelity | None) -> dict[str, str]:

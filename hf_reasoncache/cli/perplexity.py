@@ -80,7 +80,7 @@ def perplexity_command(
             chunk=chunk,
             batch_size=batch_size,
         )
-        readings = read_texts(loaded, grid, path)
+        readings = read_texts(loaded, grid, path, progress=True)
         if not is_main:
             return
         names = {spec.name: control(spec).name for spec in specs if not spec.is_full}

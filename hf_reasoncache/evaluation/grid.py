@@ -55,6 +55,8 @@ class Grid:
         Of the questions that a task draws, of the sampling, and of random eviction.
     baseline : CacheSpec or None
         One more cache, which is left out at budgets that its protected prompt does not fit.
+    limit : int or None
+        How many of the questions of each task and seed are asked, the first ones; None for all.
     """
 
     tasks: Sequence[Task]
@@ -62,6 +64,7 @@ class Grid:
     budgets: Sequence[Budget]
     seeds: Sequence[int] = (0,)
     baseline: CacheSpec | None = None
+    limit: int | None = None
     questions: dict[tuple[str, int], Sequence[Question]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +81,13 @@ class Grid:
                 )
         for seed in self.seeds:
             require_int("seeds", seed, low=0)
-        drawn = {(task.name, n): task.questions(n) for task in self.tasks for n in self.seeds}
+        if self.limit is not None:
+            require_int("limit", self.limit, low=1)
+        drawn = {
+            (task.name, n): task.questions(n)[: self.limit]
+            for task in self.tasks
+            for n in self.seeds
+        }
         object.__setattr__(self, "questions", drawn)
         for (task_name, _), questions in self.questions.items():
             ids = [question.id for question in questions]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def evaluate(
     *,
     progress: bool | None = None,
     say: Callable[[str], None] = warnings.warn,
+    earlier: bool = False,
 ) -> list[Record]:
     """Answer all questions of a grid, as far as they are not answered yet.
 
@@ -54,11 +55,14 @@ def evaluate(
         Whether to show a bar; by default on a terminal.
     say : Callable[[str], None]
         Gets a line wherever the baseline is left out.
+    earlier : bool
+        Whether to return as well what other caches and budgets have answered in the same journal,
+        if they have answered all of the grid's questions of a task and seed.
 
     Returns
     -------
     list of Record
-        Those of this grid, in its order.
+        Those of this grid, in its order; with `earlier` in the order of the journal.
 
     Raises
     ------
@@ -95,7 +99,22 @@ def evaluate(
             model.set_attn_implementation(attention)
         keys = [key for batch in batches for key in batch.keys]
         journal.join(keys)
+        if earlier:
+            return _of_the_same_questions(journal.records.values(), grid)
         return [journal.records[key] for key in keys]
+
+
+def _of_the_same_questions(records: Iterable[Record], grid: Grid) -> list[Record]:
+    """Answers of all caches to a grid's questions, but for caches that have not answered all."""
+    asked = {key: {each.id for each in questions} for key, questions in grid.questions.items()}
+    cells: dict[tuple[str, int, str, Budget | None], list[Record]] = {}
+    for each in records:
+        if each.question in asked.get((each.task, each.seed), ()):
+            cells.setdefault((each.task, each.seed, each.cache, each.budget), []).append(each)
+    # Ids that are the same are the same questions: the full cache has answered them for both runs,
+    # and a journal refuses two questions of one id.
+    whole = (found for cell, found in cells.items() if len(found) == len(asked[cell[:2]]))
+    return [each for found in whole for each in found]
 
 
 def facts(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def reread(
     model, tokenizer
     grid : Grid
     records : sequence of Record
-        What `evaluate` has returned for it.
+        What `evaluate` has returned for it; caches that are not the grid's are left out.
     directory : Path
         Gets `readings-SEED.jsonl`, from which a second run goes on.
     chat : bool
@@ -59,7 +59,7 @@ def reread(
     specs = {spec.name: spec for spec in grid.all_specs}
     found: dict[tuple[str, str, Budget | None], list[Reading]] = defaultdict(list)
     for seed in grid.seeds:
-        mine = [each for each in records if each.seed == seed]
+        mine = [each for each in records if each.seed == seed and each.cache in specs]
         pieces = _pieces(tokenizer, grid, seed, mine, chat)
         tried: dict[Budget, list[str]] = {}
         for cache, budget in dict.fromkeys((each.cache, each.budget) for each in mine):

@@ -101,7 +101,7 @@ def generate(
     work = Work()
     total = sum(len(job.samples) for batch in batches for job in batch)
     begin, tokens = time.perf_counter(), 0
-    with processes.bar(total, "answer") as bar:
+    with processes.bar(total, "answer", progress=True) as bar:
 
         def step(rows: int) -> None:
             nonlocal tokens

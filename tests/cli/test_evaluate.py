@@ -72,6 +72,37 @@ def test_evaluate_compares_and_goes_on(run, questions: Path, tmp_path: Path) -> 
     assert (out / "answers.jsonl").read_bytes() == answers
 
 
+def test_a_second_command_adds_to_the_tables_and_fewer_questions_are_not_asked_again(
+    run, questions: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "found"
+    command = ["evaluate", MODEL, "--task", questions, *SMALL, "--no-baseline", "--out", out]
+    first = ["--cache", "rkv:prompt=evict", "--budgets", "48"]
+    second = ["--cache", "random:prompt=evict", "--budgets", "48"]
+    # One question of two: no line of a table that has both.
+    assert run(*command, "--limit", "1", "--cache", "h2o:prompt=evict", "--budgets", "40")[0] == 0
+    status, _, said = run(*command, *first)
+    assert status == 0 and "rkv:prompt=evict 48: 4 of 4 answers" in said
+    status, printed, _ = run(*command, *second)
+    assert status == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [row["cache"] for row in results] == ["full", "rkv:prompt=evict", "random:prompt=evict"]
+    assert results[1]["against_random"]["total"] == 2, "the random eviction of the other command"
+    assert "rkv:prompt=evict" in printed
+    answers = (out / "answers.jsonl").read_bytes()
+    status, _, said = run(*command, "--limit", "1", *first)
+    assert status == 0 and "answers," not in said
+    assert (out / "answers.jsonl").read_bytes() == answers
+    results = json.loads((out / "results.json").read_text())
+    assert {row["cache"] for row in results} == {
+        "full",
+        "h2o:prompt=evict",
+        "rkv:prompt=evict",
+        "random:prompt=evict",
+    }
+    assert all(row["correct"]["total"] == 1 for row in results)
+
+
 def test_evaluate_certifies_budgets_and_reads_answers_again(
     run, questions: Path, tmp_path: Path
 ) -> None:
