@@ -1,4 +1,4 @@
-"""Tables and the plot of docs/self_consistency.md."""
+"""Tables and the plot of docs/votes.md."""
 
 from __future__ import annotations
 

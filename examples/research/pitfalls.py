@@ -7,7 +7,7 @@ Eight methods and the random control, each as it is, with the instructions prote
 eviction, the prompt evictable. `smollm2` is pretrained, from the package index; the others are the
 tiny reasoners. Where a suite has secrets, the methods as they are answer these at several budgets,
 with the order not to tell and without it. Answers are written as they come; a run that was stopped
-goes on where it was. The tables go to docs/audit.md.
+goes on where it was. The tables go to docs/pitfalls.md.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", type=int, nargs="+")
     parser.add_argument("--leak-budgets", type=int, nargs="+")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="leave out all others")
-    parser.add_argument("--document", type=Path, default=Path("docs/audit.md"))
+    parser.add_argument("--document", type=Path, default=Path("docs/pitfalls.md"))
     parser.add_argument("--output", type=Path, help="default: docs/results/pitfalls-FAMILY")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)

@@ -148,7 +148,7 @@ def lenses(
 
 def main() -> None:
     """Measure both and write the tables."""
-    arguments = parse(reasoner_parser(__doc__, "self_consistency.md", problems=100))
+    arguments = parse(reasoner_parser(__doc__, "votes.md", problems=100))
     reasoner, count = REASONERS[arguments.reasoner], arguments.problems
     model, tokenizer = reasoner.load()
     note = (

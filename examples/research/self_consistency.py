@@ -184,7 +184,7 @@ def describe(found: ExitCalibration | str) -> str:
 
 def main() -> None:
     """Draw what is missing, calibrate, judge, and write tables and plot."""
-    made = reasoner_parser(__doc__, "self_consistency.md", problems=100)
+    made = reasoner_parser(__doc__, "votes.md", problems=100)
     made.add_argument("--held-out", type=int, default=60, help="development problems")
     made.add_argument("--branches", type=int, default=8)
     made.add_argument("--temperature", type=float, default=1.3)

@@ -159,7 +159,7 @@ def watch_bytes(model: PreTrainedModel, cache: Cache) -> Iterator[list[int]]:
 
 
 def live_methods(stages: ExitRules, stage: int) -> list[LiveMethod]:
-    """List the methods that docs/self_consistency.md compares; `stages` are calibrated rules."""
+    """List the methods that docs/votes.md compares; `stages` are calibrated rules."""
     nothing, certain = ExitRules(consensus=None, group=GROUP), ExitRules(group=GROUP)
     return [
         LiveMethod("prompt per branch, no exit", nothing, shared=False),
