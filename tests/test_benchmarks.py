@@ -50,6 +50,15 @@ def test_table_has_every_arm_in_80_columns(printed):
     assert max(len(line) for line in printed.splitlines() if "wrote" not in line) <= 80
 
 
+def test_speed_is_shown_by_length(printed):
+    head, _, *lines = printed[printed.index("| dtype ") :].splitlines()
+    assert head == "| dtype | batch | speed over DynamicCache | 96 | 192 |"
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| float32 | 1 |")]
+    slow = {"DynamicCache + sdpa", "StaticCache + compile"}
+    assert [row[2] for row in rows] == [name for name in DECODERS if name not in slow]
+    assert all(float(cell.removesuffix("x")) > 0 for row in rows for cell in row[3:])
+
+
 def test_csv_has_a_line_per_arm(printed, output):
     with (output / "cpu_decode.csv").open(newline="") as file:
         rows = {row["decoder"]: row for row in csv.DictReader(file)}

@@ -1,6 +1,7 @@
 """Time per token and bytes held while decoding on a CPU, against what a user would run instead.
 
     python -m examples.benchmarks.cpu_decode --output results/
+    python -m examples.benchmarks.cpu_decode --parts speed --contexts 256,1024,4096 --budget 128
     python -m examples.benchmarks.cpu_decode --quick
 
 A random 16-layer Llama (hidden 512, 32 query and 8 KV heads of size 64) decodes one token per step.
@@ -30,17 +31,18 @@ from examples.benchmarks.options import (
     read_options,
 )
 from examples.benchmarks.prefill_memory import PrefillMemory, measure_prefill
-from examples.benchmarks.results import Block, Row, draw, memory_table, write_csv
+from examples.benchmarks.results import Block, Row, by_length, draw, memory_table, write_csv
 from examples.benchmarks.turns import time_rounds, timed
 from examples.benchmarks.workload import DTYPES, Shape, Work
 
 PARTS = ("speed", "memory")
 
+GOAL_CONTEXT = 8192
 UNCOMPRESSED_GOAL = 1.5
 COMPRESSED_GOALS = {1: 4.0, 4: 10.0}
 EVICTION_GOAL = 0.05
-"""Speed over DynamicCache at 8k tokens, by batch where there is a budget of 512; and what evicting
-may add to the time of a cache that holds as many tokens without it."""
+"""Speed over DynamicCache at that many tokens, by batch where there is a budget of 512; and what
+evicting may add to the time of a cache that holds as many tokens without it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Options:
     """Everything that a run depends on."""
 
     shape: Shape
-    context: int
+    contexts: tuple[int, ...]
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     budget: int
@@ -61,10 +63,10 @@ class Options:
     goals: bool
     parts: tuple[str, ...]
 
-    def work(self, dtype: str, batch: int) -> Work:
+    def work(self, dtype: str, batch: int, context: int) -> Work:
         """One configuration."""
         return Work(
-            context=self.context,
+            context=context,
             batch=batch,
             dtype=DTYPES[dtype],
             budget=self.budget,
@@ -75,11 +77,12 @@ class Options:
         )
 
 
-def measure_speed(model: LlamaForCausalLM, options: Options, dtype: str, batch: int) -> Block:
+def measure_speed(model: LlamaForCausalLM, options: Options, work: Work) -> Block:
     """Run all decoders of one configuration in turns."""
-    decoders, missing = build_decoders(model, options.work(dtype, batch), options.compile_limit)
+    decoders, missing = build_decoders(model, work, options.compile_limit)
     seconds = time_rounds(decoders, options.rounds, CLOCKS[options.clock])
-    blank = Row(dtype, batch, options.context, "", "")
+    dtype = next(name for name, each in DTYPES.items() if each == work.dtype)
+    blank = Row(dtype, work.batch, work.context, "", "")
     rows = []
     for decoder in decoders:
         row = replace(blank, decoder=decoder.name, kind=type(decoder).__name__)
@@ -124,17 +127,20 @@ def run(options: Options, say: Callable[[str], None], output: Path | None) -> No
 
     for dtype in options.dtypes:
         model = options.shape.build(options.seed).to(DTYPES[dtype])
-        for batch in options.batches if "speed" in options.parts else ():
-            block = measure_speed(model, options, dtype, batch)
-            goals = judge(block, batch) if options.goals else []
+        cells = [(batch, context) for batch in options.batches for context in options.contexts]
+        for batch, context in cells if "speed" in options.parts else ():
+            block = measure_speed(model, options, options.work(dtype, batch, context))
+            goals = judge(block, batch) if options.goals and context == GOAL_CONTEXT else []
             say("\n".join(["", block.table(), *goals]))
             blocks.append(block)
             save()
         if "memory" in options.parts:
-            found = measure_prefill(model, options.work(dtype, 1))
+            found = measure_prefill(model, options.work(dtype, 1, max(options.contexts)))
             say("\n" + memory_table(found))
             memory += found
             save()
+    if len(options.contexts) > 1 and blocks:
+        say("\n" + by_length(blocks))
     if output is not None:
         say(f"\nwrote {', '.join(sorted(path.name for path in output.iterdir()))} to {output}")
 
@@ -160,7 +166,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
     """Read the command line: the options, and where files go."""
     parser = new_parser("Time per token and bytes held while decoding on a CPU.")
     add_common(parser)
-    parser.add_argument("--context", type=int, default=8192, help="tokens in the cache")
+    parser.add_argument(
+        "--contexts", default=f"{GOAL_CONTEXT}", help="tokens in the cache, comma-separated"
+    )
     parser.add_argument("--batches", default="1,4", help="rows decoded together, comma-separated")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument(
@@ -181,7 +189,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
     chosen = read_options(
         parser,
         arguments,
-        context=192,
+        contexts="96,192",
         batches="1,2",
         dtypes="float32",
         layers=2,
@@ -192,7 +200,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, Path | None]:
     )
     options = Options(
         shape=Shape(layers=chosen.layers),
-        context=chosen.context,
+        contexts=tuple(int(tokens) for tokens in chosen.contexts.split(",")),
         batches=tuple(int(batch) for batch in chosen.batches.split(",")),
         dtypes=dtypes_of(parser, chosen.dtypes),
         budget=chosen.budget,

@@ -91,6 +91,20 @@ class Block:
         return "\n".join(lines)
 
 
+def by_length(blocks: Sequence[Block]) -> str:
+    """Speed over DynamicCache by length, as a Markdown table: from where on a cache is faster."""
+    contexts = list(dict.fromkeys(block.rows[0].context for block in blocks))
+    lines: dict[tuple[str, int, str], dict[int, str]] = {}
+    for block in blocks:
+        for row in block.rows:
+            if row.ms is not None and row.kind != "Decoder":
+                line = lines.setdefault((row.dtype, row.batch, row.decoder), {})
+                line[row.context] = _times(block.ratio("Decoder", row.kind))
+    head = ["dtype", "batch", "speed over DynamicCache", *map(str, contexts)]
+    rows = [[*map(str, key), *(line[each] for each in contexts)] for key, line in lines.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 

@@ -171,9 +171,7 @@ def _percent(part: int, whole: int) -> str:
 
 def main() -> None:
     """Run what is missing, then write the table."""
-    made = batches_parser(
-        __doc__, "votes.md", batch=20, branches="sampled ones of each problem"
-    )
+    made = batches_parser(__doc__, "votes.md", batch=20, branches="sampled ones of each problem")
     made.add_argument("--distances", type=float, nargs="+", default=[0.3, 1.0])
     made.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     arguments = parse(made)
