@@ -28,7 +28,7 @@ from examples.real_model.model import load
 from examples.real_model.tasks import Recall, Table, tasks
 from examples.research.arguments import parse, real_parser
 from examples.research.perplexity import CALIBRATION, PAGES, calibrated, scorers
-from examples.research.tables import publish, versions
+from examples.research.tables import interval_of_mean, publish, versions
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import FULL, CacheSpec, Grid, Paired, Record, Settings, evaluate
 from hf_reasoncache.evaluation.specs import Budget
@@ -141,12 +141,10 @@ def compared(first: Sequence[Record], second: Sequence[Record]) -> dict[str, str
     pairs = [(marks[each.task, each.question], bool(each.correct)) for each in second]
     paired = Paired.of([a for a, _ in pairs], [b for _, b in pairs])
     apart = 100 * np.array([float(b) - float(a) for a, b in pairs])
-    drawn = np.random.default_rng(0).integers(len(apart), size=(5000, len(apart)))
-    low, high = np.quantile(apart[drawn].mean(1), (0.025, 0.975))
     return {
         "gained": str(paired.gained),
         "lost": str(paired.lost),
-        "points": f"{apart.mean():+.1f} ({low:+.1f}, {high:+.1f})",
+        "points": interval_of_mean(apart, digits=1),
         "p": f"{paired.p_value:.2g}",
     }
 

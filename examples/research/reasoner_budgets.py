@@ -24,7 +24,7 @@ from examples.real_model.reasoner.problems import DEVELOPMENT_SEEDS, TASKS, TEST
 from examples.research.arguments import parse, real_parser
 from examples.research.chains import MERGED, OWN, Arm
 from examples.research.reading import Reading, read_arms
-from examples.research.tables import publish, versions
+from examples.research.tables import interval_of_mean, publish, versions
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
 from hf_reasoncache.budgets.rule import BudgetRule
 from hf_reasoncache.evaluation import CacheSpec, Paired, Share
@@ -170,13 +170,6 @@ def both(found: Sequence[Reading], main: Sequence[Reading]) -> list[tuple[Readin
         for each in found
         if (each.task, each.number) in others
     ]
-
-
-def interval_of_mean(values: np.ndarray) -> str:
-    """Mean with its bootstrapped 95% interval."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(5000, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
-    return f"{values.mean():+.0f} ({low:+.0f}, {high:+.0f})"
 
 
 def picture(arms: Sequence[Sequence[Reading]]) -> bytes:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -34,6 +35,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 def markdown(rows: Sequence[Mapping[str, str]], note: str) -> str:
     """Return a note and the table below it."""
     return note + "\n\n" + markdown_table(list(rows[0]), rows)
+
+
+def interval_of_mean(values: np.ndarray, digits: int = 0) -> str:
+    """Mean of some differences with its bootstrapped 95% interval."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(5000, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
+    mean, low, high = (f"{each:+.{digits}f}" for each in (values.mean(), low, high))
+    return f"{mean} ({low}, {high})"
 
 
 def versions() -> str:
