@@ -2,10 +2,12 @@
 
     python -m examples.real_model.reasoner.adapter --out build/reasoner-merged
     python -m examples.research.reasoner_budgets
+    python -m examples.research.reasoner_budgets --tasks routes
     python -m examples.research.reasoner_budgets --table sweep
 
-The first table is on fresh problems, the second compares settings on development problems. Every
-chain is kept in a journal at once; a run that was stopped goes on where it was.
+The first table is on fresh problems, and so is that of `routes`, of which fewer are read; the third
+compares settings on development problems. Every chain is kept in a journal at once; a run that was
+stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ from hf_reasoncache.evaluation.specs import FULL
 from hf_reasoncache.profiles import BudgetProfile
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from hf_reasoncache.scorers.base import Scorer
+
+SOLVED = ("trades", "ledger")
+"""Tasks of which some chains are right under a budget."""
 
 WINDOW, BUFFER = 8, 32
 MAIN = "R-KV, profile"
@@ -202,22 +207,27 @@ def main(given: Sequence[str] | None = None) -> None:
     made = real_parser(__doc__, "results.md", threads=1, model=MERGED)
     made.add_argument("--table", choices=("budgets", "sweep"), default="budgets")
     made.add_argument("--profile", type=Path, default=OWN, help="the reasoner's own")
-    made.add_argument("--arms", nargs="+", default=ARMS, metavar="NAME:BUDGET:PROBLEMS")
+    made.add_argument("--arms", nargs="+", metavar="NAME:BUDGET:PROBLEMS")
     made.add_argument("--budget", type=int, default=224, help="of the sweep")
     made.add_argument("--problems", type=int, default=20, help="of each task, of the sweep")
     made.add_argument("--only", nargs="+", metavar="NAME", help="settings of the sweep")
-    made.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    made.add_argument("--tasks", nargs="+", choices=TASKS, default=list(SOLVED))
     made.add_argument("--batch-size", type=int, default=50)
     made.add_argument("--journal", type=Path, default=Path("build/reasoner_readings.jsonl"))
     arguments = parse(made, given)
     is_sweep = arguments.table == "sweep"
-    command = f"python -m examples.research.reasoner_budgets --tasks {' '.join(arguments.tasks)}"
+    command = "python -m examples.research.reasoner_budgets"
+    name = f"reasoner-{arguments.table}"
+    if tuple(arguments.tasks) != SOLVED:
+        command += f" --tasks {' '.join(arguments.tasks)}"
+        name += f"-{'-'.join(arguments.tasks)}"
     if is_sweep:
         arms = sweep(arguments.budget, arguments.problems, arguments.profile)
         wanted = {MAIN, *(arguments.only or [arm.spec.name for arm in arms])}
         arms = [arm for arm in arms if arm.spec.name in wanted]
     else:
-        arms = [parse_arm(text, arguments.profile) for text in arguments.arms]
+        texts = arguments.arms or (ARMS if set(arguments.tasks) <= set(SOLVED) else FEWER)
+        arms = [parse_arm(text, arguments.profile) for text in texts]
     seed = (DEVELOPMENT_SEEDS if is_sweep else TEST_SEEDS)[0]
     model, tokenizer = load(torch.bfloat16, arguments.model)
     given_arms = (model, tokenizer, arms, arguments.tasks, seed, arguments.journal)
@@ -236,7 +246,6 @@ def main(given: Sequence[str] | None = None) -> None:
         "the mean difference of `right until` with its bootstrapped "
         f"95% interval. `{command}{' --table sweep' if is_sweep else ''}`, {versions()}."
     )
-    name = f"reasoner-{arguments.table}"
     publish(rows, note, name, arguments.output, arguments.document)
     if not is_sweep:
         (arguments.output / f"{name}.png").write_bytes(picture(found))
@@ -256,6 +265,9 @@ ARMS = [
     "R-KV, profile:256:50",
 ]
 """Those of the published table."""
+
+FEWER = [f"{arm.rpartition(':')[0]}:{min(50, int(arm.rpartition(':')[2]))}" for arm in ARMS]
+"""Those of the table of `routes`, which no budget solves."""
 
 if __name__ == "__main__":
     main()
