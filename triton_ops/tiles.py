@@ -129,14 +129,14 @@ class Tile:
         """Choose for `rows` queries and the columns of what a step of the loop loads.
 
         Where keys or values are `codes` of 8 bits, widening them needs registers that more than 32
-        queries would take.
+        queries would take, and more than 16 wide keys in the 4 warps of 16 queries.
         """
         widest = max(columns)
         if dtype == torch.float32:
             # No matrix unit takes float32 as it is: the products live in registers.
             return Tile(16, 32, 8, 1)
         m = min(64 if widest <= 128 and not codes else 32, max(16, power_of_two(rows)))
-        n = 64 if widest <= 256 else 32
+        n = 64 if widest <= 256 else 16 if codes and m == 16 else 32
         step = n * sum(columns) * dtype.itemsize
         stages = min(3, 1 + AHEAD_BYTES // step)
         # Outputs stay in registers, beside the logits of as many queries.

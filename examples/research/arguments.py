@@ -29,7 +29,7 @@ def parser(
     of : str
         What it counts.
     """
-    made = _parser(doc, document, threads=1)
+    made = plain_parser(doc, document)
     made.add_argument("--family", choices=sorted(MODELS), default="llama")
     made.add_argument("--problems", type=int, default=problems, help=of)
     return made
@@ -37,7 +37,7 @@ def parser(
 
 def reasoner_parser(doc: str | None, document: str, problems: int) -> argparse.ArgumentParser:
     """Return a parser for a script that runs on any of `REASONERS`, over problems of all tasks."""
-    made = _parser(doc, document, threads=1)
+    made = plain_parser(doc, document)
     made.add_argument("--reasoner", choices=list(REASONERS), default=next(iter(REASONERS)))
     made.add_argument("--problems", type=int, default=problems, help="of all tasks together")
     return made
@@ -47,12 +47,13 @@ def real_parser(
     doc: str | None, document: str, threads: int | None = None, model: Path = FOLDER
 ) -> argparse.ArgumentParser:
     """Return a parser for a script on pretrained weights; `threads` are torch's own by default."""
-    made = _parser(doc, document, torch.get_num_threads() if threads is None else threads)
+    made = plain_parser(doc, document, torch.get_num_threads() if threads is None else threads)
     made.add_argument("--model", type=Path, default=model, help="folder of the weights")
     return made
 
 
-def _parser(doc: str | None, document: str, threads: int) -> argparse.ArgumentParser:
+def plain_parser(doc: str | None, document: str, threads: int = 1) -> argparse.ArgumentParser:
+    """Return a parser of threads, and of where tables go."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )

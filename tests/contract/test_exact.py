@@ -12,7 +12,7 @@ from tests.support.models import BUILDERS, build, prompt
 from tests.support.quantised import stock_cache
 
 CASES = [(name, mode, None) for name in BUILDERS for mode in MODES]
-CASES += [("llama", mode, "fp8") for mode in MODES]
+CASES += [(name, mode, "fp8") for name in ("llama", "deepseek_v3") for mode in MODES]
 CASES += [("gpt_oss", "four_beams", "fp8-keys"), ("gemma3", "chunked_prefill", "fp8-values")]
 
 

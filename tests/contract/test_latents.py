@@ -12,6 +12,7 @@ from hf_reasoncache.planning import row_bytes
 from hf_reasoncache.protection import Protect
 from hf_reasoncache.releases import cache_kwarg
 from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV, StreamingLLM
+from hf_reasoncache.storage.pool_store import distinct_bytes
 from tests.support.caches import BRANCHED, KINDS, exact_cache, make_cache
 from tests.support.driver import MODES, Driver, mask_bytes
 from tests.support.models import BUILDERS, LATENT_MODELS, VOCABULARY, build, prompt
@@ -143,27 +144,30 @@ def test_assisted_equals_plain_with_evictions():
 # ---------------------------------------------------------------------------------- what it takes
 
 
+@pytest.mark.parametrize(("storage", "size"), [(None, (RANK + ROPE) * 4), ("fp8", RANK + ROPE + 4)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LATENTS)
-def test_a_token_takes_one_latent_and_one_rotary_key(name, kind):
+def test_a_token_takes_one_latent_and_one_rotary_key(name, kind, storage, size):
+    """In 8 bits with a scale, in the model's type, for both."""
     model = build(name)
-    cache = make_cache(kind, model)
+    cache = make_cache(kind, model, storage=storage)
     tokens(model, cache, max_new_tokens=50)
     report = cache.report()
     for layer, described in zip(cache.own_layers, report.layers, strict=True):
         shared = layer.store.tree.segments if kind == BRANCHED else []
         held = layer.store.pool.layout.slots + sum(part.tokens for part in shared)
-        assert described.kv_bytes == held * (RANK + ROPE) * 4
-        assert described.token_bytes == (RANK + ROPE) * 4
+        assert described.kv_bytes == distinct_bytes(layer.kv_tensors()) == held * size
+        assert described.token_bytes == size
 
 
+@pytest.mark.parametrize("storage", [None, "fp8"])
 @pytest.mark.parametrize("make", [exact_cache, make_cache])
-def test_the_plan_is_what_a_cache_then_holds(make):
+def test_the_plan_is_what_a_cache_then_holds(make, storage):
     model, inputs = build("deepseek_v3"), prompt(batch=1, tokens=24, padding=())
-    cache = make("reason_alloc", model)
+    cache = make("reason_alloc", model, storage=storage)
     tokens(model, cache, inputs, max_new_tokens=41)
     lengths = dict(prompt=24, generated=40, dtype=torch.float32)
-    plan = row_bytes(make("reason_alloc", model), model.config, **lengths)
+    plan = row_bytes(make("reason_alloc", model, storage=storage), model.config, **lengths)
     layers = cache.report().layers
     held = sum(each.kv_bytes + each.other_bytes for each in layers)
     assert plan.held() == held - mask_bytes(cache)

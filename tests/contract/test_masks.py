@@ -154,7 +154,7 @@ HIDDEN = [
 @pytest.mark.parametrize(
     ("name", "by_hand", "storage"),
     [(name, by_hand, None) for name in ("llama", "gemma3") for by_hand in (False, True)]
-    + [("llama", False, "fp8")],
+    + [("llama", False, "fp8"), ("deepseek_v3", False, "fp8")],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_that_hide_and_show_again_equal_dynamic_cache(kind, name, by_hand, storage):

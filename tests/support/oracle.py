@@ -14,10 +14,13 @@ from hf_reasoncache.releases import cache_kwarg
 
 
 class Recorder:
-    """Runs a model with a cache and remembers what every query saw."""
+    """Runs a model with a cache and remembers what every query saw.
 
-    def __init__(self, model, cache, padding_mask, held=None):
-        self.model, self.cache, self.held = model, cache, held
+    `stock` makes a cache that holds what is held, for the oracle; by default that is what comes.
+    """
+
+    def __init__(self, model, cache, padding_mask, stock=None):
+        self.model, self.cache, self.stock = model, cache, stock
         self.padding = padding_mask
         self.ids = torch.zeros(padding_mask.shape[0], 0, dtype=torch.long)
         self.visible = {}
@@ -70,39 +73,28 @@ class Recorder:
 
     def check(self, tolerance=1e-4):
         """Compare all logits of real tokens with the oracle; returns the largest difference."""
-        # The first forward attends to keys and values as they come.
-        whole = self.logits[0].shape[1]
-        expected = oracle_logits(self.model, self.ids, self.padding, self.visible, self.held, whole)
+        stock = None if self.stock is None else self.stock()
+        first = self.logits[0].shape[1]
+        expected = oracle_logits(self.model, self.ids, self.padding, self.visible, stock, first)
         real = self.padding[:, : self.ids.shape[1]].bool()
         difference = (torch.cat(self.logits, dim=1) - expected)[real].abs().max().item()
         assert difference < tolerance, f"logits differ from the oracle by {difference}"
         return difference
 
 
-def oracle_logits(model, ids, padding, visible, held=None, whole=0):
+def oracle_logits(model, ids, padding, visible, stock=None, first=0):
     """Logits of one full forward in which layer `l` may see `visible[l][b, h, query, key]` only.
 
-    From column `whole` on, queries see keys and values as `held(keys, values)` has them.
+    With a stock cache the `first` columns come in a forward of their own: only later ones attend to
+    what the cache holds instead of what the model makes.
     """
 
     def attention(module, query, key, value, attention_mask, scaling, **kwargs):
-        if held is None:
-            return attend(module, query, key, value, scaling, **kwargs)
-        parts = slice(None, whole), slice(whole, None)
-        pairs = (key, value), held(key, value)
-        outs = [
-            attend(module, query, *pair, scaling, part=part, **kwargs)[0]
-            for part, pair in zip(parts, pairs, strict=True)
-        ]
-        return torch.cat(outs, 1), None
-
-    def attend(module, query, key, value, scaling, part=slice(None), **kwargs):
-        query = query[:, :, part]
         batch, heads, steps, _ = query.shape
-        group = heads // key.shape[1]
+        end, group = key.shape[2], heads // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        seen = visible[module.layer_idx]
-        seen = seen.repeat_interleave(heads // seen.shape[1], 1)[:, :, part]
+        seen = visible[module.layer_idx][:, :, end - steps : end, :end]
+        seen = seen.repeat_interleave(heads // seen.shape[1], 1)
         logits = (query @ key.transpose(-1, -2)).double() * scaling
         logits = logits.masked_fill(~seen, -1e30)
         if kwargs.get("s_aux") is not None:
@@ -116,9 +108,19 @@ def oracle_logits(model, ids, padding, visible, held=None, whole=0):
     AttentionMaskInterface.register("eviction_oracle", lambda **_: None)
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eviction_oracle")
+    positions = (padding.cumsum(-1) - 1).clamp_min(0)[:, : ids.shape[1]]
+    parts = [slice(None)] if stock is None else [slice(first), slice(first, None)]
     try:
         with torch.no_grad():
-            positions = (padding.cumsum(-1) - 1).clamp_min(0)[:, : ids.shape[1]]
-            return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            found = [
+                model(
+                    input_ids=ids[:, part],
+                    position_ids=positions[:, part],
+                    use_cache=stock is not None,
+                    **cache_kwarg(stock),
+                ).logits
+                for part in parts
+            ]
+        return torch.cat(found, dim=1)
     finally:
         model.set_attn_implementation(implementation)

@@ -16,7 +16,7 @@ from tests.support.ops.attention_cases import (
     expected,
     make_case,
 )
-from tests.support.ops.code_cases import PARTS, in_codes, rows
+from tests.support.ops.code_cases import PARTS, in_codes, latents_in_codes, rows
 from tests.support.ops.prefix_cases import SHAPES as PREFIXES
 from tests.support.ops.prefix_cases import make_shared
 from triton_ops.decode_attention import cpu, decode_attention, even_attention, products
@@ -119,6 +119,28 @@ def test_shared_prefixes_equal_the_definition(shape, parts, blocks):
     assert_close(held.run(**scales), out, 2e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "steps"), [(4, 1), (5, 3)])
+def test_values_that_are_the_first_numbers_of_keys(group, steps, dtype, blocks):
+    case = make_case([[70, 9]], [[66, 9]], group, steps, sizes=(40, 40), dtype=dtype, poison=1.0)
+    held, whole, scales = latents_in_codes(case, 32)
+    out, received, _ = expected(whole)
+    found = torch.zeros(held.layout.slots)
+    assert_close(held.run(cumulative_attention=found, **scales), out, TOLERANCE[dtype])
+    tolerance = 5 * TOLERANCE[dtype]
+    torch.testing.assert_close(found.double(), received, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", PREFIXES)
+def test_shared_latents_equal_the_definition(shape, blocks):
+    case = make_shared(*PREFIXES[shape], 4, 1, sizes=(40, 40))
+    own, whole, scales = latents_in_codes(case.own, 32)
+    prefix, whole_prefix, of_prefix = latents_in_codes(case.prefix, 32)
+    out, _ = replace(case, own=whole, prefix=whole_prefix).expected()
+    found = replace(case, own=own, prefix=replace(prefix, **of_prefix)).run(**scales)
+    assert_close(found, out, 2e-5)
+
+
 class Largest(TorchDispatchMode):
     """The most bytes of any tensor of numbers that an operation makes."""
 
@@ -133,21 +155,23 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("even", [False, True])
-def test_no_copy_of_a_pool_is_made(even):
-    heads, tokens, size = 4, 6000, 64
+@pytest.mark.parametrize(("heads", "size", "first"), [(4, 64, 64), (1, 288, 256)])
+def test_no_copy_of_a_pool_is_made(heads, size, first, even):
+    """Neither of keys and values nor of latents."""
+    tokens = 6000
     layout = RaggedLayout(torch.full((1, heads), tokens))
     codes = torch.randint(0, 120, (layout.slots, size), dtype=torch.uint8)
     scale = torch.rand(layout.slots)
     query = torch.randn(1, heads, 2, 1, size)
-    scales = dict(key_scales=scale, value_scales=scale)
+    scales, values = dict(key_scales=scale, value_scales=scale), codes[:, :first]
     with Largest() as made:
         if even:
             query = query.flatten(1, 2)
-            even_attention(query, codes, codes, layout, tokens, 0.1, **scales)
+            even_attention(query, codes, values, layout, tokens, 0.1, **scales)
         else:
-            length = torch.tensor([[tokens, tokens, 5000, 100]])
+            length = torch.tensor([[5000, tokens, tokens, 100][:heads]])
             settings = dict(query_positions=None, scaling=0.1)
-            decode_attention(query, codes, codes, None, layout, length, **settings, **scales)
+            decode_attention(query, codes, values, None, layout, length, **settings, **scales)
     assert made.nbytes <= products.BYTES < codes.nbytes
 
 

@@ -41,7 +41,7 @@ def decode_attention(
     keys, values : Tensor[slots, D], Tensor[slots, D_v]
         The pool. Unused slots must hold finite numbers; they get no weight. The kernels take
         contiguous tensors, or values that are the first columns of the keys, `keys[:, :D_v]`, which
-        they read once.
+        they read from memory once.
     positions : IntTensor[slots]
         Logical position of each slot, read only when `query_positions` is given.
     layout : RaggedLayout

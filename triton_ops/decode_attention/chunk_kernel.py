@@ -75,7 +75,7 @@ def attend_chunk(
     scale,
     softcap,
     D: tl.constexpr,
-    DV: tl.constexpr,
+    STRIDE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -110,7 +110,7 @@ def attend_chunk(
         total = total * shrink + tl.sum(weights, 1)
         v = k
         if values is not None:
-            v = load_pool(values, value_scales, slot, used, q.dtype, DV, BLOCK_DV)
+            v = load_pool(values, value_scales, slot, used, q.dtype, STRIDE_V, BLOCK_DV)
         value_scale = load_scales(value_scales, scales_stride, slot, used)
         if value_scale is not None:
             weights *= value_scale[None, :]

@@ -134,6 +134,12 @@ def add_received_attention(
     block, rest = parts(head_size)
     tile = Tile.of(query.dtype, group * steps, block + rest)
     one_tile = group * steps <= tile.m
+    # Logits and keys of a tile are held at once: 64 keys spill where either is wide, and 32 very
+    # wide ones beside passing queries.
+    if one_tile and head_size <= 128:
+        keys_at_once = tile.n
+    else:
+        keys_at_once = 32 if one_tile or head_size <= 256 else 16
     cumulative_kernel[(plan.count,)](
         cumulative_attention,
         attention_weight,
@@ -156,8 +162,7 @@ def add_received_attention(
         head_size,
         ONE_TILE=one_tile,
         BLOCK_M=tile.m,
-        # Logits and keys of a tile are held at once: 64 keys spill where either is wide.
-        BLOCK_N=tile.n if one_tile and head_size <= 128 else 32,
+        BLOCK_N=keys_at_once,
         BLOCK_D=block,
         BLOCK_REST=rest,
         num_warps=tile.warps,

@@ -71,6 +71,7 @@ def attend_own(
     steps,
     D: tl.constexpr,
     DV: tl.constexpr,
+    STRIDE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -91,7 +92,7 @@ def attend_own(
     out, lse = attend_chunk(
         q, q_rest, asking, keys, values, positions, key_scales, value_scales, scales_stride,
         begin, end, scale, softcap,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
+        D, STRIDE_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
     )  # fmt: skip
     store_partial(partial_out, partial_lse, partial.to(tl.int64) * rows + row, real, out, lse, DV)
     if arrivals is not None:
@@ -150,6 +151,7 @@ def attend_kernel(
     prefix_tiles,
     D: tl.constexpr,
     DV: tl.constexpr,
+    STRIDE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -174,7 +176,7 @@ def attend_kernel(
                 prefix_start, prefix_length, prefix_items,
                 prefix_members, prefix_first, first, partial_out, partial_lse,
                 scale, softcap, prefix_chunk, heads, rows,
-                D, DV, BLOCK_P, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
+                D, DV, STRIDE_V, BLOCK_P, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
             )  # fmt: skip
         program -= prefix_programs
     if own:
@@ -183,7 +185,7 @@ def attend_kernel(
             key_scales, value_scales, scales_stride, query_positions,
             start, length, items, partial_out, partial_lse, first, arrivals, s_aux, joined,
             logsumexp, scale, softcap, chunk, heads, rows, steps,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV, BLOCK_S,
+            D, DV, STRIDE_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV, BLOCK_S,
         )  # fmt: skip
 
 
@@ -213,16 +215,23 @@ def decode_attention_triton(
     most = 1 if prefix is None else prefix.most
     pools = [(keys, values)] if prefix is None else [(keys, values), (prefix.keys, prefix.values)]
     latents = [_are_latents(*pool) for pool in pools]
+    codes = key_scales is not None or value_scales is not None
+    # Widened codes in the layouts of both products would take more registers than there are. They
+    # are loaded as keys and as values, the second time from a cache of the GPU.
+    loaded_once = [each and not codes for each in latents]
     block, rest = parts(head_size, value_size if any(latents) else 0)
     value_block = block if any(latents) else block_d(value_size)
-    columns = (block + rest,) if all(latents) else (block + rest, value_block)
-    codes = key_scales is not None or value_scales is not None
-    tile = Tile.of(query.dtype, rows, *columns, codes=codes)
+    columns = (block + rest,) if all(loaded_once) else (block + rest, value_block)
+    # Latents in codes leave the registers of 16 queries where a prefix takes a loop of its own.
+    few = prefix is not None and codes and any(latents)
+    tile = Tile.of(query.dtype, 1 if few else rows, *columns, codes=codes)
     # One launch has one number of warps: that of the larger tile.
-    wide = Tile.of(query.dtype, rows * most, *columns, codes=codes)
+    wide = Tile.of(query.dtype, 1 if few else rows * most, *columns, codes=codes)
     tiles, wide_tiles = blocks(rows, tile.m), blocks(rows * most, wide.m)
     plan = work(layout, tiles, device, prefix, wide_tiles)
     scales = _scale_arguments(key_scales, value_scales, prefix)
+    apart = [pool[1] for pool, once in zip(pools, loaded_once, strict=True) if not once]
+    value_stride = _value_stride(apart) if apart else value_size
     query = query.contiguous()
     start, length = layout.start_on(device), send(length, device)
     if query_positions is not None:
@@ -239,7 +248,7 @@ def decode_attention_triton(
         attend_kernel[(shared + plan.count * tiles,)](
             query,
             keys,
-            None if latents[0] else values,
+            None if loaded_once[0] else values,
             positions,
             *scales,
             query_positions,
@@ -257,9 +266,10 @@ def decode_attention_triton(
             tiles,
             plan.first,
             *((plan.arrivals, s_aux, out, logsumexp) if joins else (None,) * 4),
-            *_prefix_arguments(prefix, plan.prefix, wide_tiles, latents[-1]),
+            *_prefix_arguments(prefix, plan.prefix, wide_tiles, loaded_once[-1]),
             head_size,
             value_size,
+            value_stride,
             BLOCK_M=tile.m,
             BLOCK_P=wide.m,
             BLOCK_N=tile.n,
@@ -292,7 +302,7 @@ def decode_attention_triton(
 
 
 def _are_latents(keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether the first numbers of a key are its value, so that one load serves both."""
+    """Whether the first numbers of a key are its value."""
     latents = values.stride() == keys.stride() and values.data_ptr() == keys.data_ptr()
     if not (keys.is_contiguous() and (latents or values.is_contiguous())):
         raise ValueError(
@@ -300,6 +310,17 @@ def _are_latents(keys: torch.Tensor, values: torch.Tensor) -> bool:
             f"columns of the keys, got strides {keys.stride()} and {values.stride()}."
         )
     return latents
+
+
+def _value_stride(values: list[torch.Tensor]) -> int:
+    """Numbers from one value to the next, in pool and prefix."""
+    strides = {each.stride(0) for each in values}
+    if len(strides) > 1:
+        raise ValueError(
+            "decode_attention: expected values of the same strides in pool and prefix, got "
+            f"{sorted(strides)}."
+        )
+    return strides.pop()
 
 
 def _scale_arguments(
@@ -321,13 +342,13 @@ def _scale_arguments(
 
 
 def _prefix_arguments(
-    prefix: SharedPrefix | None, plan: PrefixWork | None, tiles: int, latents: bool
+    prefix: SharedPrefix | None, plan: PrefixWork | None, tiles: int, loaded_once: bool
 ) -> tuple[object, ...]:
     if prefix is None or plan is None:
         return (None,) * 12
     return (
         prefix.keys,
-        None if latents else prefix.values,
+        None if loaded_once else prefix.values,
         prefix.key_scales,
         prefix.value_scales,
         plan.start,

@@ -34,6 +34,7 @@ def attend_prefix(
     rows,
     D: tl.constexpr,
     DV: tl.constexpr,
+    STRIDE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,7 +62,7 @@ def attend_prefix(
     out, lse = attend_chunk(
         q, q_rest, None, keys, values, None, key_scales, value_scales, scales_stride,
         begin, end, scale, softcap,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
+        D, STRIDE_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_REST, BLOCK_DV,
     )  # fmt: skip
     partial = tl.load(first + own_head, mask=real, other=0).to(tl.int64) + number
     store_partial(partial_out, partial_lse, partial * rows + row, real, out, lse, DV)

@@ -48,3 +48,14 @@ def in_codes(case, parts):
         if hasattr(case, name)
     }
     return replace(case, **held), replace(case, **doubles | whole), columns
+
+
+def latents_in_codes(case, first, device="cpu"):
+    """`in_codes` where values are the `first` numbers of keys; the pool on a device, not copied."""
+    held, whole, scales = in_codes(case, ("keys",))
+    keys, scale = held.keys.to(device), scales["key_scales"].to(device)
+    return (
+        replace(held, keys=keys, values=keys[:, :first]),
+        replace(whole, values=whole.keys[:, :first]),
+        dict.fromkeys(_SCALES.values(), scale),
+    )

@@ -45,7 +45,7 @@ def decode(dtype, head_size, group, steps=1, extras=False, codes=False):
     )
 
 
-def latents(dtype, heads, steps=1, extras=False, apart=False):
+def latents(dtype, heads, steps=1, extras=False, apart=False, codes=False):
     """Launch what `decode_attention` launches for the latents of DeepSeek: 512 + 64 numbers.
 
     The first 512 are the value, unless keys and values are held `apart`.
@@ -53,7 +53,8 @@ def latents(dtype, heads, steps=1, extras=False, apart=False):
     from triton_ops.decode_attention.kernel import decode_attention_triton
 
     layout = RaggedLayout(torch.full((BATCH, 1), CAPACITY))
-    keys = torch.empty(layout.slots, 576, dtype=dtype)
+    keys = torch.empty(layout.slots, 576, dtype=torch.uint8 if codes else dtype)
+    scales = torch.empty(layout.slots, dtype=dtype) if codes else None
     decode_attention_triton(
         torch.empty(BATCH, 1, heads, steps, 576, dtype=dtype),
         keys,
@@ -68,16 +69,23 @@ def latents(dtype, heads, steps=1, extras=False, apart=False):
         cumulative_attention=torch.empty(layout.slots) if extras else None,
         attention_weight=None,
         logsumexp=None,
+        key_scales=scales,
+        value_scales=scales,
     )
 
 
-def branches(dtype, head_size, group, count, codes=False):
-    """Launch what `prefix_attention` launches for one prefix, and what `merge_state` does."""
+def branches(dtype, head_size, group, count, codes=False, first=None):
+    """Launch what `prefix_attention` launches for one prefix, and what `merge_state` does.
+
+    With `first`, so many numbers of a key are its value.
+    """
     from triton_ops.decode_attention.kernel import decode_attention_triton
     from triton_ops.merge_state.kernel import merge_state_triton
 
     keys, values, positions, _, _ = pool(torch.uint8 if codes else dtype, head_size)
     scales = of_codes(dtype, codes)
+    if first is not None:
+        values = keys[:, :first]
     layout = RaggedLayout(torch.full((count, KV_HEADS), 64))
     shared = RaggedLayout(torch.full((1, KV_HEADS), CAPACITY))
     prefix = SharedPrefix(
@@ -156,15 +164,16 @@ def one_token(dtype, head_size, group=0, fields=2):
     append_triton((*held, positions), layout.start, length, (new,) * fields, 7, asked)
 
 
-def one_token_in_codes(dtype, head_size):
-    """Launch what turns a token into codes, and what appends these."""
+def one_token_in_codes(dtype, head_size, fields=2):
+    """Launch what turns a token into codes, and what appends these and their scales."""
     from triton_ops.append.kernel import append_triton
     from triton_ops.fp8.kernel import quantise_triton
 
     keys, values, positions, layout, length = pool(torch.uint8, head_size)
-    fields = (keys, values, torch.empty(layout.slots, 2, dtype=dtype), positions)
+    held = *(keys, values)[:fields], torch.empty(layout.slots, fields, dtype=dtype), positions
     codes, scales = quantise_triton(torch.empty(BATCH, KV_HEADS, 1, head_size, dtype=dtype))
-    append_triton(fields, layout.start, length, (codes, codes, torch.stack([scales] * 2, -1)), 7)
+    new = *(codes,) * fields, torch.stack([scales] * fields, -1)
+    append_triton(held, layout.start, length, new, 7)
 
 
 def prompt_in_codes(dtype, head_size):
@@ -216,6 +225,11 @@ CASES = {
     "decode: latents, 128 heads": (1, lambda: latents(torch.bfloat16, 128)),
     "decode: latents, values apart": (1, lambda: latents(torch.bfloat16, 16, apart=True)),
     "decode: latents, float32": (1, lambda: latents(torch.float32, 16, extras=True)),
+    "decode: latents, fp8, 16 heads": (
+        2,
+        lambda: latents(torch.bfloat16, 16, extras=True, codes=True),
+    ),
+    "decode: latents, fp8, 128 heads": (1, lambda: latents(torch.bfloat16, 128, codes=True)),
     "decode: Llama 8B, fp8": (2, lambda: decode(torch.bfloat16, 128, 4, codes=True)),
     "decode: fp8, all extras": (
         2,
@@ -226,13 +240,22 @@ CASES = {
     "second turn": (1, lambda: decode(torch.bfloat16, 128, 4, steps=64, extras=True)),
     "second turn: size 256": (1, lambda: decode(torch.bfloat16, 256, 4, steps=64)),
     "second turn: size 512": (1, lambda: decode(torch.bfloat16, 512, 8, steps=64)),
-    "second turn: latents": (1, lambda: latents(torch.bfloat16, 16, steps=64)),
+    "second turn: latents": (1, lambda: latents(torch.bfloat16, 16, steps=64, extras=True)),
+    "second turn: latents, fp8": (
+        1,
+        lambda: latents(torch.bfloat16, 16, steps=64, extras=True, codes=True),
+    ),
     "second turn: float32": (1, lambda: decode(torch.float32, 256, 4, steps=64, extras=True)),
     "second turn: fp8": (
         1,
         lambda: decode(torch.bfloat16, 128, 4, steps=64, extras=True, codes=True),
     ),
     "16 branches, fp8": (1, lambda: branches(torch.bfloat16, 128, 4, 16, codes=True)),
+    "16 branches: latents": (1, lambda: branches(torch.bfloat16, 576, 16, 16, first=512)),
+    "16 branches: latents, fp8": (
+        1,
+        lambda: branches(torch.bfloat16, 576, 16, 16, codes=True, first=512),
+    ),
     "16 branches": (1, lambda: branches(torch.bfloat16, 128, 4, 16)),
     "64 branches: size 256": (1, lambda: branches(torch.bfloat16, 256, 2, 64)),
     "64 branches: size 512": (1, lambda: branches(torch.bfloat16, 512, 8, 64)),
@@ -257,8 +280,10 @@ CASES = {
     "layers at once": (2, lambda: layers_at_once(torch.bfloat16, 128)),
     "layers at once: float32, size 80": (2, lambda: layers_at_once(torch.float32, 80)),
     "quantise": (2, lambda: prompt_in_codes(torch.bfloat16, 128)),
+    "quantise: latents": (2, lambda: prompt_in_codes(torch.bfloat16, 576)),
     "quantise: float32, size 96": (2, lambda: prompt_in_codes(torch.float32, 96)),
     "append: fp8": (2, lambda: one_token_in_codes(torch.bfloat16, 128)),
+    "append: latents, fp8": (2, lambda: one_token_in_codes(torch.bfloat16, 576, fields=1)),
     "append: fp8, float16": (2, lambda: one_token_in_codes(torch.float16, 80)),
     "append": (2, lambda: one_token(torch.bfloat16, 128)),
     "append: size 512": (2, lambda: one_token(torch.bfloat16, 512)),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tests.support.ops.attention_cases import expected, make_case
-from tests.support.ops.code_cases import PARTS, in_codes, rows
+from tests.support.ops.code_cases import PARTS, in_codes, latents_in_codes, rows
 from tests.support.ops.prefix_cases import SHAPES as PREFIXES
 from tests.support.ops.prefix_cases import make_shared
 from triton_ops.backend import interpreting
@@ -106,14 +106,27 @@ def test_head_sizes(size, device):
     assert_equal(held.to(device).run(**moved), expected(whole)[0])
 
 
-def test_values_that_are_the_first_numbers_of_keys(device):
-    case = make_case([[70, 9]], [[66, 9]], 4, 1, sizes=(144, 144))
-    held, whole, scales = in_codes(case, ("keys",))
-    held = held.to(device)
-    latents = replace(held, values=held.keys[:, :128])
-    scale = scales["key_scales"].to(device)
-    out, _, _ = expected(replace(whole, values=whole.keys[:, :128]))
-    assert_equal(latents.run(key_scales=scale, value_scales=scale), out)
+@pytest.mark.parametrize(("size", "first"), [(144, 128), (576, 512), (40, 32)])
+@pytest.mark.parametrize(("group", "steps"), [(4, 1), (5, 3), (20, 1)])
+def test_values_that_are_the_first_numbers_of_keys(size, first, group, steps, device):
+    case = make_case([[70, 9]], [[66, 9]], group, steps, sizes=(size, size)).to(device)
+    held, whole, scales = latents_in_codes(case, first, device)
+    out, received, lse = expected(whole)
+    found = torch.zeros(held.layout.slots, device=device)
+    total = torch.full(lse.shape, math.nan, device=device)
+    assert_equal(held.run(cumulative_attention=found, logsumexp=total, **scales), out)
+    assert_equal(found, received)
+    torch.testing.assert_close(total.double().cpu(), lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", PREFIXES)
+def test_shared_latents_equal_the_definition(shape, device):
+    case = make_shared(*PREFIXES[shape], 4, 1, sizes=(144, 144))
+    own, whole, scales = latents_in_codes(case.own.to(device), 128, device)
+    prefix, whole_prefix, of_prefix = latents_in_codes(case.prefix, 128, device)
+    out, _ = replace(case, own=whole, prefix=whole_prefix).expected()
+    found = replace(case, own=own, prefix=replace(prefix, **of_prefix)).run(device, **scales)
+    assert_equal(found, out)
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
@@ -136,3 +149,12 @@ def test_a_prefix_in_another_form_is_refused(device):
     moved = {name: x.to(device) for name, x in scales.items()}
     with pytest.raises(ValueError, match="expected scales of the same strides for the same fields"):
         replace(case, own=own).run(device, **moved)
+
+
+def test_a_prefix_with_values_apart_is_refused(device):
+    case = make_shared(*PREFIXES["one_branch"], 4, 1, sizes=(40, 40))
+    own, _, scales = latents_in_codes(case.own.to(device), 32, device)
+    prefix, _, of_prefix = latents_in_codes(case.prefix, 32, device)
+    prefix = replace(prefix, values=prefix.values.contiguous(), **of_prefix)
+    with pytest.raises(ValueError, match=r"values of the same strides .* got \[32, 40\]"):
+        replace(case, own=own, prefix=prefix).run(device, **scales)

@@ -25,8 +25,10 @@ CASES = {
     # They look at values.
     "LagKV": (ReasonAllocCache, TIGHT | dict(scorer=LagKV(), budget=12)),
     "VaSE": (ReasonAllocCache, TIGHT | dict(scorer=VaSE())),
+    "8 bits": (ReasonAllocCache, TIGHT | dict(scorer=VaSE(), storage="fp8")),
     "windows": (SlidingWindowCompressCache, dict(window=4, ratio=0.5, recent=2)),
     "branches": (SharedBranchCache, {}),
+    "branches in 8 bits": (SharedBranchCache, dict(storage="fp8")),
     "evicting branches": (
         SharedBranchCache,
         dict(suffix=ReasonAllocCache.policy(budget=12, buffer=2, window=2)),
@@ -50,7 +52,7 @@ def test_tokens_equal_those_of_pytorch(name, device):
             held = [cache.held_positions(layer.index) for layer in cache.own_layers]
             found.append((tokens.cpu(), held))
             report = cache.report()
-            assert (report.evictions > 0) == (name != "branches")
+            assert (report.evictions > 0) == (not name.startswith("branches"))
             assert report.backend.startswith(backend)
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
@@ -75,7 +77,9 @@ def test_all_layers_evict_at_once(device, monkeypatch):
         assert together.held_positions(layer) == alone.held_positions(layer)
 
 
-@pytest.mark.parametrize("settings", [dict(budget=None), TIGHT], ids=["exact", "evicting"])
+@pytest.mark.parametrize(
+    "settings", [dict(budget=None), TIGHT, TIGHT | dict(storage="fp8")], ids=str
+)
 def test_graphs_give_the_tokens_without_them(settings, device):
     model = small_latents().to(device)
     inputs = {key: x.to(device) for key, x in prompt(tokens=9, padding=(0, 3)).items()}
