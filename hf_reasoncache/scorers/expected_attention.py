@@ -20,9 +20,9 @@ class ExpectedAttention(Scorer):
     rotations of the next positions. The expected weight of a key is then the exponential of its
     mean logit plus half of the variance of its logits, normalised over the tokens held; the mean
     over the query group is multiplied with the norm of the value. The first tokens are kept, and
-    their queries not counted. Defaults are those of the authors' code (kvpress). Ours: mean and
-    covariance are those of the newest queries, not of the whole prompt, and never written out: mean
-    and variance of a key's logits under these queries, turned to the next positions, are the same.
+    their queries not counted (512 positions and 4 tokens, as in kvpress). Ours: mean and covariance
+    are those of the newest queries, not of the whole prompt, and never written out: mean and
+    variance of a key's logits under these queries, turned to the next positions, are the same.
 
     Attributes
     ----------
