@@ -94,8 +94,8 @@ PARTS: dict[str, set[str]] = {
     | {"scorers", "storage"}
     # Prompts, weights and releases are named as in a calibration.
     | {"calibration.prompts", "calibration.settings", "profiles.fingerprint"}
-    # What TriAttention knows of a model is read where a run is described.
-    | {"calibration.queries"},
+    # What TriAttention and ExpectedAttention know of a model is read where a run is described.
+    | {"calibration.queries", "geometry"},
 }
 for _cache in CACHES:
     # The caches turn settings into layers, so they know every policy, but of calibration only the

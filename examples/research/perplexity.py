@@ -44,6 +44,7 @@ from hf_reasoncache.scorers import (
     CUR,
     H2O,
     RKV,
+    ExpectedAttention,
     QueryStatistics,
     Random,
     SnapKV,
@@ -104,6 +105,7 @@ def scorers(budget: int, queries: QueryStatistics) -> dict[str, Scorer]:
         "VaSE": VaSE(largest=budget // 4),
         "CUR": CUR(),
         "TriAttention": TriAttention(queries),
+        "ExpectedAttention": ExpectedAttention(tuple(queries.frequencies.tolist())),
         "random": Random(),
     }
 
@@ -150,7 +152,7 @@ def compare_scorers(
         "over the texts; last column: mean difference of the loss in nats with its 95% interval "
         f"(blocks of {BLOCK} tokens resampled). VaSE keeps a quarter of the budget for "
         f"its values; TriAttention knows the queries of {PAGES} other pages of {CALIBRATION} "
-        "tokens. "
+        "tokens; ExpectedAttention keeps the first 4 tokens whatever they score. "
         f"`python -m examples.research.perplexity --table scorers`, {versions()}."
     )
     publish(rows, note, "text-scorers", given.output, given.document)

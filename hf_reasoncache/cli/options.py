@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hf_reasoncache.evaluation.specs import CACHES, TRI_ATTENTION
+from hf_reasoncache.evaluation.specs import CACHES, EXPECTED_ATTENTION, TRI_ATTENTION
 from hf_reasoncache.scorers import SCORERS
 
 
@@ -29,7 +29,8 @@ Caches = Annotated[
         metavar="NAME[:SETTING,...]",
         help="What is tried, beside the full cache; give it several times. NAME: "
         f"{', '.join(name for name, cache in CACHES.items() if cache)}, or a scorer: "
-        f"{', '.join(SCORERS)}. Also {TRI_ATTENTION}, with queries=FILE.pt|PROFILE. SETTING: "
+        f"{', '.join(SCORERS)}. Also {EXPECTED_ATTENTION}, and {TRI_ATTENTION} with "
+        "queries=FILE.pt|PROFILE. SETTING: "
         "scorer=NAME, profile=DIR, heads=on|off, "
         "prompt=keep|evict, protect (the spans of a question), fair=0.5, fair_window=128, "
         "window=8, buffer=128, min_budget=128, storage=fp8; of sliding-window also ratio=0.3, "

@@ -15,9 +15,17 @@ from hf_reasoncache.caches.reason_alloc import ReasonAllocCache
 from hf_reasoncache.caches.shared_branch import SharedBranchCache
 from hf_reasoncache.caches.sliding_window import SlidingWindowCompressCache
 from hf_reasoncache.calibration.queries import load_queries
+from hf_reasoncache.geometry import rotary_frequencies
 from hf_reasoncache.messages import shown
 from hf_reasoncache.protection import Fair, Protect, Spans
-from hf_reasoncache.scorers import SCORERS, Random, TriAttention, make_scorer
+from hf_reasoncache.scorers import (
+    SCORERS,
+    ExpectedAttention,
+    Random,
+    Scorer,
+    TriAttention,
+    make_scorer,
+)
 from hf_reasoncache.storage.fp8 import FORMS
 
 Budget = int | float
@@ -34,6 +42,9 @@ CACHES: dict[str, type[ReasonCache] | None] = {
 TRI_ATTENTION = "tri-attention"
 """Name on the command line of the one scorer that cannot be made without statistics."""
 
+EXPECTED_ATTENTION = "expected-attention"
+"""Name of the one scorer that is made of a model's config."""
+
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -49,7 +60,8 @@ class CacheSpec:
         Its arguments besides config, budget and spans; and, as `queries`, where `TriAttention`,
         which is then the scorer, finds its statistics: an official file (`.pt`), or a profile.
     scorer : str or None
-        One of `SCORERS`, made with the window and the seed of a run; by default the cache's own.
+        One of `SCORERS`, made with the window and the seed of a run, or `EXPECTED_ATTENTION`; by
+        default the cache's own.
     whitelist : bool
         Whether the spans of a question are protected, and the rest of the prompt not.
     fair : float or None
@@ -181,12 +193,19 @@ class CacheSpec:
         settings = self.settings | self.span_settings(spans)
         if self.scorer is not None:
             window = settings.get("window", 8)
-            settings["scorer"] = make_scorer(self.scorer, window=window, seed=seed)
+            settings["scorer"] = _scorer(self.scorer, config, window, seed)
         if (queries := settings.pop("queries", None)) is not None:
             settings["scorer"] = TriAttention(load_queries(queries, config))
         if isinstance(budget, float):
             return settings | {"ratio": budget}
         return settings | {"budget" if _takes(cache, "budget") else "max_budget": budget}
+
+
+def _scorer(name: str, config: PretrainedConfig, window: int, seed: int) -> Scorer:
+    """Make the scorer of a run for a model."""
+    if name == EXPECTED_ATTENTION:
+        return ExpectedAttention(tuple(rotary_frequencies(config)))
+    return make_scorer(name, window=window, seed=seed)
 
 
 FULL = CacheSpec("full")
@@ -266,12 +285,13 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
     Parameters
     ----------
     text : str
-        One of `CACHES`, or of `SCORERS` (that is `ReasonAllocCache` with this scorer), or
-        `tri-attention` (the same, with `queries=FILE.pt` or `queries=PROFILE`), then a colon
-        and settings with commas between them: `scorer=NAME`, `profile=DIR`, `heads=on|off`,
-        `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`, `fair_window=128`,
-        `min_budget=128` (where budgets are ratios), `storage=fp8` (see `ReasonAllocCache`), and for
-        `sliding-window` `ratio=0.3`, `recent=32`. Example: `snapkv:protect,fair=0.5`.
+        One of `CACHES`, or of `SCORERS` or `expected-attention` (that is `ReasonAllocCache` with
+        this scorer), or `tri-attention` (the same, with `queries=FILE.pt` or `queries=PROFILE`),
+        then a colon and settings with commas between them: `scorer=NAME`, `profile=DIR`,
+        `heads=on|off`, `prompt=keep|evict`, `protect` (the question's spans), `fair=0.5`,
+        `fair_window=128`, `min_budget=128` (where budgets are ratios), `storage=fp8` (see
+        `ReasonAllocCache`), and for `sliding-window` `ratio=0.3`, `recent=32`. Example:
+        `snapkv:protect,fair=0.5`.
     window, buffer : int
         For caches with a budget; `window` and `buffer` among the settings go before. Of
         `sliding-window`, a window is what is compressed at once, 128 by default.
@@ -285,14 +305,15 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
     given = dict(part.partition("=")[::2] for part in rest.split(",") if part)
     if name == FULL.name and not given:
         return FULL
-    cache = ReasonAllocCache if name in (*SCORERS, TRI_ATTENTION) else CACHES.get(name)
+    by_name = (*SCORERS, EXPECTED_ATTENTION)
+    cache = ReasonAllocCache if name in (*by_name, TRI_ATTENTION) else CACHES.get(name)
     if cache is None:
-        known = ", ".join((*CACHES, *SCORERS, TRI_ATTENTION))
+        known = ", ".join((*CACHES, *by_name, TRI_ATTENTION))
         raise ValueError(f"--cache: expected one of {known}, got {shown(text, 40)}.")
     # Caches that compress at a threshold: `window` means another thing to those by windows.
     usual = {"window": window, "buffer": buffer}
     settings: dict[str, Any] = usual if _takes(cache, "buffer") else {}
-    scorer = name if name in SCORERS else None
+    scorer = name if name in by_name else None
     chosen: dict[str, Any] = {}
     for key, value in given.items():
         try:
@@ -301,7 +322,7 @@ def parse_spec(text: str, window: int = 8, buffer: int = 128) -> CacheSpec:
             if key in _SETTINGS and _takes(cache, _SETTINGS[key][0]) and not is_budget:
                 argument, read = _SETTINGS[key]
                 settings[argument] = read(value)
-            elif key == "scorer" and value in SCORERS:
+            elif key == "scorer" and value in by_name:
                 scorer = value
             elif key == "queries" and value and name == TRI_ATTENTION:
                 settings["queries"] = value

@@ -9,6 +9,7 @@ from hf_reasoncache.messages import shown
 from hf_reasoncache.scorers.base import HeldTokens, Scorer
 from hf_reasoncache.scorers.bidirectional import Bidirectional
 from hf_reasoncache.scorers.cur import CUR
+from hf_reasoncache.scorers.expected_attention import ExpectedAttention
 from hf_reasoncache.scorers.h2o import H2O
 from hf_reasoncache.scorers.key_diff import KeyDiff
 from hf_reasoncache.scorers.key_norm import KeyNorm
@@ -29,6 +30,7 @@ __all__ = [
     "SCORERS",
     "TOVA",
     "Bidirectional",
+    "ExpectedAttention",
     "HeldTokens",
     "KeyDiff",
     "KeyNorm",
@@ -61,7 +63,8 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 """Every scorer by the name that the command line, the caches (`scorer="snapkv"`) and files use.
 
-`TriAttention` is not among them: it needs statistics of the model.
+`TriAttention` and `ExpectedAttention` are not among them: they need statistics or the RoPE of the
+model.
 """
 
 _OF_THE_RUN = {"queries": "window", "lag": "window", "seed": "seed"}

@@ -53,8 +53,8 @@ def test_scorers_are_compared_at_shares_of_a_text(run, monkeypatch, tmp_path):
     perplexity.main([*given, "--output", str(tmp_path), "--document", str(page)])
     with (tmp_path / "text-scorers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["budget"] for row in rows] == ["full", *["24 (4x)"] * 7]
-    assert len({row["perplexity"] for row in rows}) == 8
+    assert [row["budget"] for row in rows] == ["full", *["24 (4x)"] * 8]
+    assert len({row["perplexity"] for row in rows}) == 9
     assert {row["scorer"] for row in rows if not row["loss against R-KV"]} == {"", "R-KV"}
     assert all(float(row["KL"]) > 0 for row in rows[1:])
     written = (tmp_path / "readings.jsonl").read_bytes()

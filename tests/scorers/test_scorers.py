@@ -13,6 +13,7 @@ from hf_reasoncache.scorers import (
     RKV,
     SCORERS,
     Bidirectional,
+    ExpectedAttention,
     LagKV,
     Random,
     Scorer,
@@ -22,6 +23,7 @@ from hf_reasoncache.scorers import (
 from tests.support import scorer_formulas as formulas
 from tests.support.scorer_inputs import head_of, heads_alone, held_tokens, row_alone
 
+ANGLES = tuple(100.0 ** (-pair / 8) for pair in range(8))
 # Every listed scorer with its defaults, and some with other settings.
 MATRIX = {name: scorer() for name, scorer in SCORERS.items()} | {
     "rkv-other": RKV(lam=0.7, queries=3, kernel=1, threshold=0.2),
@@ -31,6 +33,8 @@ MATRIX = {name: scorer() for name, scorer in SCORERS.items()} | {
     "h2o-decayed-average": H2O(recent_ratio=0.0, attention_decay=0.9, average=True),
     "lag-kv-short": LagKV(sinks=2, lag=4),
     "random-other": Random(seed=5),
+    "expected-attention": ExpectedAttention(ANGLES),
+    "expected-attention-other": ExpectedAttention(ANGLES, queries=3, ahead=7, sinks=2),
 }
 # Of one head. Random numbers have no formula; they are tested in test_behaviour.py.
 FORMULAS = {
@@ -49,6 +53,10 @@ FORMULAS = {
     "key-diff": formulas.key_diff,
     "lag-kv-short": partial(formulas.lag_kv, sinks=2, lag=4),
     "value-norm": formulas.value_norm,
+    "expected-attention": partial(formulas.expected_attention, frequencies=ANGLES),
+    "expected-attention-other": partial(
+        formulas.expected_attention, frequencies=ANGLES, last=3, ahead=7, sinks=2
+    ),
 }
 ALL = pytest.mark.parametrize("scorer", [pytest.param(s, id=n) for n, s in MATRIX.items()])
 

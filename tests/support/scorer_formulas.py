@@ -109,3 +109,38 @@ def lag_kv(head: Head, sinks: int, lag: int) -> list[float]:
         for place, index in enumerate(unusual.argsort().tolist()):
             scores[start + index] = place / lag
     return scores
+
+
+def expected_attention(
+    head: Head, frequencies: tuple[float, ...], last=128, ahead=512, sinks=4
+) -> list[float]:
+    """With mean and covariance before RoPE, and the mean of the matrices that turn by it."""
+    half = len(frequencies)
+
+    def rotation(position: int) -> torch.Tensor:
+        angle = position * torch.tensor(frequencies, dtype=torch.float64)
+        made = torch.zeros(2 * half, 2 * half, dtype=torch.float64)
+        made[:half, :half] = made[half:, half:] = angle.cos().diag()
+        made[:half, half:], made[half:, :half] = -angle.sin().diag(), angle.sin().diag()
+        return made
+
+    turn = sum(rotation(head.length + far) for far in range(ahead)) / ahead
+    plain = [rotation(at).T @ each.T for at, each in head.queries[-last:] if at >= sinks]
+    later = [i for i, at in enumerate(head.positions) if at >= sinks]
+    group = head.queries[0][1].shape[0]
+    shares = torch.zeros(len(later), dtype=torch.float64)
+    for number in range(group):
+        rows = torch.stack([each[:, number] for each in plain]) if plain else None
+        logits = []
+        for key in head.keys[later]:
+            if rows is None:
+                logits.append(0.0)
+                continue
+            mean, covariance = turn @ rows.mean(0), turn @ rows.T.cov(correction=0) @ turn.T
+            spread = head.scaling**2 * key @ covariance @ key / 2
+            logits.append(float(head.scaling * mean @ key + spread))
+        shares += torch.tensor(softmax(logits), dtype=torch.float64) / group
+    scores = (shares * head.values[later].norm(dim=-1)).tolist()
+    return [
+        scores[later.index(i)] if i in later else max(scores, default=0.0) for i in range(len(head))
+    ]
