@@ -168,8 +168,8 @@ def note(records: Sequence[Record], given: argparse.Namespace) -> str:
             f"Gained, lost, points (bootstrapped 95% interval), p (McNemar): against {MAIN} with "
             "the profile at the same budget, on the same questions. VaSE keeps a quarter of the "
             f"budget for its values; TriAttention knows the queries of {PAGES} pages of text of "
-            f"{CALIBRATION} tokens; ExpectedAttention remembers the newest 128 queries and keeps the "
-            "first 4 tokens. "
+            f"{CALIBRATION} tokens; ExpectedAttention remembers the newest 128 queries and keeps "
+            "the first 4 tokens. "
         )
     else:
         text += (
