@@ -257,8 +257,11 @@ def test_a_killed_command_goes_on_and_gives_the_same_profile(
     assert re.fullmatch(
         r"answers: at most 6 x 40 tokens to write\n"
         r"coverage: at most [\d,]+ tokens to read\n"
+        r"(answers: \d of 6 prompts, .+ left\n)+"
         r"coverage: [\d,]+ tokens to read\n"
-        r"(coverage: about [\d.]+ minutes left\n)?",
+        r"(coverage: \d of 6 prompts, .+ left\n)+"
+        r"(coverage: about [\d.]+ minutes left\n)?"
+        r"(coverage: \d of 6 prompts, .+ left\n)+",
         process.stderr,
     )
     assert content(out) == reference
