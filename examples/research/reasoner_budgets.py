@@ -247,7 +247,7 @@ def main(given: Sequence[str] | None = None) -> None:
         f"95% interval. `{command}{' --table sweep' if is_sweep else ''}`, {versions()}."
     )
     publish(rows, note, name, arguments.output, arguments.document)
-    if not is_sweep:
+    if not is_sweep and tuple(arguments.tasks) == SOLVED:
         (arguments.output / f"{name}.png").write_bytes(picture(found))
 
 
@@ -267,7 +267,7 @@ ARMS = [
 """Those of the published table."""
 
 FEWER = [
-    "full::50",
+    "full::200",
     *(f"R-KV, profile:{budget}:50" for budget in (192, 224, 256)),
     "R-KV:224:50",
     "random, profile:224:50",
