@@ -4,7 +4,7 @@
     python -m examples.research.real_tasks --threads 1
     python -m examples.research.real_tasks --table fp8 --threads 1
 
-The first table compares scorers at budgets of about half to a sixteenth of a prompt, which is
+The first table compares scorers at budgets of about a quarter and an eighth of a prompt, which is
 evictable. The second has the questions of `make demo-real`, whose answers are taken as they are.
 Every answer is kept in a journal at once; a run that was stopped goes on where it was.
 """
@@ -35,7 +35,7 @@ from hf_reasoncache.evaluation.specs import Budget
 from hf_reasoncache.evaluation.statistics import Share
 
 PARTS = {128: 2, 64: 4, 32: 8, 16: 16}
-"""Budgets of the first table, and how many times as many tokens its prompts have, about."""
+"""Budgets that the first table can have, and how many times as many tokens its prompts have, about."""
 
 MAIN = "R-KV"
 """Scorer that the others of the first table are compared with."""
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", choices=["scorers", "fp8"], default="scorers")
     parser.add_argument("--questions", type=int, default=100, help="of each task")
     parser.add_argument(
-        "--budgets", type=int, nargs="+", choices=PARTS, default=list(PARTS), help="of scorers"
+        "--budgets", type=int, nargs="+", choices=PARTS, default=[64, 32], help="of scorers"
     )
     parser.add_argument("--journal", type=Path, help=f"by default {SCORERS}, or {ANSWERS}")
     given = parse(parser, arguments)
