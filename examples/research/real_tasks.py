@@ -35,7 +35,7 @@ from hf_reasoncache.evaluation.specs import Budget
 from hf_reasoncache.evaluation.statistics import Share
 
 PARTS = {128: 2, 64: 4, 32: 8, 16: 16}
-"""Budgets that the first table can have, and how many times as many tokens its prompts have, about."""
+"""Budgets that the first table can have, and about how many times as long its prompts are."""
 
 MAIN = "R-KV"
 """Scorer that the others of the first table are compared with."""
