@@ -6,8 +6,18 @@ They hold all words themselves: pressing the tab key starts no Python.
 from __future__ import annotations
 
 import re
+from enum import Enum
 
-SHELLS = ("bash", "zsh", "fish")
+
+class Shell(str, Enum):
+    """Those for which there is a script."""
+
+    bash = "bash"
+    zsh = "zsh"
+    fish = "fish"
+
+
+SHELLS = [shell.value for shell in Shell]
 
 _OPTION = re.compile(r"--[a-z][a-z-]*")
 

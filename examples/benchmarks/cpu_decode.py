@@ -77,12 +77,14 @@ class Options:
         )
 
 
-def measure_speed(model: LlamaForCausalLM, options: Options, work: Work) -> Block:
+def measure_speed(
+    model: LlamaForCausalLM, options: Options, dtype: str, batch: int, context: int
+) -> Block:
     """Run all decoders of one configuration in turns."""
+    work = options.work(dtype, batch, context)
     decoders, missing = build_decoders(model, work, options.compile_limit)
     seconds = time_rounds(decoders, options.rounds, CLOCKS[options.clock])
-    dtype = next(name for name, each in DTYPES.items() if each == work.dtype)
-    blank = Row(dtype, work.batch, work.context, "", "")
+    blank = Row(dtype, batch, context, "", "")
     rows = []
     for decoder in decoders:
         row = replace(blank, decoder=decoder.name, kind=type(decoder).__name__)
@@ -129,7 +131,7 @@ def run(options: Options, say: Callable[[str], None], output: Path | None) -> No
         model = options.shape.build(options.seed).to(DTYPES[dtype])
         cells = [(batch, context) for batch in options.batches for context in options.contexts]
         for batch, context in cells if "speed" in options.parts else ():
-            block = measure_speed(model, options, options.work(dtype, batch, context))
+            block = measure_speed(model, options, dtype, batch, context)
             goals = judge(block, batch) if options.goals and context == GOAL_CONTEXT else []
             say("\n".join(["", block.table(), *goals]))
             blocks.append(block)

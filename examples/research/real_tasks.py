@@ -40,7 +40,8 @@ PARTS = {128: 2, 64: 4, 32: 8, 16: 16}
 MAIN = "R-KV"
 """Scorer that the others of the first table are compared with."""
 
-EQUAL = ", equal layers"
+EQUAL, EIGHT = ", equal layers", ", fp8"
+"""What a name has behind it where a cache differs so."""
 
 WHOLE = 256
 """A budget that no question of the second table reaches; room for it is made at once."""
@@ -89,16 +90,16 @@ def in_8_bits(
 def eight_bits(spec: CacheSpec) -> CacheSpec:
     """Return a cache with all its settings, whose keys and values are held in 8 bits."""
     settings = spec.settings | {"storage": "fp8"}
-    return CacheSpec(f"{spec.name}, fp8", spec.cache, settings, spec.scorer)
+    return CacheSpec(spec.name + EIGHT, spec.cache, settings, spec.scorer)
 
 
 def reference(cache: str, table: str) -> str | None:
     """Name of the cache that another one is compared with at the same budget; None for none."""
     if table == "scorers":
         return None if cache in (MAIN, FULL.name) else MAIN
-    return {ALONE: FULL.name}.get(cache) or (
-        cache.removesuffix(", fp8") if cache.endswith(", fp8") else None
-    )
+    if cache == ALONE:
+        return FULL.name
+    return cache.removesuffix(EIGHT) if cache.endswith(EIGHT) else None
 
 
 def rows(records: Sequence[Record], table: str) -> list[dict[str, str]]:
@@ -151,11 +152,11 @@ def compared(first: Sequence[Record], second: Sequence[Record]) -> dict[str, str
 
 def note(records: Sequence[Record], given: argparse.Namespace) -> str:
     """What stands above a table."""
-    longest = {
+    lengths = {
         task: statistics.mean(each.prompt_tokens for each in records if each.task == task)
         for task in dict.fromkeys(each.task for each in records)
     }
-    asked = ", ".join(f"`{task}` of {tokens:.0f} tokens" for task, tokens in longest.items())
+    asked = ", ".join(f"`{task}` of {tokens:.0f} tokens" for task, tokens in lengths.items())
     text = (
         f"SmolLM2-135M-Instruct in bfloat16, exact greedy answers in percent of {given.questions} "
         f"questions of each task (seed {SEED}), prompts of {asked} on average, evictable; buffer "

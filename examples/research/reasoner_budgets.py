@@ -215,10 +215,10 @@ def main(given: Sequence[str] | None = None) -> None:
     made.add_argument("--batch-size", type=int, default=50)
     made.add_argument("--journal", type=Path, default=Path("build/reasoner_readings.jsonl"))
     arguments = parse(made, given)
-    is_sweep = arguments.table == "sweep"
+    is_sweep, of_all = arguments.table == "sweep", tuple(arguments.tasks) == SOLVED
     command = "python -m examples.research.reasoner_budgets"
     name = f"reasoner-{arguments.table}"
-    if tuple(arguments.tasks) != SOLVED:
+    if not of_all:
         command += f" --tasks {' '.join(arguments.tasks)}"
         name += f"-{'-'.join(arguments.tasks)}"
     if is_sweep:
@@ -247,7 +247,7 @@ def main(given: Sequence[str] | None = None) -> None:
         f"95% interval. `{command}{' --table sweep' if is_sweep else ''}`, {versions()}."
     )
     publish(rows, note, name, arguments.output, arguments.document)
-    if not is_sweep and tuple(arguments.tasks) == SOLVED:
+    if not is_sweep and of_all:
         (arguments.output / f"{name}.png").write_bytes(picture(found))
 
 

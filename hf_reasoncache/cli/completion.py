@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Annotated
 
 import typer
 
 import hf_reasoncache_cli
-
-
-class Shell(str, Enum):
-    """Those of `hf_reasoncache_cli.completion.SHELLS`."""
-
-    bash = "bash"
-    zsh = "zsh"
-    fish = "fish"
+from hf_reasoncache_cli.completion import Shell
 
 
 def completion(

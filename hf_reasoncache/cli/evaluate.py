@@ -142,7 +142,7 @@ def evaluate_command(
             read = reread(loaded, tokenizer, grid, records, out, chat=chat, progress=True)
         if not is_main:
             return
-        specs = _specs(records, grid.all_specs, window, buffer)
+        specs = _specs(records, grid.specs, window, buffer)
         rows = tabulate(records, controls(specs, make_baseline(window, buffer)))
         columns, lines = cells(rows)
         content = list(map(_facts, rows))
@@ -180,13 +180,13 @@ def evaluate_command(
 def _specs(
     records: Sequence[Record], given: Sequence[CacheSpec], window: int, buffer: int
 ) -> list[CacheSpec]:
-    """Return the caches of all answers, those of earlier commands included."""
+    """Return the caches that commands have named, those of earlier ones included."""
     known = {spec.name: spec for spec in given}
-    for name in dict.fromkeys(each.cache for each in records):
+    for name in dict.fromkeys(each.cache for each in records if each.cache not in known):
         try:
-            known.setdefault(name, parse_spec(name, window, buffer))
+            known[name] = parse_spec(name, window, buffer)
         except ValueError:
-            # Named in Python: nothing says which random eviction it is to be compared with.
+            # The baseline, or named in Python: nothing says what it is to be compared with.
             continue
     return list(known.values())
 

@@ -42,7 +42,7 @@ def reread(
     model, tokenizer
     grid : Grid
     records : sequence of Record
-        What `evaluate` has returned for it; caches that are not the grid's are left out.
+        What `evaluate` has returned for it; other caches and budgets are left out.
     directory : Path
         Gets `readings-SEED.jsonl`, from which a second run goes on.
     chat : bool
@@ -57,9 +57,10 @@ def reread(
         By task, cache and budget, the full cache included; empty answers are left out.
     """
     specs = {spec.name: spec for spec in grid.all_specs}
+    asked = {(seed, spec.name, budget) for _, seed, spec, budget in grid.cells()}
     found: dict[tuple[str, str, Budget | None], list[Reading]] = defaultdict(list)
     for seed in grid.seeds:
-        mine = [each for each in records if each.seed == seed and each.cache in specs]
+        mine = [each for each in records if (each.seed, each.cache, each.budget) in asked]
         pieces = _pieces(tokenizer, grid, seed, mine, chat)
         tried: dict[Budget, list[str]] = {}
         for cache, budget in dict.fromkeys((each.cache, each.budget) for each in mine):

@@ -94,7 +94,7 @@ class Fp8LatentForm(Form):
         return dequantise(codes if name == "keys" else codes[..., : self.rank], scales)
 
     def operands(self, fields: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `Form.operands`; values are a view, so that a kernel reads keys and values once."""
+        """See `Form.operands`; values are a view."""
         codes, scales = fields["latents"], fields[SCALES][:, 0]
         held = {"keys": codes, "values": codes[:, : self.rank]}
         return held | dict.fromkeys(_ARGUMENTS.values(), scales)
