@@ -37,6 +37,9 @@ MERGED = Path("build/reasoner-merged")
 OWN = Path("examples/real_model/reasoner/sensitivity")
 """The layer profile that was calibrated on its own chains."""
 
+ONE_BUDGET = Path("examples/real_model/reasoner/one-budget")
+"""The same, from errors that were measured at 128 tokens alone."""
+
 MAX_NEW_TOKENS = 520
 """An answer must have ended by then; the longest chain of the scripts takes 489."""
 

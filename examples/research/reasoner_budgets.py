@@ -24,7 +24,7 @@ import torch
 from examples.real_model.model import SENSITIVITY, load
 from examples.real_model.reasoner.problems import DEVELOPMENT_SEEDS, TASKS, TEST_SEEDS
 from examples.research.arguments import parse, real_parser
-from examples.research.chains import MERGED, OWN, Arm
+from examples.research.chains import MERGED, ONE_BUDGET, OWN, Arm
 from examples.research.reading import Reading, read_arms
 from examples.research.tables import interval_of_mean, publish, versions
 from hf_reasoncache import ReasonAllocCache, SlidingWindowCompressCache
@@ -45,7 +45,10 @@ MAIN = "R-KV, profile"
 """What all others are compared with; the profile is that of SmolLM2, which is in the package."""
 
 MORE_WINDOWS = "windows of ratio 0.7, profile"
-"""Not in the picture, which has seven colours."""
+FROM_ONE_BUDGET = "R-KV, own profile of one budget"
+OWN_CHANCE = "random, own profile"
+NOT_DRAWN = (MORE_WINDOWS, FROM_ONE_BUDGET, OWN_CHANCE)
+"""The picture has seven colours."""
 
 COMMON: dict[str, Any] = {"window": WINDOW, "buffer": BUFFER, "protect": False}
 
@@ -71,17 +74,21 @@ def windows(name: str, profile: BudgetProfile, window: int, recent: int, ratio: 
 def specs(own: Path = OWN) -> dict[str, CacheSpec]:
     """Return the caches of the first table; `own` has the reasoner's own profile."""
     profile = shipped()
-    calibrated = BudgetProfile.from_pretrained(own, with_statistics=False)
+    calibrated, one_budget = (
+        BudgetProfile.from_pretrained(each, with_statistics=False) for each in (own, ONE_BUDGET)
+    )
     made = [
         FULL,
         threshold(MAIN, RKV(), profile),
         threshold("R-KV, own profile", RKV(), calibrated),
+        threshold(FROM_ONE_BUDGET, RKV(), one_budget),
         threshold("R-KV", RKV(), None),
         threshold("SnapKV, profile", SnapKV(), profile),
         threshold("H2O, profile", H2O(), profile),
         windows("windows, profile", profile, BUFFER, WINDOW, 0.5),
         windows(MORE_WINDOWS, profile, BUFFER, WINDOW, 0.7),
         threshold("random, profile", Random(), profile),
+        threshold(OWN_CHANCE, Random(), calibrated),
     ]
     return {spec.name: spec for spec in made}
 
@@ -102,7 +109,8 @@ def sweep(budget: int, problems: int, own: Path = OWN) -> list[Arm]:
     for exponent, low, high in ((1.0, 0.25, 4.0), (0.5, 0.25, 4.0)):
         name = f"own profile, exponent {exponent:g}, bounds {low:g} to {high:g}"
         add(name, profile=replace(calibrated, rule=BudgetRule(exponent, low, high)))
-    for exponent, low, high in ((0.5, 0.25, 2.0), (1.5, 0.25, 4.0), (1.0, 0.5, 2.0)):
+    rules = ((0.5, 0.25, 2.0), (1.5, 0.25, 4.0), (1.0, 0.5, 2.0), (1.0, 0.25, 4.0))
+    for exponent, low, high in rules:
         name = f"exponent {exponent:g}, bounds {low:g} to {high:g}"
         add(name, profile=replace(profile, rule=BudgetRule(exponent, low, high)))
     for scorer in (SnapKV(), H2O(), Random()):
@@ -187,7 +195,7 @@ def picture(arms: Sequence[Sequence[Reading]]) -> bytes:
     panels = []
     for task in (*dict.fromkeys(each.task for each in arms[0]), "all"):
         lines = []
-        names = dict.fromkeys(found[0].cache for found in arms if found[0].cache != MORE_WINDOWS)
+        names = dict.fromkeys(found[0].cache for found in arms if found[0].cache not in NOT_DRAWN)
         for name in names:
             points = sorted(
                 (statistics.mean(each.held for each in found), share(found, task))
@@ -254,21 +262,26 @@ def main(given: Sequence[str] | None = None) -> None:
 ARMS = [
     "full::200",
     "R-KV, profile:192:200",
+    "R-KV, own profile:192:200",
     "R-KV, profile:224:200",
-    "R-KV, own profile:224:50",
+    "R-KV, own profile:224:200",
+    f"{FROM_ONE_BUDGET}:224:50",
     "R-KV:224:200",
     "SnapKV, profile:224:50",
     "H2O, profile:224:50",
     "windows, profile:224:50",
     f"{MORE_WINDOWS}:224:50",
     "random, profile:224:200",
+    f"{OWN_CHANCE}:224:50",
     "R-KV, profile:256:200",
+    "R-KV, own profile:256:200",
 ]
 """Those of the published table."""
 
 FEWER = [
     "full::200",
     *(f"R-KV, profile:{budget}:50" for budget in (192, 224, 256)),
+    *(f"R-KV, own profile:{budget}:50" for budget in (192, 224, 256)),
     "R-KV:224:50",
     "random, profile:224:50",
 ]

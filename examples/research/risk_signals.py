@@ -24,7 +24,7 @@ from scipy.optimize import minimize
 from examples.real_model.model import SENSITIVITY, load
 from examples.real_model.reasoner.problems import DEVELOPMENT_SEEDS, TASKS, TEST_SEEDS
 from examples.research.arguments import parse, real_parser
-from examples.research.chains import MAX_NEW_TOKENS, MERGED, OWN, Arm, Chain, answer_arms
+from examples.research.chains import MAX_NEW_TOKENS, MERGED, ONE_BUDGET, Arm, Chain, answer_arms
 from examples.research.reasoner_budgets import COMMON, MAIN
 from examples.research.reasoner_budgets import shipped as shipped_profile
 from examples.research.risk_roc import area, area_with_interval
@@ -507,7 +507,7 @@ def draw(chosen: Mapping[str, Scored], path: Path) -> None:
 def main(given: Sequence[str] | None = None) -> None:
     """Answer what is missing, write both tables and the picture."""
     made = real_parser(__doc__, "risk.md", threads=1, model=MERGED)
-    made.add_argument("--profile", type=Path, default=OWN, help="the reasoner's own")
+    made.add_argument("--profile", type=Path, default=ONE_BUDGET, help="the reasoner's own")
     made.add_argument("--journal", type=Path, default=Path("build/reasoner_chains.jsonl"))
     made.add_argument("--budget", type=int, default=224)
     made.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)

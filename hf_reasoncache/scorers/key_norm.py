@@ -15,7 +15,8 @@ class KeyNorm(Scorer):
     """A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430).
 
     The paper's: keep the keys of low L2 norm. It leaves the first two layers uncompressed, which
-    here is a matter of layer budgets. Needs no queries.
+    here is a matter of layer budgets. Needs no queries. Where a model normalises its keys (Qwen3,
+    Gemma 3), norms differ by the learned weights of that norm alone.
     """
 
     joins_layers: ClassVar[bool] = True
