@@ -17,6 +17,7 @@ from hf_reasoncache.calibration.estimate import Estimate, Estimator, Record
 from hf_reasoncache.calibration.prompts import PromptSet
 from hf_reasoncache.calibration.queries import measure_queries, require_rotation
 from hf_reasoncache.calibration.settings import CalibrationSettings, digest, plain, versions
+from hf_reasoncache.calibration.together import Check
 from hf_reasoncache.calibration.traces import Trace, generate_traces
 from hf_reasoncache.calibration.tune import Tune, Tuned, choose
 from hf_reasoncache.geometry import Geometry
@@ -106,6 +107,8 @@ class _Run:
         settings.estimator.expect([sizes[place] for place in self.seen], most)
         if settings.tune is not None:
             settings.tune.eviction.expect_room("budget", settings.tune.budget, sizes)
+        if settings.check is not None:
+            settings.check.eviction.expect_room("budget", settings.check.budget, sizes)
         if settings.queries:
             require_rotation(model)
         self.geometry = Geometry.of(model.config)
@@ -131,6 +134,8 @@ class _Run:
             held = {place: traces[place] for place in self.held_out}
             tuned, report = self.tuned(self.settings.tune.resolve(traces), found, held)
             found, settings = replace(found, rule=tuned.rule), settings | {"tune": report}
+        if self.settings.check is not None:
+            settings |= {"check": self.checked(self.settings.check, found, seen)}
         by_head = found.head_demand
         profile = BudgetProfile(
             base_model=_name(self.model),
@@ -226,6 +231,25 @@ class _Run:
             "outcome": result.to_json(),
         }
 
+    def checked(
+        self, check: Check, found: Estimate, traces: Mapping[int, Trace]
+    ) -> dict[str, Any] | None:
+        """Compare with equal layers on these prompts; return what the profile says about it."""
+        some = list(traces.values())
+        resolved = check.resolve(some)
+        if resolved is None:
+            self.tell("check: left out, no text is long enough for an eviction")
+            return None
+        records = self.records(
+            f"check-{digest([plain(resolved), found.demand.tolist(), vars(found.rule)])}",
+            traces,
+            lambda trace: resolved.measure(self.model, trace, found),
+            resolved.cost,
+        )
+        outcome = resolved.outcome(records)
+        self.tell(f"check: on these texts, at {resolved.budget} tokens {outcome}")
+        return plain(resolved) | {"outcome": outcome.to_json()}
+
     def records(
         self,
         name: str,
@@ -259,6 +283,9 @@ class _Run:
         self.tell(f"answers: at most {len(self.ids)} x {most:,} tokens to write")
         tuning = f", then tuning on {len(self.held_out)} of the texts" * bool(self.held_out)
         self.tell(f"{estimator.name}: at most {tokens:,} tokens to read{tuning}")
+        if self.settings.check is not None:
+            longest = [Trace((0,) * len(self.ids[place]), (0,) * most) for place in self.seen]
+            self.tell(f"check: at most {self.settings.check.cost(longest):,} tokens to read")
 
     def tell(self, line: str) -> None:
         """Say something once, however many processes there are."""

@@ -12,6 +12,7 @@ import transformers
 
 from hf_reasoncache.calibration.estimate import Estimator
 from hf_reasoncache.calibration.sensitivity import Sensitivity
+from hf_reasoncache.calibration.together import Check
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.scorers.base import Scorer
@@ -30,6 +31,9 @@ class CalibrationSettings:
         How the model answers the prompts.
     tune : Tune or None
         Whether and how the budget rule is chosen by measured error.
+    check : Check or None
+        Whether and how the profile is compared with equal layers on the texts that it was measured
+        on.
     chat : bool
         Whether prompts of plain text become the message of a user.
     queries : bool
@@ -39,6 +43,7 @@ class CalibrationSettings:
     estimator: Estimator = field(default_factory=Sensitivity)
     traces: TraceSettings = field(default_factory=TraceSettings)
     tune: Tune | None = None
+    check: Check | None = None
     chat: bool = False
     queries: bool = False
 

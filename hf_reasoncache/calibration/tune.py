@@ -12,12 +12,10 @@ from transformers import PreTrainedModel
 
 from hf_reasoncache.arguments import require_int
 from hf_reasoncache.budgets.rule import BudgetRule
-from hf_reasoncache.calibration.bootstrap import mean_interval
 from hf_reasoncache.calibration.estimate import Estimate, Record
 from hf_reasoncache.calibration.sensitivity import Eviction
-from hf_reasoncache.calibration.squeeze import output_error, rows_per_batch
+from hf_reasoncache.calibration.together import Comparison, split_cost, split_errors
 from hf_reasoncache.calibration.traces import Trace
-from hf_reasoncache.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -99,62 +97,21 @@ class Tune:
         ]
         found: dict[tuple[int, ...], BudgetRule] = {}
         for rule in rules:
-            found.setdefault(tuple(self._split(rule, demand, self.eviction.window)), rule)
+            split = rule.layer_budgets(demand, self.budget or 1, floor=self.eviction.window)
+            found.setdefault(tuple(split), rule)
         return found
-
-    def _split(self, rule: BudgetRule, demand: Sequence[float], floor: int) -> list[int]:
-        return rule.layer_budgets(demand, self.budget or 1, floor=floor)
 
     def cost(self, traces: Sequence[Trace], candidates: int) -> int:
         """Count the tokens that measuring feeds through the whole model."""
-        total = 0
-        for trace in traces:
-            last, batches = trace.length - 1, -(-candidates // rows_per_batch(trace, self.rows))
-            total += last * (batches + candidates)
-        return total
+        return split_cost(traces, candidates, self.rows)
 
     def measure(
         self, model: PreTrainedModel, trace: Trace, estimate: Estimate, rules: Sequence[BudgetRule]
     ) -> Record:
         """Measure one prompt: ``divergence`` `[rules]` in nats."""
-        heads = Geometry.of(model.config).kv_heads
-        policy, demand = self.eviction.policy(), estimate.demand.tolist()
-        floor = policy.window + len(trace.prompt) * policy.protect_prompt
-        splits = [self._split(rule, demand, floor) for rule in rules]
-        budgets = torch.tensor(splits)[:, :, None].expand(-1, -1, heads)
-        return {"divergence": output_error(model, trace, policy, budgets, rows=self.rows)}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Divergence of the tuned rule less that of another, over held-out prompts.
-
-    Attributes
-    ----------
-    other : str
-    difference : float
-        Mean, in nats per token; negative if tuning helps.
-    low, high : float
-        Bootstrap 95% interval of the mean.
-    """
-
-    other: str
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """The conclusion that the interval allows."""
-        if self.high < 0:
-            return "better"
-        return "worse" if self.low > 0 else "no difference shown"
-
-    def __str__(self) -> str:
-        return (
-            f"against {self.other}: {self.verdict}, {self.difference:+.3g} nats per token "
-            f"(95% interval {self.low:+.3g} to {self.high:+.3g})"
-        )
+        demand, budget = estimate.demand.tolist(), self.budget or 1
+        found = split_errors(model, trace, self.eviction, budget, demand, rules, rows=self.rows)
+        return {"divergence": found}
 
 
 @dataclass(frozen=True)
@@ -187,7 +144,7 @@ class Tuned:
             "best": asdict(self.best),
             "adopted": self.comparisons[0].verdict == "better",
             "divergence": self.divergence,
-            "comparisons": [asdict(each) | {"verdict": each.verdict} for each in self.comparisons],
+            "comparisons": [each.to_json() for each in self.comparisons],
         }
 
 
@@ -208,9 +165,7 @@ def choose(errors: torch.Tensor, candidates: dict[tuple[int, ...], BudgetRule]) 
     crossed = errors.gather(1, chosen[:, None])[:, 0]
     comparisons = []
     for other, index in (("the default rule", 0), ("uniform budgets", uniform)):
-        difference = crossed - errors[:, index]
-        low, high = mean_interval(difference)
-        comparisons.append(Comparison(other, float(difference.mean()), low, high))
+        comparisons.append(Comparison.of(other, crossed - errors[:, index]))
     means = errors.mean(0)
     best = int(means.argmin())
     return Tuned(

@@ -15,6 +15,7 @@ from hf_reasoncache.calibration.prompts import read_prompts
 from hf_reasoncache.calibration.run import calibrate as run_calibration
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
+from hf_reasoncache.calibration.together import Check
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.cli.loading import open_run, require_packages
@@ -69,6 +70,13 @@ def calibrate(
             "a third of the prompts, which is kept from the demand.",
         ),
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            help="Compare the profile with equal layers on the same texts in the end; `--tune` "
+            "does so on texts of its own.",
+        ),
+    ] = True,
     push_to: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Then upload it.", show_default=False)
     ] = None,
@@ -114,7 +122,7 @@ def calibrate(
         int | None,
         typer.Option(
             min=1,
-            help="Sensitivity, tune: the mean budget to be best for.",
+            help="Sensitivity, tune, check: the mean budget to be best for.",
             show_default="1/4 of the median text",
         ),
     ] = None,
@@ -129,17 +137,18 @@ def calibrate(
     scorer: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help=f"Sensitivity, tune: what evicts. One of {', '.join(SCORERS)}."
+            metavar="NAME",
+            help=f"Sensitivity, tune, check: what evicts. One of {', '.join(SCORERS)}.",
         ),
     ] = "rkv",
     buffer: Annotated[
-        int, typer.Option(min=1, help="Sensitivity, tune: tokens between two compactions.")
+        int, typer.Option(min=1, help="Sensitivity, tune, check: tokens between two compactions.")
     ] = 128,
     window: Annotated[
-        int, typer.Option(min=1, help="Sensitivity, tune: newest tokens, never evicted.")
+        int, typer.Option(min=1, help="Sensitivity, tune, check: newest tokens, never evicted.")
     ] = 8,
     protect_prompt: Annotated[
-        bool, typer.Option(help="Sensitivity, tune: never evict the prompt.")
+        bool, typer.Option(help="Sensitivity, tune, check: never evict the prompt.")
     ] = False,
     heads: Annotated[
         bool, typer.Option("--heads", help="Sensitivity: squeeze single KV heads as well.")
@@ -148,7 +157,7 @@ def calibrate(
         int | None,
         typer.Option(
             min=1,
-            help="Sensitivity, tune: squeezed copies of a text per forward.",
+            help="Sensitivity, tune, check: squeezed copies of a text per forward.",
             show_default="as many as hold 32,768 tokens together",
         ),
     ] = None,
@@ -187,6 +196,7 @@ def calibrate(
         estimator=chosen,
         traces=TraceSettings(max_new_tokens, batch_size, temperature, seed),
         tune=Tune(budget=budget, eviction=eviction, rows=rows) if tune else None,
+        check=Check(budget=budget, eviction=eviction, rows=rows) if check and not tune else None,
         chat=chat,
         queries=tri_attention,
     )

@@ -24,6 +24,7 @@ from hf_reasoncache.calibration.queries import query_statistics
 from hf_reasoncache.calibration.run import calibrate
 from hf_reasoncache.calibration.sensitivity import Eviction, Sensitivity
 from hf_reasoncache.calibration.settings import CalibrationSettings
+from hf_reasoncache.calibration.together import Check, Comparison
 from hf_reasoncache.calibration.traces import TraceSettings
 from hf_reasoncache.calibration.tune import Tune
 from hf_reasoncache.outputs import sole_writer
@@ -39,6 +40,7 @@ TUNED = CalibrationSettings(
     Sensitivity(budgets=(16, 64), budget=32, eviction=EVICTION),
     TRACES,
     tune=Tune(budget=32, eviction=EVICTION, exponents=(0.5, 1.0), lows=(0.25,), highs=(2.0, 3.0)),
+    check=Check(budget=32, eviction=EVICTION),
 )
 OPTIONS = {
     "--estimator": "coverage",
@@ -117,7 +119,7 @@ def test_the_profile_says_what_was_done_and_works(tuned: tuple[Path, list[str]])
     best = tune["outcome"]["best"]
     rule = best if tune["outcome"]["adopted"] else vars(BudgetRule(exponent=1.0))
     assert vars(loaded.rule) == rule
-    answers, bound, measured, left, tuning = said[:5]
+    answers, bound, check_bound, measured, left, tuning = said[:6]
     assert answers == "answers: at most 6 x 40 tokens to write"
     assert re.fullmatch(
         r"sensitivity: at most [\d,]+ tokens to read, then tuning on 4 of the texts", bound
@@ -125,6 +127,9 @@ def test_the_profile_says_what_was_done_and_works(tuned: tuple[Path, list[str]])
     assert re.fullmatch(r"sensitivity: [\d,]+ tokens to read", measured)
     assert re.fullmatch(r"sensitivity: about [\d.]+ minutes left", left)
     assert re.fullmatch(r"tune: [\d,]+ tokens to read", tuning)
+    assert re.fullmatch(r"check: at most [\d,]+ tokens to read", check_bound)
+    outcome = loaded.calibration.settings["check"]["outcome"]
+    assert said[-1] == f"check: on these texts, at 32 tokens {told(outcome)}"
     counts = [
         int(re.findall(r"([\d,]+) tokens to read", line)[0].replace(",", ""))
         for line in (measured, bound)
@@ -136,13 +141,20 @@ def test_the_profile_says_what_was_done_and_works(tuned: tuple[Path, list[str]])
     assert ReasonAllocCache(model.config, budget=64, profile=out).layers
 
 
-@pytest.mark.parametrize("method", ["generate_traces", "Sensitivity.measure", "Tune.measure"])
+def told(outcome: dict) -> Comparison:
+    return Comparison(**{name: x for name, x in outcome.items() if name != "verdict"})
+
+
+CALLS = {"generate_traces": 3, "Sensitivity.measure": 2, "Tune.measure": 4, "Check.measure": 2}
+
+
+@pytest.mark.parametrize("method", CALLS)
 def test_an_interrupted_run_goes_on_where_it_was(
     prompts: Path, tmp_path: Path, tuned: tuple[Path, list[str]], method: str
 ) -> None:
     out, calls = tmp_path / "wave", 0
     target, _, name = method.rpartition(".")
-    owner = {"": run_module, "Sensitivity": Sensitivity, "Tune": Tune}[target]
+    owner = {"": run_module, "Sensitivity": Sensitivity, "Tune": Tune, "Check": Check}[target]
     whole = getattr(owner, name)
 
     def once(*arguments: object, **named: object) -> object:
@@ -159,7 +171,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         assert not out.exists()
         run(prompts, out, TUNED)
     # What was finished is not done again: the call that failed, and those after it.
-    assert calls == {"generate_traces": 3, "Sensitivity.measure": 2, "Tune.measure": 4}[method] + 1
+    assert calls == CALLS[method] + 1
     assert content(out) == content(tuned[0])
 
 
@@ -181,18 +193,20 @@ PROTECTED = replace(EVICTION, protect_prompt=True)
 
 
 @pytest.mark.parametrize(
-    ("estimator", "tune", "match"),
+    ("estimator", "judge", "match"),
     [
         (Coverage(interval=40), None, "more than 40 tokens, got 0 of 6"),
         (Sensitivity((400,), eviction=EVICTION), None, "expected texts longer than 408 tokens"),
         (Sensitivity((16,), eviction=PROTECTED), None, r"budgets: expected at least \d+ tokens"),
         (Coverage(interval=16), Tune(16, PROTECTED), r"budget: expected at least \d+ tokens"),
+        (Coverage(interval=16), Check(16, PROTECTED), r"budget: expected at least \d+ tokens"),
     ],
 )
 def test_what_no_answer_can_mend_is_said_before_any(
-    prompts: Path, tmp_path: Path, estimator: Estimator, tune: Tune | None, match: str
+    prompts: Path, tmp_path: Path, estimator: Estimator, judge: Tune | Check | None, match: str
 ) -> None:
-    settings = CalibrationSettings(estimator, TRACES, tune)
+    name = "check" if isinstance(judge, Check) else "tune"
+    settings = CalibrationSettings(estimator, TRACES, **{name: judge})
     with pytest.raises(ValueError, match=match):
         run(prompts, tmp_path / "wave", settings)
     assert list(tmp_path.iterdir()) == []
@@ -257,11 +271,13 @@ def test_a_killed_command_goes_on_and_gives_the_same_profile(
     assert re.fullmatch(
         r"answers: at most 6 x 40 tokens to write\n"
         r"coverage: at most [\d,]+ tokens to read\n"
+        r"check: at most [\d,]+ tokens to read\n"
         r"(answers: \d of 6 prompts, .+ left\n)+"
         r"coverage: [\d,]+ tokens to read\n"
         r"(coverage: \d of 6 prompts, .+ left\n)+"
         r"(coverage: about [\d.]+ minutes left\n)?"
-        r"(coverage: \d of 6 prompts, .+ left\n)+",
+        r"(coverage: \d of 6 prompts, .+ left\n)+"
+        r"check: left out, no text is long enough for an eviction\n",
         process.stderr,
     )
     assert content(out) == reference

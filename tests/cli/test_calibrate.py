@@ -42,11 +42,17 @@ def test_settings_reach_the_profile(run, prompts: Path, tmp_path: Path) -> None:
     assert re.fullmatch(
         r"answers: at most 2 x 24 tokens to write\n"
         r"sensitivity: at most [\d,]+ tokens to read\n"
+        r"check: at most [\d,]+ tokens to read\n"
         r"answers: 2 of 2 prompts, .+ left\n"
         r"sensitivity: [\d,]+ tokens to read\n"
         r"sensitivity: about [\d.]+ minutes left\n"
         r"sensitivity: 1 of 2 prompts, .+ left\n"
-        r"sensitivity: 2 of 2 prompts, .+ left\n",
+        r"sensitivity: 2 of 2 prompts, .+ left\n"
+        r"check: [\d,]+ tokens to read\n"
+        r"check: about [\d.]+ minutes left\n"
+        r"check: 1 of 2 prompts, .+ left\n"
+        r"check: 2 of 2 prompts, .+ left\n"
+        r"check: on these texts, at 24 tokens against equal layers: .+\n",
         said,
     )
     profile = BudgetProfile.from_pretrained(out)
