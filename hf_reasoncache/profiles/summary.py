@@ -11,6 +11,7 @@ from hf_reasoncache.profiles.profile import BudgetProfile
 
 _SHORT = 12  # digits of a hash that are shown
 _LIST = 60  # characters of a list that is shown
+_JUDGED = ("tune", "check")  # settings that say what came out
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def facts(profile: BudgetProfile) -> dict[str, str]:
     """What a reader wants to know before the numbers: label to text."""
     geometry, rule, run = profile.geometry, profile.rule, profile.calibration
     commit, revision = profile.base_model_revision, run.data_revision
+    settings = dict(run.settings)
+    judged = {name: found for name in _JUDGED if (found := settings.pop(name, None)) is not None}
     return {
         "model": profile.base_model + (f" at {commit}" if commit else ""),
         "estimator": profile.estimator,
@@ -83,7 +86,11 @@ def facts(profile: BudgetProfile) -> dict[str, str]:
         "data": run.data + (f" at {revision}" if revision else ""),
         "run": f"{_counted(len(run.prompts), 'prompt')}, "
         f"{_counted(run.tokens, 'generated token')}, seed {run.seed}",
-        "settings": ", ".join(_flat(run.settings)) or "-",
+        "settings": ", ".join(_flat(settings)) or "-",
+        **{
+            name: ", ".join(_flat(found if isinstance(found, dict) else {name: found}))
+            for name, found in judged.items()
+        },
         "versions": ", ".join(_flat(run.versions)) or "-",
         "weights": profile.fingerprint[: -64 + _SHORT],
     }
@@ -98,6 +105,8 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}.")
         else:
+            if isinstance(value, float):
+                value = float(f"{value:.4g}")
             text = value if isinstance(value, str) else json.dumps(value)
             long = isinstance(value, list) and len(text) > _LIST
             yield f"{above}{name} {f'({len(value)} entries)' if long else text}"
