@@ -22,6 +22,9 @@ from hf_reasoncache.policies.budget import BudgetPolicy
 from hf_reasoncache.scorers import RKV
 from hf_reasoncache.scorers.base import Scorer
 
+RULE = BudgetRule(exponent=1.0, low=0.1, high=4.0)
+"""How the demand becomes budgets."""
+
 _RESAMPLES = 200
 
 
@@ -75,8 +78,9 @@ class Sensitivity:
     completion. The demand is what each layer gets when `budget` is spent for the least error by
     these curves, at least the smallest budget that was measured, and no more than removes the
     error: what is left over, the rule spreads in proportion. It is in tokens per KV head, so the
-    rule's exponent is 1; the rule's bounds are the paper's. The demand of the heads splits that of
-    their layer in the same way.
+    rule's exponent is 1. The rule's bounds, 0.1 and 4 times the mean, are wider than the paper's
+    0.25 and 2, which cost answers where the budget is tight (docs/calibration.md). The demand of
+    the heads splits that of their layer in the same way.
 
     Errors of several layers are added, as if they did not interact; `Tune` measures all layers
     squeezed together.
@@ -245,4 +249,4 @@ class Sensitivity:
                 for layer, total in zip(single, totals, strict=True)
             ]
             by_head = torch.tensor(shares, dtype=torch.float64)
-        return Estimate(demand, spread, BudgetRule(exponent=1.0), by_head)
+        return Estimate(demand, spread, RULE, by_head)

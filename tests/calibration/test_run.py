@@ -117,7 +117,7 @@ def test_the_profile_says_what_was_done_and_works(tuned: tuple[Path, list[str]])
     assert loaded.calibration.settings["estimator"]["eviction"]["scorer"].startswith("RKV(")
     assert loaded.calibration.settings["dtype"] == "torch.float32"
     best = tune["outcome"]["best"]
-    rule = best if tune["outcome"]["adopted"] else vars(BudgetRule(exponent=1.0))
+    rule = best if tune["outcome"]["adopted"] else vars(BudgetRule(1.0, 0.1, 4.0))
     assert vars(loaded.rule) == rule
     answers, bound, check_bound, measured, left, tuning = said[:6]
     assert answers == "answers: at most 6 x 40 tokens to write"

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from examples.real_model.demo import PROFILED
-from examples.research.real_tasks import ALONE, MAIN, WHOLE, eight_bits, long_tasks, rows
+from examples.research.real_tasks import (
+    ALONE,
+    EIGHT,
+    FOR_48,
+    MAIN,
+    NARROW,
+    WHOLE,
+    changed,
+    long_tasks,
+    rows,
+)
 from hf_reasoncache import ReasonAllocCache
 from hf_reasoncache.evaluation import CacheSpec, Record
 from tests.support.records import record
@@ -51,7 +61,9 @@ def test_scorers_are_compared_with_the_first_at_the_same_budget() -> None:
 
 
 def test_eight_bits_are_compared_with_sixteen_and_alone_with_the_full_cache() -> None:
-    spec = eight_bits(CacheSpec(PROFILED, ReasonAllocCache, {"window": 8}, "rkv"))
+    spec = changed(
+        CacheSpec(PROFILED, ReasonAllocCache, {"window": 8}, "rkv"), EIGHT, {"storage": "fp8"}
+    )
     assert spec.settings == {"window": 8, "storage": "fp8"} and spec.scorer == "rkv"
     found = rows(
         answers("full", None, "xxxx")
@@ -68,6 +80,22 @@ def test_eight_bits_are_compared_with_sixteen_and_alone_with_the_full_cache() ->
         ("1", "1"),
     ]
     assert found[1]["KiB"] == "", "room for all questions was made at once"
+
+
+def test_both_bounds_are_compared_with_the_profile_of_the_package() -> None:
+    names = (PROFILED, PROFILED + FOR_48, PROFILED + NARROW)
+    marks = ("..xx", "xxxx", "x.xx")
+    found = rows(
+        answers("full", None, "xxxx")
+        + [
+            each
+            for name, right in zip(names, marks, strict=True)
+            for each in answers(name, 48, right)
+        ],
+        "profile",
+    )
+    assert [row["cache"] for row in found] == ["full", *names]
+    assert [row["gained"] for row in found] == ["", "", "2", "1"]
 
 
 @pytest.mark.parametrize("task", long_tasks(1), ids=lambda task: task.name)
