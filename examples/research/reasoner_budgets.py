@@ -217,7 +217,7 @@ def main(given: Sequence[str] | None = None) -> None:
     made.add_argument("--profile", type=Path, default=OWN, help="the reasoner's own")
     made.add_argument("--arms", nargs="+", metavar="NAME:BUDGET:PROBLEMS")
     made.add_argument("--budget", type=int, default=224, help="of the sweep")
-    made.add_argument("--problems", type=int, default=20, help="of each task, of the sweep")
+    made.add_argument("--problems", type=int, default=50, help="of each task, of the sweep")
     made.add_argument("--only", nargs="+", metavar="NAME", help="settings of the sweep")
     made.add_argument("--tasks", nargs="+", choices=TASKS, default=list(SOLVED))
     made.add_argument("--batch-size", type=int, default=50)

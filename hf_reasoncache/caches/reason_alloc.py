@@ -61,7 +61,8 @@ class ReasonAllocCache(ReasonCache):
         paper's second level). Off, because it helped on no model measured here: on pretrained
         weights R-KV did not gain beyond chance, and SnapKV and H2O lost (docs/results.md).
     buffer : int
-        Tokens between two compactions.
+        Tokens between two compactions. At equal memory on average a buffer up to a third of the
+        budget costs no answers, one of two thirds does (docs/results.md): lower it with the budget.
     window : int
         Newest tokens that are never evicted (the observation window); counted inside the budget.
     protect : bool, Spans, token ranges or Protect
