@@ -38,7 +38,7 @@ from hf_reasoncache.scorers import H2O, RKV, Random, SnapKV
 from hf_reasoncache.scorers.base import Scorer
 
 SOLVED = ("trades", "ledger")
-"""Tasks of which some chains are right under a budget."""
+"""Tasks of which some chains are right with the profile of the package."""
 
 WINDOW, BUFFER = 8, 32
 MAIN = "R-KV, profile"
