@@ -53,6 +53,7 @@ def output_error(
     *,
     rows: int | None = None,
     every: int = 1,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Divergence of the next-token distribution from the full cache, for many budgets at once.
 
@@ -71,6 +72,9 @@ def output_error(
         See `rows_per_batch`.
     every : int
         Measure the predictions after every so many tokens of the completion.
+    chunk : int, optional
+        Tokens of the longest forward. By default forwards end wherever a row evicts, which is
+        nearly everywhere if each layer of a row has a budget of its own. The result is the same.
 
     Returns
     -------
@@ -87,7 +91,7 @@ def output_error(
     size = rows_per_batch(trace, rows)
     parts = [settings[place : place + size] for place in range(0, len(settings), size)]
     blocks = joinable_blocks(model, Geometry.of(model.config).full_attention_layers)
-    return torch.cat([_errors(model, blocks, trace, policy, part, every) for part in parts])
+    return torch.cat([_errors(model, blocks, trace, policy, part, every, chunk) for part in parts])
 
 
 def _errors(
@@ -97,6 +101,7 @@ def _errors(
     policy: BudgetPolicy,
     settings: Sequence[_Squeeze],
     every: int,
+    chunk: int | None,
 ) -> torch.Tensor:
     """`output_error` of settings that share their forwards."""
     measured = range(len(trace.prompt), trace.length - 1, every)
@@ -104,12 +109,14 @@ def _errors(
     if not any(each.evictions for each in settings):
         return total
     batch = _Batch(model, blocks, trace, policy, settings)
+    # Rows join where they evict first; a later eviction may fall within a forward.
+    ends = None if chunk is None else 1
     forwards = replay(
         model,
         batch.cache,
         trace,
-        edges={column for each in settings for column in each.evictions},
-        longest=max(1, TOKENS // (1 + len(settings))),
+        edges={column for each in settings for column in each.evictions[:ends]},
+        longest=min(chunk or TOKENS, max(1, TOKENS // (1 + len(settings)))),
         measured=measured,
         rows=lambda: batch.fed,
     )

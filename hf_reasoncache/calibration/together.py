@@ -18,6 +18,9 @@ from hf_reasoncache.calibration.squeeze import first_eviction, output_error, row
 from hf_reasoncache.calibration.traces import Trace
 from hf_reasoncache.geometry import Geometry
 
+CHUNK = 16
+"""Tokens per forward: each layer evicts at its own times, which forwards cannot all end at."""
+
 
 def split_errors(
     model: PreTrainedModel,
@@ -41,7 +44,9 @@ def split_errors(
     splits = [rule.layer_budgets(demand, budget, floor=floor) for rule in rules]
     heads = Geometry.of(model.config).kv_heads
     budgets = torch.tensor(splits)[:, :, None].expand(-1, -1, heads)
-    return output_error(model, trace, eviction.policy(), budgets, rows=rows, every=every)
+    return output_error(
+        model, trace, eviction.policy(), budgets, rows=rows, every=every, chunk=CHUNK
+    )
 
 
 def split_cost(traces: Sequence[Trace], splits: int, rows: int | None) -> int:

@@ -181,6 +181,10 @@ def test_chunks_and_rows_measure_what_single_tokens_do(
     expected = [one_by_one(name, trace, eviction, budget) for budget in BUDGETS]
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-3, atol=1e-6)
     assert min(expected[:2]) > 1e-3
+    # Forwards that several evictions fall into.
+    settings = trace, eviction.policy(), everywhere(name, BUDGETS)
+    coarse = output_error(build(name), *settings, chunk=16)
+    torch.testing.assert_close(coarse, found, rtol=1e-3, atol=1e-6)
 
 
 def test_a_protected_prompt_is_protected() -> None:
