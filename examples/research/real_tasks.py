@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,32 +90,30 @@ def in_8_bits(
     alone = CacheSpec(ALONE, ReasonAllocCache, COMMON | {"storage": "fp8"}, "rkv")
     grid = Grid(tasks(given.questions), [alone], [WHOLE], [SEED])
     yield from evaluate(model, tokenizer, grid, given.journal or ANSWERS, SETTINGS)
-    found = beside(model, tokenizer, given, EIGHT, {"storage": "fp8"})
+    found = beside(model, tokenizer, given, {EIGHT: {"storage": "fp8"}})
     # The full cache is part of every grid.
     yield from (each for each in found if each.budget is not None)
 
 
 def by_profile(
     model: PreTrainedModel, tokenizer: Tokenizer, given: argparse.Namespace
-) -> Iterator[Record]:
+) -> list[Record]:
     """Answer the questions of the third table."""
     tight = BudgetProfile.from_pretrained(TIGHT, with_statistics=False)
-    yield from beside(model, tokenizer, given, FOR_48, {"profile": tight})
-    papers = {"profile": replace(tight, rule=BudgetRule(exponent=tight.rule.exponent))}
-    found = beside(model, tokenizer, given, NARROW, papers)
-    yield from (each for each in found if each.cache.endswith(NARROW))
+    papers = replace(tight, rule=BudgetRule(exponent=tight.rule.exponent))
+    changes = {FOR_48: {"profile": tight}, NARROW: {"profile": papers}}
+    return beside(model, tokenizer, given, changes)
 
 
 def beside(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     given: argparse.Namespace,
-    name: str,
-    changes: dict[str, Any],
+    changes: Mapping[str, dict[str, Any]],
 ) -> list[Record]:
-    """Answer with the profiled caches of `make demo-real`, as they are and changed."""
+    """Answer with the profiled caches of `make demo-real`, as they are and with changes by name."""
     plain = [spec for spec in demo_specs() if spec.name in (PROFILED, CHANCE)]
-    specs = plain + [changed(spec, name, changes) for spec in plain]
+    specs = plain + [changed(spec, *change) for change in changes.items() for spec in plain]
     grid = Grid(tasks(given.questions), specs, BUDGETS, [SEED])
     return evaluate(model, tokenizer, grid, given.journal or ANSWERS, SETTINGS)
 

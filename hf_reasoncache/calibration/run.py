@@ -279,13 +279,14 @@ class _Run:
     def tell_bounds(self) -> None:
         """Say what the run takes at most, before there are answers."""
         most, estimator = self.settings.traces.max_new_tokens, self.settings.estimator
-        tokens = estimator.bound([len(self.ids[p]) for p in self.seen], most, self.geometry)
+        sizes = [len(self.ids[place]) for place in self.seen]
+        tokens = estimator.bound(sizes, most, self.geometry)
         self.tell(f"answers: at most {len(self.ids)} x {most:,} tokens to write")
         tuning = f", then tuning on {len(self.held_out)} of the texts" * bool(self.held_out)
         self.tell(f"{estimator.name}: at most {tokens:,} tokens to read{tuning}")
         if self.settings.check is not None:
-            longest = [Trace((0,) * len(self.ids[place]), (0,) * most) for place in self.seen]
-            self.tell(f"check: at most {self.settings.check.cost(longest):,} tokens to read")
+            tokens = self.settings.check.cost(Trace.longest(sizes, most))
+            self.tell(f"check: at most {tokens:,} tokens to read")
 
     def tell(self, line: str) -> None:
         """Say something once, however many processes there are."""

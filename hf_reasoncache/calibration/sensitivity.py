@@ -82,8 +82,8 @@ class Sensitivity:
     0.25 and 2, which cost answers where the budget is tight (docs/calibration.md). The demand of
     the heads splits that of their layer in the same way.
 
-    Errors of several layers are added, as if they did not interact; `Tune` measures all layers
-    squeezed together.
+    Errors of several layers are added, as if they did not interact; `Tune` and `Check` measure all
+    layers squeezed together.
 
     Attributes
     ----------
@@ -168,7 +168,7 @@ class Sensitivity:
 
     def bound(self, prompts: Sequence[int], most: int, geometry: Geometry) -> int:
         """See `Estimator.bound`."""
-        longest = [Trace((0,) * prompt, (0,) * most) for prompt in prompts]
+        longest = Trace.longest(prompts, most)
         # Where the budgets follow from the answers, no four of them evict earlier than these.
         least = self.eviction.window + 1
         budgets = self.budgets or tuple(range(least, least + 4))

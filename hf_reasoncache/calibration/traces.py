@@ -28,6 +28,11 @@ class Trace:
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
 
+    @staticmethod
+    def longest(prompts: Sequence[int], most: int) -> list[Trace]:
+        """Return what there can be of prompts of so many tokens at most, for bounds of costs."""
+        return [Trace((0,) * prompt, (0,) * most) for prompt in prompts]
+
     @property
     def length(self) -> int:
         """Tokens of prompt and completion."""
